@@ -1,0 +1,348 @@
+"""A character Markov chain: fitted to weighted words, drawn from, and tilted exactly by an additive reward.
+
+The next symbol depends on the last `order` symbols, its context. A context is a number in base V, the most recent
+symbol last, so appending symbol a to context c gives (c V + a) mod V^order: recursions over all contexts are reshapes,
+not look-ups. Strings have a fixed length L and start after a separator. Nothing here enumerates the V^L strings, yet
+the partition function, the tilted law and the law of the total reward are exact.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tiltlib import _checks
+
+__all__ = ["LETTERS_AND_SPACE", "MarkovChain", "RewardLaw", "TiltedChain"]
+
+LETTERS_AND_SPACE = "abcdefghijklmnopqrstuvwxyz "
+
+
+class RewardLaw(NamedTuple):
+    """Law of the total reward of a string: `values` in ascending order and their log-probabilities, both shape (S,)."""
+
+    values: Tensor
+    logps: Tensor
+
+
+class MarkovChain:
+    """A law on strings over an alphabet, given by next-symbol log-probabilities per context.
+
+    Args:
+        logps: Next-symbol log-probabilities, shape (V^order, V), each row normalised.
+        alphabet: V distinct symbols; the last one is the separator, and every string starts after separators.
+
+    Raises:
+        TypeError: `logps` is not a floating tensor.
+        ValueError: rows not normalised, a shape that is no power of V, or a repeated symbol.
+    """
+
+    def __init__(self, logps: Tensor, alphabet: str = LETTERS_AND_SPACE) -> None:
+        _checks.logps("logps", logps)
+        v = len(alphabet)
+        if len(set(alphabet)) < v or v < 2:
+            raise ValueError(f"alphabet must hold at least 2 distinct symbols, got {alphabet!r}")
+        order = round(math.log(logps.shape[0], v))
+        if logps.ndim != 2 or order < 1 or logps.shape != (v**order, v):
+            raise ValueError(f"logps must have shape (V^order, V) with V = {v}, order >= 1, got {tuple(logps.shape)}")
+        self.alphabet, self.order = alphabet, order
+        self._logps = logps
+        self.start = v**order - 1  # `order` separators
+
+    @classmethod
+    def fit(
+        cls, words: Sequence[str], weights: Tensor, order: int, *, alphabet: str = LETTERS_AND_SPACE
+    ) -> "MarkovChain":
+        """Fit the chain by maximum likelihood to a stream of independent words with a separator after each.
+
+            P(a | context) = weight of a after the context / weight of the context
+
+        Words are independent, so what stands before the last separator carries no information: a context is cut there,
+        and a context that no word shows takes the row of its longest suffix that some word shows.
+
+        Args:
+            words: Non-empty words over the alphabet without the separator.
+            weights: Frequency of each word, shape (len(words),), floating, finite, >= 0, not all 0.
+            order: Context length, >= 1.
+            alphabet: V distinct symbols, the separator last.
+
+        Returns:
+            The fitted chain, float64, on the device of `weights`.
+
+        Raises:
+            TypeError: `weights` is not a floating tensor, or `order` is not an int.
+            ValueError: no words, weights of the wrong shape or sign, `order` < 1, or a symbol outside the alphabet.
+
+        Source: [shannon1948], section 3; book chapter 2, `chain-tilt`.
+        """
+        _checks.count("order", order)
+        _checks.tensor("weights", weights)
+        legal = weights.shape == (len(words),) and bool((weights.isfinite() & (weights >= 0)).all())
+        if not legal or weights.sum() == 0:
+            raise ValueError(
+                f"weights must be {len(words)} finite numbers >= 0 with a positive sum, one per word, "
+                f"got shape {tuple(weights.shape)}"
+            )
+        v, separator = len(alphabet), alphabet[-1]
+        code = {symbol: i for i, symbol in enumerate(alphabet)}
+        contexts, symbols, owner = [], [], []
+        for i, word in enumerate(words):
+            if not word or separator in word or not set(word) <= code.keys():
+                raise ValueError(f"words must be non-empty strings over {alphabet[:-1]!r}, got {word!r}")
+            context = v**order - 1
+            for symbol in (*word, separator):
+                contexts.append(context)
+                symbols.append(code[symbol])
+                owner.append(i)
+                context = (context * v + code[symbol]) % v**order
+        context_ids = torch.tensor(contexts, device=weights.device)
+        symbol_ids = torch.tensor(symbols, device=weights.device)
+        mass = weights.double()[torch.tensor(owner, device=weights.device)]
+        table = torch.zeros(1, v, dtype=torch.float64, device=weights.device)
+        for length in range(order + 1):
+            cells = (context_ids % v**length) * v + symbol_ids
+            counts = torch.zeros(v**length * v, dtype=torch.float64, device=weights.device)
+            counts = counts.index_add(0, cells, mass).view(-1, v)
+            total = counts.sum(-1, keepdim=True)
+            # Contexts of length m are m-digit numbers; dropping the oldest symbol repeats the shorter table V times.
+            table = torch.where(total > 0, counts / total, table.repeat(max(1, len(counts) // len(table)), 1))
+        return cls(table.log(), alphabet)
+
+    @property
+    def _v(self) -> int:
+        return len(self.alphabet)
+
+    def table(self, step: int) -> Tensor:
+        """Return next-symbol log-probabilities at a step, shape (V^order, V); here the same at every step."""
+        return self._logps
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Turn strings of one length L into symbol numbers, int64, shape (len(texts), L).
+
+        Raises:
+            ValueError: no strings, different lengths, or a symbol outside the alphabet.
+        """
+        if not texts or len({len(text) for text in texts}) != 1 or not texts[0]:
+            raise ValueError("texts must be non-empty strings of one length")
+        code = {symbol: i for i, symbol in enumerate(self.alphabet)}
+        unknown = {symbol for text in texts for symbol in text} - code.keys()
+        if unknown:
+            raise ValueError(f"texts must use the alphabet {self.alphabet!r} only, got {sorted(unknown)}")
+        return torch.tensor([[code[symbol] for symbol in text] for text in texts], device=self._logps.device)
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Turn symbol numbers, shape (n, L), into strings."""
+        return ["".join(self.alphabet[i] for i in row) for row in tokens.tolist()]
+
+    def _steps(self, tokens: Tensor) -> Tensor:
+        """Return the context before each symbol, shape of `tokens`."""
+        if tokens.is_floating_point() or tokens.numel() == 0:
+            raise ValueError(f"tokens must be a non-empty integer tensor, got {tokens.dtype} of {tuple(tokens.shape)}")
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self._v:
+            raise ValueError(f"tokens must lie in 0..{self._v - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+        context = torch.full(tokens.shape[:-1], self.start, device=tokens.device)
+        contexts = []
+        for symbol in tokens.unbind(-1):
+            contexts.append(context)
+            context = (context * self._v + symbol) % self._v**self.order
+        return torch.stack(contexts, -1)
+
+    def logps(self, tokens: Tensor) -> Tensor:
+        """Compute the log-probability of strings.
+
+            log p(y) = sum_t log p(y_t | y_{t-order}, ..., y_{t-1})
+
+        Args:
+            tokens: Symbol numbers, integer tensor, shape (..., L).
+
+        Returns:
+            Log-probabilities, shape (...).
+
+        Raises:
+            ValueError: not integers in 0..V-1, or nothing there.
+        """
+        contexts = self._steps(tokens)
+        steps = range(tokens.shape[-1])
+        return torch.stack([self.table(t)[contexts[..., t], tokens[..., t]] for t in steps], -1).sum(-1)
+
+    def total_reward(self, tokens: Tensor, rewards: Tensor) -> Tensor:
+        """Sum an additive reward over strings.
+
+        Args:
+            tokens: Symbol numbers, integer tensor, shape (..., L).
+            rewards: Reward of each symbol, shape (V,), or of each symbol after each context, shape (V^order, V).
+
+        Returns:
+            Total reward, shape (...).
+
+        Raises:
+            ValueError: `tokens` out of range, or `rewards` of another shape.
+        """
+        return self._reward_table(rewards)[self._steps(tokens), tokens].sum(-1)
+
+    def sample(self, n: int, length: int, *, generator: torch.Generator) -> Tensor:
+        """Draw independent strings, symbol by symbol, by inverting each conditional CDF in float64.
+
+        Args:
+            n: Number of strings, >= 1.
+            length: Length L, >= 1.
+            generator: Source of randomness, on the device of the chain.
+
+        Returns:
+            Symbol numbers, int64, shape (n, length).
+
+        Raises:
+            TypeError: `n` or `length` is not an int.
+            ValueError: `n` < 1 or `length` < 1.
+        """
+        _checks.count("n", n)
+        _checks.count("length", length)
+        context = torch.full((n,), self.start, device=self._logps.device)
+        drawn = []
+        for t in range(length):
+            cdf = self.table(t).double().exp().cumsum(-1)
+            cdf = (cdf / cdf[:, -1:])[context]
+            u = torch.rand(n, 1, generator=generator, device=cdf.device, dtype=torch.float64)
+            symbol = torch.searchsorted(cdf, u, right=True).squeeze(-1)
+            drawn.append(symbol)
+            context = (context * self._v + symbol) % self._v**self.order
+        return torch.stack(drawn, -1)
+
+    def _reward_table(self, rewards: Tensor) -> Tensor:
+        """Check additive rewards and expand them to (V^order, V)."""
+        _checks.rewards("rewards", rewards)
+        full = (self._v**self.order, self._v)
+        if tuple(rewards.shape) not in ((self._v,), full):
+            raise ValueError(f"rewards must have shape ({self._v},) or {full}, got {tuple(rewards.shape)}")
+        return rewards.expand(full)
+
+    def _lookahead(self, values: Tensor) -> Tensor:
+        """Return the value after each symbol: entry (c, a) is values[(c V + a) mod V^order]. A reshape, no look-up."""
+        v = self._v
+        return values.view(1, -1, v).expand(v, -1, -1).reshape(-1, v)
+
+    def soft_values(self, rewards: Tensor, beta: float, length: int) -> Tensor:
+        """Compute by backward recursion what the rest of a string is worth.
+
+            V_t(c) = log sum_a p(a | c) exp(r(c, a) / beta + V_{t+1}(c a)),    V_L = 0
+
+        V_t(c) = log E[exp(sum of the rewards after step t / beta) | context c], so V_0(start) is log Z over all V^L
+        strings. Cost O(L V^{order+1}).
+
+        Args:
+            rewards: Reward of each symbol, shape (V,), or of each symbol after each context, shape (V^order, V);
+                -inf excludes.
+            beta: Temperature in reward units, > 0.
+            length: Length L of the strings, >= 1.
+
+        Returns:
+            Values, shape (L + 1, V^order); -inf where every continuation is excluded.
+
+        Raises:
+            TypeError: `rewards` is not a floating tensor, or `length` is not an int.
+            ValueError: `rewards` of another shape, or with NaN or +inf; `beta` not finite and > 0; `length` < 1; or
+                every string excluded.
+
+        Source: [todorov2009]; book chapter 2, `chain-tilt`.
+        """
+        table = self._reward_table(rewards)
+        _checks.positive("beta", beta)
+        _checks.count("length", length)
+        values = [torch.zeros_like(table[:, 0])]
+        for t in reversed(range(length)):
+            values.append(torch.logsumexp(self.table(t) + table / beta + self._lookahead(values[-1]), -1))
+        stacked = torch.stack(values[::-1])
+        _checks.some_left("rewards", stacked[0, self.start])
+        return stacked
+
+    def tilt(self, rewards: Tensor, beta: float, length: int) -> "TiltedChain":
+        """Tilt the law of strings of one length by exp(total reward / beta), exactly.
+
+            pi*(a | c, t) = p(a | c) exp(r(c, a) / beta + V_{t+1}(c a) - V_t(c))
+
+        Args:
+            rewards: As for `soft_values`.
+            beta: Temperature in reward units, > 0.
+            length: Length L of the strings, >= 1.
+
+        Returns:
+            The tilted chain, with `log_partition`; its conditionals depend on the step.
+
+        Raises:
+            TypeError: as for `soft_values`.
+            ValueError: as for `soft_values`.
+
+        Source: [todorov2009]; book chapter 2, `chain-tilt`.
+        """
+        return TiltedChain(self, rewards, beta, length)
+
+    def reward_law(self, rewards: Tensor, length: int) -> RewardLaw:
+        """Compute the exact law of a whole-numbered additive reward, by a forward recursion over (context, sum).
+
+            P_{t+1}(c', s + r(c, a)) = sum over (c, a) that lead to c' of P_t(c, s) p(a | c)
+
+        Cost O(L V^{order+1} S) with S the number of possible sums, as small matrix products.
+
+        Args:
+            rewards: As for `soft_values`, whole numbers only.
+            length: Length L of the strings, >= 1.
+
+        Returns:
+            `RewardLaw(values, logps)`: every sum from L min r to L max r, and its log-probability.
+
+        Raises:
+            TypeError: `rewards` is not a floating tensor, or `length` is not an int.
+            ValueError: `rewards` of another shape or not whole numbers, or `length` < 1.
+
+        Source: book chapter 2, `reward-reduction`.
+        """
+        table = self._reward_table(rewards)
+        _checks.count("length", length)
+        if not bool((table == table.floor()).all()) or bool((table == -math.inf).any()):
+            raise ValueError("rewards must be finite whole numbers here, got others")
+        v, low = self._v, int(table.min())
+        distinct = [int(r) for r in table.unique().tolist()]
+        size = length * (distinct[-1] - low) + 1
+        mass = torch.zeros(v**self.order, size, dtype=torch.float64, device=self._logps.device)
+        mass[self.start, 0] = 1.0
+        for t in range(length):
+            probs = self.table(t).double().exp()
+            # Context (x, m) moves to (m, a): the oldest symbol x is summed out, for every middle part m at once.
+            oldest_last = mass.view(v, -1, size).transpose(0, 1)
+            mass = torch.zeros_like(mass)
+            for r in distinct:
+                moves = (probs * (table == r)).view(v, -1, v).permute(1, 2, 0)
+                moved = torch.bmm(moves, oldest_last).reshape(-1, size)
+                mass[:, r - low :] += moved[:, : size - (r - low)]
+        values = torch.arange(size, dtype=torch.float64, device=mass.device) + length * low
+        law = mass.sum(0)
+        return RewardLaw(values, (law / law.sum()).log())
+
+
+class TiltedChain(MarkovChain):
+    """The exact tilt of a chain by an additive reward: the same contexts, conditionals that depend on the step.
+
+    Made by `MarkovChain.tilt`. `length` is the length of its strings, `log_partition` is log Z.
+    """
+
+    def __init__(self, ref: MarkovChain, rewards: Tensor, beta: float, length: int) -> None:
+        super().__init__(ref.table(0), ref.alphabet)
+        self.ref, self.length = ref, length
+        self.values = ref.soft_values(rewards, beta, length)
+        self.log_partition = self.values[0, self.start]
+        self._log_weights = ref._reward_table(rewards) / beta
+
+    def table(self, step: int) -> Tensor:
+        """Return next-symbol log-probabilities at a step, shape (V^order, V).
+
+        Raises:
+            ValueError: `step` outside 0..length-1.
+        """
+        if not 0 <= step < self.length:
+            raise ValueError(f"step must lie in 0..{self.length - 1}, got {step}")
+        ahead = self.ref.table(step) + self._log_weights + self._lookahead(self.values[step + 1])
+        here = self.values[step].unsqueeze(-1)
+        # A context from which every continuation is excluded is never reached; it keeps the row of the reference.
+        return torch.where(here > -math.inf, ahead - here, self.ref.table(step))

@@ -1,0 +1,402 @@
+"""Best-of-N and soft best-of-N: the draw, and the exact law of what it returns, for every N.
+
+Draw N candidates from a reference law p and keep one: the best (`best_of_n`), or one with probability proportional to
+w = exp(r / beta) (`soft_best_of_n`). The `_law` functions give the law of the kept candidate without sampling;
+`soft_best_of_n_stream` keeps one of arbitrarily many candidates in constant memory; `candidate_counts` replaces N draws
+by one multinomial count vector.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tiltlib import _checks
+
+__all__ = [
+    "Streamed",
+    "best_of_n",
+    "best_of_n_law",
+    "candidate_counts",
+    "soft_best_of_n",
+    "soft_best_of_n_draw",
+    "soft_best_of_n_law",
+    "soft_best_of_n_stream",
+]
+
+# exp(-s w) has underflowed past every digit of the answer once log(s w) exceeds log 43: e^-43 < 2^-53 / 100.
+_LOG_43 = math.log(43.0)
+# exp(-38) < 2^-53 / 2: what the integral over log s leaves out on the left, relative to the whole.
+_LEFT_TAIL = 38.0
+
+
+class Streamed(NamedTuple):
+    """What `soft_best_of_n_stream` returns."""
+
+    winner: Tensor
+    log_mean_weight: Tensor
+    n: int
+
+
+def _candidate_rewards(rewards: Tensor) -> Tensor:
+    """Check rewards of candidates and return the largest of each row, kept as a dimension."""
+    _checks.rewards("rewards", rewards)
+    top = rewards.amax(-1, keepdim=True)
+    _checks.some_left("rewards", top)
+    return top
+
+
+def best_of_n(rewards: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Pick the candidate of the largest reward, ties broken uniformly over the tied candidates.
+
+    Not differentiable. Cost O(N) per row.
+
+    Args:
+        rewards: Reward of each candidate, shape (..., N), floating; -inf excludes a candidate.
+        generator: Source of randomness, on the device of `rewards`.
+
+    Returns:
+        Index of the chosen candidate, int64, shape (...).
+
+    Raises:
+        TypeError: `rewards` is not a floating tensor.
+        ValueError: `rewards` has NaN, +inf, or a row that is all -inf.
+
+    Source: [beirami2024]; book chapter 2, `bon-law`.
+    """
+    top = _candidate_rewards(rewards)
+    u = torch.rand(rewards.shape, generator=generator, device=rewards.device, dtype=torch.float64)
+    return torch.where(rewards == top, u, -1.0).argmax(-1)
+
+
+def soft_best_of_n(rewards: Tensor, beta: float, *, generator: torch.Generator) -> Tensor:
+    """Pick one candidate with probability proportional to exp(reward / beta).
+
+        P(i) = exp(r_i / beta) / sum_j exp(r_j / beta)
+
+    `weights.normalize(rewards / beta)` gives these probabilities. Not differentiable through the index. Cost O(N) per
+    row.
+
+    Args:
+        rewards: Reward of each candidate, shape (..., N), floating; -inf excludes a candidate.
+        beta: Temperature in reward units, > 0; small is greedy, large is uniform.
+        generator: Source of randomness, on the device of `rewards`.
+
+    Returns:
+        Index of the chosen candidate, int64, shape (...).
+
+    Raises:
+        TypeError: `rewards` is not a floating tensor.
+        ValueError: `rewards` has NaN, +inf, or a row that is all -inf, or `beta` is not finite and > 0.
+
+    Source: [verdun2025]; book chapter 2, `soft-bon-law`.
+    """
+    top = _candidate_rewards(rewards)
+    _checks.positive("beta", beta)
+    return _pick(((rewards - top) / beta).exp(), generator)[0]
+
+
+def _pick(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pick an index with probability proportional to weights that are not all 0; also return their sum."""
+    # float64 sums: in float32 the cumulative sum of a long row distorts single candidates by a relative 1e-2.
+    cdf = weights.cumsum(-1, dtype=torch.float64)
+    total = cdf[..., -1:].clone()
+    u = torch.rand(total.shape, generator=generator, device=weights.device, dtype=torch.float64)
+    # Dividing by the total makes the last entry exactly 1 > u, so the search cannot run past the end.
+    index = torch.searchsorted(cdf.div_(total), u, right=True)
+    return index.squeeze(-1), total.squeeze(-1)
+
+
+def best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
+    """Compute the exact law of best-of-N, ties broken uniformly over the tied draws.
+
+        P(y) = p(y) (F(y)^N - F-(y)^N) / (F(y) - F-(y)),    F = P_p(r <= r(y)), F- = P_p(r < r(y))
+
+    Accurate to rounding for any N: powers are taken as exp(N log1p(-upper tail)). Not differentiable in `rewards`.
+    Cost O(K log K) per row.
+
+    Args:
+        ref_logps: Reference log-probabilities, shape (..., K), normalised.
+        rewards: Finite reward of each outcome, shape (..., K).
+        n: Number of candidates, >= 1.
+
+    Returns:
+        Log-probabilities of the kept candidate, shape (..., K).
+
+    Raises:
+        TypeError: a tensor is not floating, or `n` is not an int.
+        ValueError: `ref_logps` not normalised, `rewards` not finite where the reference has mass, `n` < 1, or shapes
+            that do not fit.
+
+    Source: [beirami2024]; book chapter 2, `bon-law`.
+    """
+    ref, supported = _finite_n_inputs(ref_logps, rewards, n)
+    sorted_rewards, order = supported.sort(-1)
+    rises = sorted_rewards[..., 1:] > sorted_rewards[..., :-1]
+    level = torch.cat([torch.zeros_like(order[..., :1]), rises.long().cumsum(-1)], -1)
+    mass = torch.zeros_like(ref).scatter_add(-1, level, ref.exp().gather(-1, order))
+    # Sum from whichever end is nearer, so that log F keeps its digits near 1: N log F is what matters for large N.
+    above = mass.flip(-1).cumsum(-1).flip(-1) - mass
+    below = mass.cumsum(-1)
+    log_f = torch.where(above < 0.5, torch.log1p(-above.clamp(max=0.5)), below.log())
+    share = (mass / (mass + (below - mass))).clamp(max=1)
+    # log (F^N - F-^N) / (F - F-), with F- = F (1 - share)
+    many = float(n)  # whole numbers above 2^63 do not fit a tensor
+    log_ratio = many * log_f + torch.log(-torch.expm1(many * torch.log1p(-share))) - mass.log()
+    per_outcome = torch.empty_like(ref).scatter(-1, order, log_ratio.gather(-1, level))
+    law = torch.where(ref > -math.inf, ref + per_outcome, -math.inf)
+    return law.to(ref_logps.dtype)
+
+
+def _finite_n_inputs(ref_logps: Tensor, rewards: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Check the inputs of a finite-N law; return them broadcast, float64, unsupported rewards moved to the lowest."""
+    _checks.logps("ref_logps", ref_logps)
+    _checks.rewards("rewards", rewards)
+    _checks.same_outcomes("ref_logps", ref_logps, "rewards", rewards)
+    _checks.count("n", n)
+    ref, r = torch.broadcast_tensors(ref_logps.double(), rewards.double())
+    on_support = ref > -math.inf
+    if bool((on_support & (r == -math.inf)).any()):
+        raise ValueError(
+            "rewards must be finite where the reference has mass, got -inf: all N candidates may be excluded at once, "
+            "and then nothing is returned; condition the reference on the allowed outcomes instead"
+        )
+    lowest = torch.where(on_support, r, math.inf).amin(-1, keepdim=True)
+    return torch.log_softmax(ref, -1), torch.where(on_support, r, lowest)
+
+
+def soft_best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int, beta: float) -> Tensor:
+    """Compute the exact law of soft best-of-N, for any N.
+
+        P_N(y) = N p(y) w(y) int_0^inf exp(-s w(y)) M(s)^(N-1) ds,    M(s) = sum_k p_k exp(-s w_k),  w = exp(r / beta)
+
+    With s = e^t the trapezoid rule of step 1/4 has a relative error below 1e-15 for every N, p, w and y (book chapter
+    2, `soft-bon-quadrature`). All terms are positive, so nothing cancels. Not differentiable. Cost at most
+    4 (log N + R + 42) exponentials per distinct reward, R the range of r / beta; far less for large N.
+
+    Args:
+        ref_logps: Reference log-probabilities, shape (..., K), normalised.
+        rewards: Finite reward of each outcome, shape (..., K).
+        n: Number of candidates, >= 1; checked up to 10^12.
+        beta: Temperature in reward units, > 0. The range of rewards / beta over the support must not exceed 600.
+
+    Returns:
+        Log-probabilities of the kept candidate, shape (..., K).
+
+    Raises:
+        TypeError: a tensor is not floating, or `n` is not an int.
+        ValueError: `ref_logps` not normalised, `rewards` not finite where the reference has mass, `n` < 1, `beta` not
+            finite and > 0 or so small that rewards / beta spans more than 600, or shapes that do not fit.
+
+    Source: [verdun2025] for the method; the exact law is derived in book chapter 2, `soft-bon-law`.
+    """
+    ref, supported = _finite_n_inputs(ref_logps, rewards, n)
+    _checks.positive("beta", beta)
+    spread = (supported.amax(-1) - supported.amin(-1)).max().item() / beta
+    if spread > 600:  # exp(-700) leaves float64; the limit beta to 0 is `best_of_n_law`
+        raise ValueError(
+            f"beta must be at least (max reward - min reward) / 600, got {beta} for a range of {spread * beta:.6g}; "
+            "use best_of_n_law for the limit beta to 0"
+        )
+    if n == 1:
+        return ref_logps.expand(ref.shape).clone()
+    log_w = (supported - supported.amax(-1, keepdim=True)) / beta
+    flat_ref, flat_w = ref.reshape(-1, ref.shape[-1]), log_w.reshape(-1, ref.shape[-1])
+    rows = []
+    for row, row_w in zip(flat_ref, flat_w, strict=True):
+        # Outcomes of equal reward share one integral; adding their mass changes nothing else.
+        levels, level = row_w.unique(return_inverse=True)
+        mass = torch.zeros_like(levels).index_add(0, level, row.exp())
+        rows.append(row + _log_selection_ratio(mass, levels, n)[level])
+    return torch.stack(rows).reshape(ref.shape).to(ref_logps.dtype)
+
+
+def _log_selection_ratio(mass: Tensor, log_w: Tensor, n: int) -> Tensor:
+    """Compute log(P_N / p) = log(N w int e^{-s w} M(s)^{N-1} ds) on weight levels with max log_w = 0.
+
+    Trapezoid rule in t = log s. Two savings change no digit: a block of nodes is skipped where N s M(s)^(N-1) is
+    below e^-45 throughout (the whole integral is at least 1), and for s < 1/16, where exp(-s w) is a short polynomial,
+    moments of w replace exponentials.
+    """
+    h, block, device = 0.25, 16, mass.device
+    w = log_w.exp()
+    start = -math.log(n) - _LEFT_TAIL
+    count = math.ceil((-log_w.min().item() + _LOG_43 - start) / h)
+    # start + h * integers, h a power of two: adding h repeatedly would accumulate rounding.
+    t = start + h * torch.arange(math.ceil(count / block) * block, device=device, dtype=torch.float64)
+    blocks = t.view(-1, block)
+    # M decreases, so the first node of a block bounds M on all of it.
+    head = _log_laplace(blocks[:, 0].exp(), mass, w)
+    keep = math.log(n) + blocks[:, -1] + (float(n) - 1) * head > -45.0
+    t = blocks[keep].flatten()
+    s = t.exp()
+    log_node = t + (float(n) - 1) * _log_laplace(s, mass, w) + math.log(h * n)
+    peak = log_node.max()
+    node = (log_node - peak).exp()
+    small = s < 1 / 16
+    total = torch.zeros_like(w)
+    if bool(small.any()):
+        # sum_i node_i e^{-s_i w} = sum_j (-w)^j / j! sum_i node_i s_i^j; s w < 1/16: 10 terms leave 16^-10 / 10!.
+        powers = torch.arange(10, device=device)
+        moments = (node[small] @ s[small, None] ** powers) / torch.lgamma(powers.double() + 1).exp()
+        total += (-w[:, None]) ** powers @ moments
+    for rows in torch.split(torch.nonzero(~small).squeeze(-1), 64):  # 64 rows stay in cache
+        total += node[rows] @ torch.exp(-s[rows, None] * w)
+    return log_w + total.log() + peak
+
+
+def _log_laplace(s: Tensor, mass: Tensor, w: Tensor) -> Tensor:
+    """Compute log sum_k mass_k exp(-s w_k) for each s, with relative accuracy also where it is nearly 0 in size."""
+    out = torch.empty_like(s)
+    small = s < 1 / 16
+    if bool(small.any()):
+        powers = torch.arange(1, 11, device=s.device)
+        moments = (mass @ w[:, None] ** powers) / torch.lgamma(powers.double() + 1).exp()
+        out[small] = torch.log1p((-s[small, None]) ** powers @ moments)
+    for rows in torch.split(torch.nonzero(~small).squeeze(-1), 64):
+        sw = s[rows, None] * w
+        value = torch.exp(-sw) @ mass
+        near_one = value > 0.5  # there 1 - M carries the digits, and expm1 keeps them
+        value[near_one] = 1 + torch.expm1(-sw[near_one]) @ mass
+        out[rows] = value.log()
+        out[rows[near_one]] = torch.log1p(torch.expm1(-sw[near_one]) @ mass)
+    return out
+
+
+def candidate_counts(ref_logps: Tensor, n: int, *, generator: torch.Generator) -> Tensor:
+    """Draw how often each outcome occurs among N candidates, without drawing the candidates.
+
+        counts ~ Multinomial(N, p), as c_k ~ Binomial(N - c_1 - ... - c_{k-1}, p_k / (p_k + ... + p_K))
+
+    Selection looks at candidates only through their outcomes, so counts are all it needs. Cost O(K) binomials per row,
+    whatever N: worth it for N well above K.
+
+    Args:
+        ref_logps: Reference log-probabilities, shape (..., K), normalised. Expand it for several rows.
+        n: Number of candidates per row, >= 1.
+        generator: Source of randomness, on the device of `ref_logps`.
+
+    Returns:
+        Counts, float64 (whole numbers, exact up to 2^53), shape (..., K), each row summing to `n`.
+
+    Raises:
+        TypeError: `ref_logps` is not a floating tensor, or `n` is not an int.
+        ValueError: `ref_logps` not normalised, or `n` < 1.
+
+    Source: [devroye1986], chapter 11.
+    """
+    _checks.logps("ref_logps", ref_logps)
+    _checks.count("n", n)
+    probs = ref_logps.double().exp()
+    tail = probs.flip(-1).cumsum(-1).flip(-1)
+    share = torch.where(tail > 0, probs / tail, 0).clamp(max=1).unbind(-1)
+    # The last outcome that has mass takes what is left, also where rounding put its share just below 1.
+    last = (probs > 0).long().cumsum(-1).argmax(-1)
+    left = torch.full(probs.shape[:-1], float(n), dtype=torch.float64, device=probs.device)
+    counts = []
+    for k, p in enumerate(share):
+        c = torch.where(last == k, left, torch.binomial(left, p.contiguous(), generator=generator))
+        counts.append(c)
+        left = left - c
+    return torch.stack(counts, -1)
+
+
+def soft_best_of_n_draw(
+    ref_logps: Tensor, rewards: Tensor, n: int, beta: float, *, generator: torch.Generator
+) -> Tensor:
+    """Draw one soft best-of-N outcome per row from a categorical reference, in time that does not grow with N.
+
+        P(y | counts c) = c_y w_y / sum_k c_k w_k,    c = candidate_counts(p, N)
+
+    The law of the outcome is `soft_best_of_n_law`.
+
+    Args:
+        ref_logps: Reference log-probabilities, shape (..., K), normalised. Expand it for several rows.
+        rewards: Reward of each outcome, shape (..., K), finite where the reference has mass.
+        n: Number of candidates, >= 1.
+        beta: Temperature in reward units, > 0.
+        generator: Source of randomness, on the device of the tensors.
+
+    Returns:
+        Outcome index, int64, shape (...).
+
+    Raises:
+        TypeError: a tensor is not floating, or `n` is not an int.
+        ValueError: as for `soft_best_of_n_law`, except that any `beta` > 0 will do.
+
+    Source: book chapter 2, `soft-bon-law`.
+    """
+    ref, supported = _finite_n_inputs(ref_logps, rewards, n)
+    _checks.positive("beta", beta)
+    counts = candidate_counts(ref, n, generator=generator)
+    drawn = torch.where(counts > 0, supported, -math.inf)
+    return _pick(counts * ((drawn - drawn.amax(-1, keepdim=True)) / beta).exp(), generator)[0]
+
+
+def soft_best_of_n_stream(
+    chunks: Iterable[tuple[Tensor, Tensor]], beta: float, *, generator: torch.Generator
+) -> Streamed:
+    """Soft best-of-N over candidates that arrive in chunks; memory does not grow with N.
+
+    Per chunk one candidate is picked with probability proportional to w; it replaces the winner so far with probability
+    (weight of the chunk) / (weight of all candidates so far). After every chunk the winner is a soft best-of-N choice
+    among all candidates seen.
+
+    Args:
+        chunks: Pairs `(candidates, rewards)`. `rewards` has shape (..., C), floating, -inf excludes; C may differ from
+            chunk to chunk. `candidates` has shape (..., C) or (..., C, L), any dtype.
+        beta: Temperature in reward units, > 0.
+        generator: Source of randomness, on the device of the tensors.
+
+    Returns:
+        `Streamed(winner, log_mean_weight, n)`: the kept candidate, shape (...) or (..., L); the log of the mean weight
+        over all n candidates, an estimate of log Z, shape (...); and n per row.
+
+    Raises:
+        TypeError: rewards that are not a floating tensor.
+        ValueError: no chunk, shapes that do not fit, rewards with NaN or +inf, a row without any finite reward, or
+            `beta` not finite and > 0.
+
+    Source: [efraimidis2006] for one-pass weighted choice; book chapter 2, `soft-bon-law`.
+    """
+    _checks.positive("beta", beta)
+    winner: Tensor | None = None
+    log_total = torch.tensor(-math.inf)
+    n = 0
+    for candidates, rewards in chunks:
+        _checks.tensor("rewards", rewards)
+        if candidates.shape[: rewards.ndim] != rewards.shape:
+            raise ValueError(
+                f"candidates must have the shape of rewards, then any event dimensions, "
+                f"got {tuple(candidates.shape)} and {tuple(rewards.shape)}"
+            )
+        if winner is not None and rewards.shape[:-1] != log_total.shape:
+            raise ValueError(
+                f"rewards must keep the batch shape {tuple(log_total.shape)} of the first chunk, "
+                f"got shape {tuple(rewards.shape)}"
+            )
+        top = rewards.amax(-1, keepdim=True)
+        if not bool((top < math.inf).all()):  # false for NaN too: one pass instead of two
+            raise ValueError("rewards must be finite or -inf (excluded), got NaN or +inf")
+        # A chunk that is all -inf has weight 0; shifting by 0 there keeps it from becoming NaN.
+        shift = torch.where(top > -math.inf, top, 0)
+        index, total = _pick(((rewards - shift) / beta).exp_(), generator)
+        index = index.clamp(max=rewards.shape[-1] - 1)
+        log_chunk = total.log() + shift.squeeze(-1).double() / beta
+        where = index.reshape(*index.shape, *[1] * (candidates.ndim - index.ndim))
+        picked = torch.take_along_dim(candidates, where, index.ndim).squeeze(index.ndim)
+        if winner is None:
+            winner, log_total = picked, log_chunk
+        else:
+            both = torch.logaddexp(log_total, log_chunk)
+            u = torch.rand(both.shape, generator=generator, device=both.device, dtype=torch.float64)
+            replace = u < (log_chunk - both).exp()  # NaN where nothing has weight yet: False
+            winner = torch.where(replace.reshape(*replace.shape, *[1] * (picked.ndim - replace.ndim)), picked, winner)
+            log_total = both
+        n += rewards.shape[-1]
+    if winner is None:
+        raise ValueError("chunks must hold at least one pair (candidates, rewards), got none")
+    _checks.some_left("rewards", log_total)
+    return Streamed(winner, log_total - math.log(n), n)

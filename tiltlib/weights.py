@@ -1,0 +1,128 @@
+"""Log-space weights: normalise, average, effective sample size, and the temperature for a wanted one.
+
+Unnormalised log weights are the currency of this package. A weight of -inf is a candidate that is excluded.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tiltlib import _checks
+
+__all__ = ["beta_for_ess", "ess", "log_mean", "normalize"]
+
+
+def _checked(log_weights: Tensor) -> Tensor:
+    """Check log weights and return them shifted so that the largest of each row is 0."""
+    _checks.rewards("log_weights", log_weights)
+    top = log_weights.amax(-1, keepdim=True)
+    _checks.some_left("log_weights", top)
+    return log_weights - top
+
+
+def normalize(log_weights: Tensor) -> Tensor:
+    """Turn unnormalised log weights into log-probabilities.
+
+        log W_i = log w_i - log sum_j w_j
+
+    Differentiable. Cost O(N) per row.
+
+    Args:
+        log_weights: Unnormalised natural-log weights, shape (..., N), floating; -inf excludes an entry.
+
+    Returns:
+        Normalised log weights, same shape and dtype.
+
+    Raises:
+        TypeError: `log_weights` is not a floating tensor.
+        ValueError: `log_weights` has NaN, +inf, or a row that is all -inf.
+    """
+    return torch.log_softmax(_checked(log_weights), -1)
+
+
+def log_mean(log_weights: Tensor) -> Tensor:
+    """Average weights in log space: the importance-sampling estimate of a log partition function.
+
+        log ((1/N) sum_i w_i)
+
+    The mean of its exponential is the partition function; the mean of this logarithm is below it. Differentiable.
+
+    Args:
+        log_weights: Unnormalised natural-log weights, shape (..., N), floating; -inf counts as weight 0.
+
+    Returns:
+        Log of the mean weight, shape (...).
+
+    Raises:
+        TypeError: `log_weights` is not a floating tensor.
+        ValueError: `log_weights` has NaN, +inf, or a row that is all -inf.
+    """
+    _checked(log_weights)
+    return torch.logsumexp(log_weights, -1) - math.log(log_weights.shape[-1])
+
+
+def ess(log_weights: Tensor) -> Tensor:
+    """Count how many equal weights would give the same estimator variance.
+
+        ESS = (sum_i w_i)^2 / sum_i w_i^2        between 1 and N
+
+    It prices the variance of a weighted mean, not the distance between laws (book chapter 2, `length-cutoff`).
+
+    Args:
+        log_weights: Unnormalised natural-log weights, shape (..., N), floating; -inf counts as weight 0.
+
+    Returns:
+        Effective sample size per row, shape (...), in 1..N.
+
+    Raises:
+        TypeError: `log_weights` is not a floating tensor.
+        ValueError: `log_weights` has NaN, +inf, or a row that is all -inf.
+
+    Source: [kong1992]; book chapter 1, `tilt-path`.
+    """
+    shifted = _checked(log_weights)
+    return torch.exp(2 * torch.logsumexp(shifted, -1) - torch.logsumexp(2 * shifted, -1))
+
+
+def beta_for_ess(rewards: Tensor, fraction: float) -> Tensor:
+    """Find the temperature at which the tilt weights keep a wanted fraction of the sample.
+
+        ESS(exp(r / beta)) / N = fraction
+
+    The left side grows with beta: with eta = 1/beta, d log ESS / d eta = 2 (mu(eta) - mu(2 eta)) <= 0, where mu is the
+    weighted mean reward. So the solution is unique, and bisection on log(eta) finds it to the last bits.
+    Not differentiable.
+
+    Args:
+        rewards: Reward of each sample, shape (..., N), floating; -inf excludes a sample.
+        fraction: Wanted ESS / N. It must lie strictly between (number of maximal rewards) / N, the limit for beta to 0,
+            and (number of finite rewards) / N, the limit for beta to infinity.
+
+    Returns:
+        Temperature per row, shape (...), in reward units.
+
+    Raises:
+        TypeError: `rewards` is not a floating tensor.
+        ValueError: `rewards` has NaN, +inf or a row that is all -inf, or `fraction` is not attainable for some row.
+
+    Source: book chapter 1, `tilt-path`.
+    """
+    shifted = _checked(_checks.rewards("rewards", rewards)).double()
+    n = shifted.shape[-1]
+    low = (shifted == 0).sum(-1) / n
+    high = (shifted > -math.inf).sum(-1) / n
+    if not bool(((low < fraction) & (fraction < high)).all()):
+        raise ValueError(
+            f"fraction must lie strictly between {low.max().item():.6g} (only maximal rewards kept) and "
+            f"{high.min().item():.6g} (all rewards kept), got {fraction}"
+        )
+    # Work in units of the largest gap: eta * gap then lies within e^-80 .. e^80 for every fraction in float64 reach.
+    gap = -shifted.masked_fill(shifted == -math.inf, 0).amin(-1, keepdim=True)
+    scaled = shifted / gap
+    lower, upper = torch.full_like(gap, -80.0), torch.full_like(gap, 80.0)
+    for _ in range(80):  # 160 / 2^80 is far below one ulp of the exponent
+        middle = (lower + upper) / 2
+        keeps_more = (ess(scaled * middle.exp()) / n > fraction).unsqueeze(-1)
+        lower, upper = torch.where(keeps_more, middle, lower), torch.where(keeps_more, upper, middle)
+    return (gap / upper.exp()).squeeze(-1).to(rewards.dtype)
