@@ -43,27 +43,38 @@ def rewards(name: str, value: Tensor, *, excluded: bool = True) -> Tensor:
 
 def same_outcomes(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Require the same number of outcomes and leading dimensions that broadcast."""
-    fits = value.shape[-1] == other.shape[-1]
-    if fits:
-        try:
-            torch.broadcast_shapes(value.shape, other.shape)
-        except RuntimeError:
-            fits = False
-    if not fits:
+    if value.shape[-1] != other.shape[-1] or not _broadcast(value.shape, other.shape):
         raise ValueError(
             f"{name} and {other_name} must agree in the last dimension and broadcast in the others, "
             f"got shapes {tuple(value.shape)} and {tuple(other.shape)}"
         )
 
 
-def positive(name: str, value: float | Tensor) -> None:
-    """Require a finite number > 0 (or a tensor of such numbers)."""
-    if isinstance(value, Tensor):
-        legal = bool((torch.isfinite(value) & (value > 0)).all())
-    else:
-        legal = not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < math.inf
-    if not legal:
+def positive(name: str, value: object) -> None:
+    """Require a finite number > 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+
+
+def positive_per_row(name: str, value: float | Tensor, batch: torch.Size) -> None:
+    """Require a finite number > 0, or a tensor of such numbers that broadcasts against the batch dimensions."""
+    if not isinstance(value, Tensor):
+        positive(name, value)
+        return
+    if not bool((torch.isfinite(value) & (value > 0)).all()):
+        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+    if not _broadcast(value.shape, batch):
+        raise ValueError(
+            f"{name} must broadcast against the batch dimensions {tuple(batch)}, got shape {tuple(value.shape)}"
+        )
+
+
+def _broadcast(*shapes: torch.Size) -> bool:
+    try:
+        torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        return False
+    return True
 
 
 def count(name: str, value: int, *, least: int = 1) -> int:

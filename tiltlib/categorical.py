@@ -48,7 +48,7 @@ def _log_tilt_weights(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) 
     _checks.logps("ref_logps", ref_logps)
     _checks.rewards("rewards", rewards)
     _checks.same_outcomes("ref_logps", ref_logps, "rewards", rewards)
-    _checks.positive("beta", beta)
+    _checks.positive_per_row("beta", beta, torch.broadcast_shapes(ref_logps.shape, rewards.shape)[:-1])
     temperature = beta.unsqueeze(-1) if isinstance(beta, Tensor) else beta
     supported = torch.where(ref_logps > -math.inf, rewards, -math.inf)
     top = supported.amax(-1, keepdim=True)
@@ -223,9 +223,13 @@ def chi_square(logps_p: Tensor, logps_q: Tensor) -> Tensor:
         ValueError: a law that is not normalised, or shapes that do not fit.
     """
     _pair(logps_p, logps_q)
-    on_support = torch.where(logps_q > -math.inf, logps_q.exp() * torch.expm1(logps_p - logps_q) ** 2, 0)
+    log_ratio = logps_p - logps_q
+    half = logps_q / 2
+    # (p - q) / sqrt(q): expm1 keeps the digits of nearby laws, the plain difference does not overflow for distant ones.
+    near = half.exp() * torch.expm1(log_ratio.clamp(max=1))
+    scaled = torch.where(log_ratio < 1, near, (logps_p - half).exp() - half.exp())
     escaped = (logps_q == -math.inf) & (logps_p > -math.inf)
-    return torch.where(escaped, math.inf, on_support).sum(-1)
+    return torch.where(logps_q > -math.inf, scaled**2, torch.where(escaped, math.inf, 0)).sum(-1)
 
 
 def sample(logps: Tensor, n: int, *, generator: torch.Generator) -> Tensor:

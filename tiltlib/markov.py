@@ -27,6 +27,12 @@ class RewardLaw(NamedTuple):
     logps: Tensor
 
 
+def _alphabet_size(alphabet: str) -> int:
+    if len(set(alphabet)) < len(alphabet) or len(alphabet) < 2:
+        raise ValueError(f"alphabet must hold at least 2 distinct symbols, got {alphabet!r}")
+    return len(alphabet)
+
+
 class MarkovChain:
     """A law on strings over an alphabet, given by next-symbol log-probabilities per context.
 
@@ -41,10 +47,8 @@ class MarkovChain:
 
     def __init__(self, logps: Tensor, alphabet: str = LETTERS_AND_SPACE) -> None:
         _checks.logps("logps", logps)
-        v = len(alphabet)
-        if len(set(alphabet)) < v or v < 2:
-            raise ValueError(f"alphabet must hold at least 2 distinct symbols, got {alphabet!r}")
-        order = round(math.log(logps.shape[0], v))
+        v = _alphabet_size(alphabet)
+        order = round(math.log(max(1, logps.shape[0]), v))
         if logps.ndim != 2 or order < 1 or logps.shape != (v**order, v):
             raise ValueError(f"logps must have shape (V^order, V) with V = {v}, order >= 1, got {tuple(logps.shape)}")
         self.alphabet, self.order = alphabet, order
@@ -85,7 +89,7 @@ class MarkovChain:
                 f"weights must be {len(words)} finite numbers >= 0 with a positive sum, one per word, "
                 f"got shape {tuple(weights.shape)}"
             )
-        v, separator = len(alphabet), alphabet[-1]
+        v, separator = _alphabet_size(alphabet), alphabet[-1]
         code = {symbol: i for i, symbol in enumerate(alphabet)}
         contexts, symbols, owner = [], [], []
         for i, word in enumerate(words):
@@ -115,11 +119,24 @@ class MarkovChain:
         return len(self.alphabet)
 
     def table(self, step: int) -> Tensor:
-        """Return next-symbol log-probabilities at a step, shape (V^order, V); here the same at every step."""
+        """Return the next-symbol log-probabilities at a step; here the same at every step.
+
+        Args:
+            step: Position in the string, from 0.
+
+        Returns:
+            Log-probabilities, shape (V^order, V).
+        """
         return self._logps
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Turn strings of one length L into symbol numbers, int64, shape (len(texts), L).
+        """Turn strings of one length into symbol numbers.
+
+        Args:
+            texts: Strings of one length L >= 1 over the alphabet.
+
+        Returns:
+            Symbol numbers, int64, shape (len(texts), L).
 
         Raises:
             ValueError: no strings, different lengths, or a symbol outside the alphabet.
@@ -133,7 +150,14 @@ class MarkovChain:
         return torch.tensor([[code[symbol] for symbol in text] for text in texts], device=self._logps.device)
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Turn symbol numbers, shape (n, L), into strings."""
+        """Turn symbol numbers into strings.
+
+        Args:
+            tokens: Symbol numbers in 0..V-1, integer tensor, shape (n, L).
+
+        Returns:
+            n strings of length L.
+        """
         return ["".join(self.alphabet[i] for i in row) for row in tokens.tolist()]
 
     def _steps(self, tokens: Tensor) -> Tensor:
@@ -335,7 +359,13 @@ class TiltedChain(MarkovChain):
         self._log_weights = ref._reward_table(rewards) / beta
 
     def table(self, step: int) -> Tensor:
-        """Return next-symbol log-probabilities at a step, shape (V^order, V).
+        """Return the next-symbol log-probabilities at a step.
+
+        Args:
+            step: Position in the string, in 0..length-1.
+
+        Returns:
+            Log-probabilities, shape (V^order, V).
 
         Raises:
             ValueError: `step` outside 0..length-1.

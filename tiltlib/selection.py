@@ -133,21 +133,33 @@ def best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
     Source: [beirami2024]; book chapter 2, `bon-law`.
     """
     ref, supported = _finite_n_inputs(ref_logps, rewards, n)
+    if n == 1:
+        return ref.to(ref_logps.dtype)
     sorted_rewards, order = supported.sort(-1)
     rises = sorted_rewards[..., 1:] > sorted_rewards[..., :-1]
     level = torch.cat([torch.zeros_like(order[..., :1]), rises.long().cumsum(-1)], -1)
-    mass = torch.zeros_like(ref).scatter_add(-1, level, ref.exp().gather(-1, order))
+    log_mass = _log_mass_per_level(ref.gather(-1, order), level)
+    mass, log_below = log_mass.exp(), torch.logcumsumexp(log_mass, -1)
     # Sum from whichever end is nearer, so that log F keeps its digits near 1: N log F is what matters for large N.
-    above = mass.flip(-1).cumsum(-1).flip(-1) - mass
-    below = mass.cumsum(-1)
-    log_f = torch.where(above < 0.5, torch.log1p(-above.clamp(max=0.5)), below.log())
-    share = (mass / (mass + (below - mass))).clamp(max=1)
-    # log (F^N - F-^N) / (F - F-), with F- = F (1 - share)
+    # Adding up what lies strictly above, not subtracting the level from a total, which would cancel.
+    above = torch.cat([mass[..., 1:].flip(-1).cumsum(-1).flip(-1), torch.zeros_like(mass[..., :1])], -1)
+    log_f = torch.where(above < 0.5, torch.log1p(-above.clamp(max=0.5)), log_below)
+    share = (log_mass - log_below).exp().clamp(max=1)
+    # log (F^N - F-^N) / (F - F-), with F- = F (1 - share); a share that underflows takes the limit N F^(N-1).
     many = float(n)  # whole numbers above 2^63 do not fit a tensor
-    log_ratio = many * log_f + torch.log(-torch.expm1(many * torch.log1p(-share))) - mass.log()
+    log_ratio = many * log_f + torch.log(-torch.expm1(many * torch.log1p(-share))) - log_mass
+    log_ratio = torch.where(share > 0, log_ratio, math.log(n) + (many - 1) * log_f)
     per_outcome = torch.empty_like(ref).scatter(-1, order, log_ratio.gather(-1, level))
     law = torch.where(ref > -math.inf, ref + per_outcome, -math.inf)
     return law.to(ref_logps.dtype)
+
+
+def _log_mass_per_level(logps: Tensor, level: Tensor) -> Tensor:
+    """Sum probabilities over each level in log space, so that a level of e^-800 keeps its mass."""
+    peak = torch.full_like(logps, -math.inf).scatter_reduce(-1, level, logps, "amax")
+    shift = torch.where(peak > -math.inf, peak, 0)
+    sums = torch.zeros_like(logps).scatter_add(-1, level, (logps - shift.gather(-1, level)).exp())
+    return shift + sums.log()
 
 
 def _finite_n_inputs(ref_logps: Tensor, rewards: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -201,7 +213,7 @@ def soft_best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int, beta: float) 
             "use best_of_n_law for the limit beta to 0"
         )
     if n == 1:
-        return ref_logps.expand(ref.shape).clone()
+        return ref.to(ref_logps.dtype)
     log_w = (supported - supported.amax(-1, keepdim=True)) / beta
     flat_ref, flat_w = ref.reshape(-1, ref.shape[-1]), log_w.reshape(-1, ref.shape[-1])
     rows = []
@@ -338,7 +350,7 @@ def soft_best_of_n_draw(
 def soft_best_of_n_stream(
     chunks: Iterable[tuple[Tensor, Tensor]], beta: float, *, generator: torch.Generator
 ) -> Streamed:
-    """Soft best-of-N over candidates that arrive in chunks; memory does not grow with N.
+    """Keep one of arbitrarily many candidates by soft best-of-N, chunk by chunk, in constant memory.
 
     Per chunk one candidate is picked with probability proportional to w; it replaces the winner so far with probability
     (weight of the chunk) / (weight of all candidates so far). After every chunk the winner is a soft best-of-N choice
@@ -363,7 +375,7 @@ def soft_best_of_n_stream(
     """
     _checks.positive("beta", beta)
     winner: Tensor | None = None
-    log_total = torch.tensor(-math.inf)
+    log_total: Tensor | None = None
     n = 0
     for candidates, rewards in chunks:
         _checks.tensor("rewards", rewards)
@@ -372,7 +384,7 @@ def soft_best_of_n_stream(
                 f"candidates must have the shape of rewards, then any event dimensions, "
                 f"got {tuple(candidates.shape)} and {tuple(rewards.shape)}"
             )
-        if winner is not None and rewards.shape[:-1] != log_total.shape:
+        if log_total is not None and rewards.shape[:-1] != log_total.shape:
             raise ValueError(
                 f"rewards must keep the batch shape {tuple(log_total.shape)} of the first chunk, "
                 f"got shape {tuple(rewards.shape)}"
@@ -385,18 +397,18 @@ def soft_best_of_n_stream(
         index, total = _pick(((rewards - shift) / beta).exp_(), generator)
         index = index.clamp(max=rewards.shape[-1] - 1)
         log_chunk = total.log() + shift.squeeze(-1).double() / beta
-        where = index.reshape(*index.shape, *[1] * (candidates.ndim - index.ndim))
+        where = index.reshape(index.shape + (1,) * (candidates.ndim - index.ndim))
         picked = torch.take_along_dim(candidates, where, index.ndim).squeeze(index.ndim)
-        if winner is None:
+        if winner is None or log_total is None:
             winner, log_total = picked, log_chunk
         else:
             both = torch.logaddexp(log_total, log_chunk)
             u = torch.rand(both.shape, generator=generator, device=both.device, dtype=torch.float64)
             replace = u < (log_chunk - both).exp()  # NaN where nothing has weight yet: False
-            winner = torch.where(replace.reshape(*replace.shape, *[1] * (picked.ndim - replace.ndim)), picked, winner)
+            winner = torch.where(replace.reshape(replace.shape + (1,) * (picked.ndim - replace.ndim)), picked, winner)
             log_total = both
         n += rewards.shape[-1]
-    if winner is None:
+    if winner is None or log_total is None:
         raise ValueError("chunks must hold at least one pair (candidates, rewards), got none")
     _checks.some_left("rewards", log_total)
     return Streamed(winner, log_total - math.log(n), n)

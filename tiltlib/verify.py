@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LogLaw = Tensor | Callable[[Tensor], Tensor]
 
 # Concentrations of the Dirichlet mixture in units of n: from "nearly any other law" to "a law very near the target".
@@ -135,7 +136,7 @@ def _law(name: str, logps: Tensor) -> Floats:
 
 def _counts(samples: Tensor, k: int) -> NDArray[np.int64]:
     """Check outcome indices and count them."""
-    if not isinstance(samples, Tensor) or samples.is_floating_point() or samples.is_complex():
+    if not isinstance(samples, Tensor) or samples.dtype not in _INTEGERS:
         raise TypeError(f"samples must be an integer tensor of outcome indices, got {_described(samples)}")
     if samples.numel() == 0:
         raise ValueError("samples must hold at least one outcome, got n = 0")
@@ -184,7 +185,8 @@ def log_e_value(counts: ArrayLike, target: Tensor, versus: Sequence[Tensor] = ()
     """
     log_p = _law("target", target)
     c = np.asarray(counts, dtype=np.float64)
-    if c.shape != log_p.shape or (c < 0).any() or (c != np.floor(c)).any() or c.sum() == 0:
+    whole = np.isfinite(c) & (c >= 0) & (c == np.floor(c))
+    if c.shape != log_p.shape or not whole.all() or c.sum() == 0:
         raise ValueError(f"counts must be {len(log_p)} whole numbers >= 0 with a positive sum, got {counts!r}")
     wrong = [_law(f"versus[{i}]", q) for i, q in enumerate(versus)]
     for i, q in enumerate(wrong):
@@ -244,6 +246,7 @@ def match(
     """
     _claim_id(claim)
     _probability("alpha", alpha)
+    _probability("miss", miss)
     log_p = _law("target", target)
     c = _counts(samples, len(log_p))
     log_e = log_e_value(c, target, versus)
@@ -427,8 +430,8 @@ def within(
         method = "counts"
         if cells is not None:
             _counts(samples, len(p))
-            if not isinstance(cells, Tensor) or cells.is_floating_point() or cells.shape != target.shape:
-                raise ValueError(f"cells must be an integer tensor of shape {tuple(target.shape)}, one per outcome")
+            if cells.dtype not in _INTEGERS or cells.shape != target.shape or int(cells.min()) < 0:
+                raise ValueError(f"cells must be integers >= 0 of shape {tuple(target.shape)}, one per outcome")
             p = np.bincount(cells.cpu().numpy(), weights=p)
             indices = cells[samples]
             method = f"cells({len(p)})"
@@ -542,7 +545,11 @@ def bound(lhs: Any, rhs: Any, *, claim: str) -> Verdict:
     Source: book chapter "Verifying".
     """
     _claim_id(claim)
-    a, b = np.broadcast_arrays(_numbers("lhs", lhs), _numbers("rhs", rhs))
+    left, right = _numbers("lhs", lhs), _numbers("rhs", rhs)
+    try:
+        a, b = np.broadcast_arrays(left, right)
+    except ValueError:
+        raise ValueError(f"lhs and rhs must broadcast, got shapes {left.shape} and {right.shape}") from None
     excess = np.where(a == b, 0.0, np.subtract(a, b, where=a != b, out=np.zeros(a.shape)))
     slack = 1e-12 * np.maximum(1, np.abs(np.where(np.isfinite(b), b, 1)))
     holds = bool((excess <= slack).all())  # NaN compares false
