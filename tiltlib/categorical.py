@@ -323,5 +323,8 @@ def sample_alias(table: AliasTable, n: int, *, generator: torch.Generator) -> Te
     _checks.count("n", n)
     k = len(table.threshold)
     u = torch.rand(n, generator=generator, device=table.threshold.device, dtype=torch.float64).mul_(k)
-    column = u.long()
-    return torch.where(u.sub_(column) < table.threshold[column], column, table.other[column])
+    column = u.int()
+    moved = u.frac_() >= table.threshold.index_select(0, column)
+    # One look-up in (own outcomes, other outcomes): torch.where on a random mask costs several times as much.
+    outcomes = torch.cat([torch.arange(k, device=u.device), table.other])
+    return outcomes.index_select(0, column.add_(moved, alpha=k))

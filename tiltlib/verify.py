@@ -166,8 +166,8 @@ def log_e_value(counts: ArrayLike, target: Tensor, versus: Sequence[Tensor] = ()
 
     The first part is a mixture of Dirichlet-multinomial likelihood ratios with concentrations k_j = n * {1/64, 1/16,
     1/4, 1, 4, 16, 64, 256}: it has power against every law. The second is the likelihood ratio of the declared wrong
-    laws q_i; without any, E is the first part alone. Under the target E has mean exactly 1 for every n and K, so
-    P(E >= 1/alpha) <= alpha.
+    laws q_i; without any, E is the first part alone. Under the target E has mean at most 1 for every n and K (exactly 1
+    where no q_i leaves the support of p), so P(E >= 1/alpha) <= alpha.
 
     Args:
         counts: How often each outcome occurred, shape (K,), whole numbers >= 0, not all 0.

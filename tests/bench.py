@@ -1,0 +1,200 @@
+"""Speed, memory and accuracy beside naive code and other libraries: `make bench`.
+
+A gate bounds a ratio of times taken in turn in this process, an error or a number of bytes, never a time. Times are
+processor time of one thread, which other load on the machine changes least. Add a row with `faster` (of a generator,
+return what to time: ours, then others, the fastest of which counts) or `at_most` (return a number).
+`python tests/bench.py WORD` runs only the rows whose name holds the word.
+"""
+
+import importlib.util
+import itertools
+import math
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from tiltlib import categorical, selection, verify
+
+torch.set_num_threads(1)  # after the imports, any of which may reset it
+
+# Candidates per chunk of a stream: shorter chunks pay for calls (0.4 ms per chunk), longer ones for page faults.
+CHUNK = 2**17
+Call = Callable[[], object]
+Cells = tuple[str, str, str, str, str]  # ours, other, ratio, gate, ok
+LINUX = sys.platform == "linux"
+MARK = {True: "yes", False: "NO"}
+ROWS: dict[str, Callable[[Generator], Cells]] = {}
+
+
+def faster(what: str, times: float, calls: Callable[[Generator], tuple[Call, ...]], *, peer: str = "") -> None:
+    """Add a row: ours must be so many times faster than the fastest other. Without the module `peer`: SKIP."""
+
+    def row(g: Generator) -> Cells:
+        if peer and importlib.util.find_spec(peer) is None:
+            return "-", "-", "-", "-", "SKIP"
+        ours, *others = medians(calls(g))
+        other, ok = min(others), min(others) / ours >= times
+        return f"{ours * 1e3:.1f} ms", f"{other * 1e3:.0f} ms", f"{other / ours:.1f}", f">= {times:g}", MARK[ok]
+
+    ROWS[what] = row
+
+
+def at_most(what: str, limit: float, number: Callable[[Generator], float]) -> None:
+    """Add a row: a number that must not exceed a limit."""
+
+    def row(g: Generator) -> Cells:
+        got = number(g)
+        return f"{got:.2g}", "-", "-", f"<= {limit:g}", MARK[got <= limit]
+
+    ROWS[what] = row
+
+
+def medians(calls: tuple[Call, ...]) -> list[float]:
+    """Time calls in turn, A B A B, so that what slows the machine down for a while slows all of them."""
+    begin, rounds = time.process_time(), []
+    while len(rounds) < 6 or (time.process_time() - begin < 1 and len(rounds) < 100):
+        marks = [time.process_time()]
+        for call in calls:
+            call()
+            marks.append(time.process_time())
+        rounds.append(np.diff(marks))
+    return np.median(rounds[1:], axis=0).tolist()  # the first round warms up
+
+
+def instance(k: int, spread: float, g: Generator) -> tuple[Tensor, Tensor]:
+    """Draw a reference law on k outcomes, and rewards that span exactly `spread`."""
+    r = torch.rand(k, generator=g, dtype=torch.float64)
+    ref_logps = torch.randn(k, generator=g, dtype=torch.float64).log_softmax(-1)
+    return ref_logps, (r - r.min()) * (spread / (r.max() - r.min()))
+
+
+def naive(ref_logps: Tensor, rewards: Tensor, m: int, n: int, g: Generator) -> tuple[Call, Call]:
+    """Soft best-of-N as one writes it, in float64 and in float32: m x n draws, a softmax, one pick per row."""
+
+    def run(probs: Tensor, rewards: Tensor) -> Tensor:
+        candidates = torch.multinomial(probs, m * n, replacement=True, generator=g).view(m, n)
+        pick = torch.multinomial(torch.softmax(rewards.take(candidates), -1), 1, generator=g)
+        return candidates.gather(-1, pick).squeeze(-1)
+
+    probs = ref_logps.exp()
+    return partial(run, probs, rewards), partial(run, probs.float(), rewards.float())
+
+
+def enumerated_law(ref_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
+    """Sum over every vector of counts: P(y) = sum_c Multinomial(c; n, p) c_y w_y / sum_k c_k w_k."""
+    k = len(ref_logps)
+    # Stars and bars: k - 1 bars among n + k - 1 places; the gaps between the bars are the counts.
+    bars = itertools.chain.from_iterable(itertools.combinations(range(n + k - 1), k - 1))
+    places = np.fromiter(bars, np.int64).reshape(-1, k - 1)
+    counts = torch.from_numpy(np.diff(places, axis=1, prepend=-1, append=n + k - 1) - 1)
+    # A product of binomial coefficients, each exact in float64; lgamma would lose two digits.
+    choose = torch.tensor([[math.comb(a, b) for b in range(n + 1)] for a in range(n + 1)], dtype=torch.float64)
+    left = n - (counts.cumsum(-1) - counts)
+    mass = (choose[left, counts] * ref_logps.exp() ** counts).prod(-1, keepdim=True)
+    weight = counts * (rewards - rewards.max()).exp()
+    return (mass * weight / weight.sum(-1, keepdim=True)).sum(0)
+
+
+def law_error(g: Generator) -> float:
+    errors = []
+    for k, n, spread in [(2, 2, 3), (2, 40, 50), (3, 40, 1), (4, 40, 50), (5, 7, 20), (6, 20, 6), (6, 40, 50)]:
+        ref_logps, rewards = instance(k, spread, g)
+        law = selection.soft_best_of_n_law(ref_logps, rewards, n, 1.0).exp()
+        errors.append((law / enumerated_law(ref_logps, rewards, n) - 1).abs().max().item())
+    return max(errors)
+
+
+def law_sum(g: Generator) -> float:
+    cases = itertools.product([2, 32, 4096], [100, 10**6, 10**12], [6, 300])
+    laws = [selection.soft_best_of_n_law(*instance(k, spread, g), n, 1.0).exp() for k, n, spread in cases]
+    return max(abs(math.fsum(law.tolist()) - 1) for law in laws)
+
+
+def law_drift(g: Generator) -> float:
+    """P_N = pi* (1 + c/N + d/N^2 + ...), c = E_{pi*} w - w, E_p w = 1: N |N (P_N/pi* - 1) - c| settles at |d|."""
+    ref_logps, rewards = instance(32, 6, g)
+    tilted = categorical.tilt(ref_logps, rewards, 1.0)
+    w = (tilted - ref_logps).exp()
+    c = (tilted.exp() * w).sum() - w
+    laws = {n: selection.soft_best_of_n_law(ref_logps, rewards, n, 1.0) for n in (1000, 3000, 10_000, 30_000, 100_000)}
+    d = [n * (n * torch.expm1(law - tilted) - c).abs().max().item() for n, law in laws.items()]
+    return max(d) / min(d) - 1
+
+
+def law(spread: float, g: Generator) -> tuple[Call, ...]:
+    inputs = instance(4096, spread, g)
+    return partial(selection.soft_best_of_n_law, *inputs, 10**6, 1.0), *naive(*inputs, 1, 10**6, g)
+
+
+def law_draws(n: int, g: Generator) -> tuple[Call, ...]:
+    ref_logps, rewards = instance(32, 6, g)
+    exact = selection.soft_best_of_n_law(ref_logps, rewards, n, 1.0)
+    return partial(categorical.sample, exact, 10_000, generator=g), *naive(ref_logps, rewards, 10_000, n, g)
+
+
+def counts(g: Generator) -> tuple[Call, ...]:
+    ref_logps, rewards = instance(32, 6, g)
+    ours = partial(selection.soft_best_of_n_draw, ref_logps.expand(10_000, -1), rewards, 1000, 1.0, generator=g)
+    return ours, *naive(ref_logps, rewards, 10_000, 1000, g)
+
+
+def stream(k: int, m: int, n: int, g: Generator) -> tuple[Call, ...]:
+    ref_logps, rewards = instance(k, 6, g)
+    table = categorical.alias_table(ref_logps)
+
+    def chunks() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, n, CHUNK // m):
+            size = min(CHUNK // m, n - start)
+            candidates = categorical.sample_alias(table, m * size, generator=g).view(m, size)
+            yield candidates, rewards.take(candidates)
+
+    return lambda: selection.soft_best_of_n_stream(chunks(), 1.0, generator=g), *naive(ref_logps, rewards, m, n, g)
+
+
+def peak_memory() -> float:
+    """Read the peak resident memory in MB. Not from getrusage: a child inherits that peak from its parent."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def stream_peak(n: int) -> float:
+    stream(4096, 1, n, verify.rng("bench", "memory"))[0]()
+    return peak_memory()
+
+
+def stream_growth(g: Generator) -> float:
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:  # in this process the naive code has set the peak
+        before, after = fresh.map(stream_peak, [10**5, 10**8], chunksize=2)
+    return after - before
+
+
+at_most("exact law, worst relative error: K <= 6, N <= 40, range <= 50", 1e-12, law_error)
+at_most("exact law, |sum - 1|: K <= 4096, N <= 1e12, range <= 300", 1e-13, law_sum)
+at_most("exact law, drift of N |N (P_N/pi* - 1) - c|: N = 1e3 to 1e5", 0.05, law_drift)
+faster("exact law / ONE naive selection: K = 4096, N = 1e6, range 50", 2, partial(law, 50))
+faster("exact law / ONE naive selection: K = 4096, N = 1e6, range 6", 10, partial(law, 6))
+faster("draws from the exact law / naive: K = 32, M = 1e4, N = 100", 80, partial(law_draws, 100))
+faster("draws from the exact law / naive: K = 32, M = 1e4, N = 1000", 800, partial(law_draws, 1000))
+faster("counts / naive: K = 32, M = 1e4, N = 1000", 10, counts)
+faster("stream / naive: K = 4096, M = 1000, N = 1000", 3, partial(stream, 4096, 1000, 1000))
+faster("stream / naive: K = 4096, M = 1, N = 1e6", 3, partial(stream, 4096, 1, 10**6))
+faster("stream / naive: K = 32, M = 1000, N = 1000", 1.7, partial(stream, 32, 1000, 1000))
+if LINUX:
+    at_most("stream, growth of peak memory in MB: N = 1e5 to 1e8", 5, stream_growth)
+
+
+if __name__ == "__main__":
+    begin, missed = time.perf_counter(), []
+    print(f"{'what':<64}{'ours':>9}{'other':>9}{'ratio':>8}{'gate':>10}  ok")
+    for what in [what for what in ROWS if " ".join(sys.argv[1:]) in what]:
+        ours, other, ratio, gate, ok = ROWS[what](verify.rng("bench", what))
+        print(f"{what:<64}{ours:>9}{other:>9}{ratio:>8}{gate:>10}  {ok}", flush=True)
+        missed += [what] if ok == "NO" else []
+    print(f"{time.perf_counter() - begin:.0f} s" + (f", peak {peak_memory():.0f} MB" if LINUX else ""))
+    sys.exit(f"missed: {'; '.join(missed)}" if missed else 0)
