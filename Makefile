@@ -1,0 +1,69 @@
+# make book   build the book and print where to open it
+# make test   everything that has to hold before a change is published
+# make quick  the unit tests and one notebook, in under a minute
+# make bench  speed and accuracy beside naive code and other libraries
+# make accept run the notebooks and store their new outputs, for review in the diff
+# make clean  remove what the build made, keep .venv
+PYTHON ?= python3
+BIN := .venv/bin
+SHELL := /bin/bash
+.SHELLFLAGS := -eo pipefail -c
+.DELETE_ON_ERROR:
+
+NOTEBOOKS := $(sort $(wildcard book/*.ipynb))
+SOURCES := $(NOTEBOOKS) $(wildcard tiltlib/*.py) conftest.py requirements.txt
+RUN := _build/run.stamp
+# One worker per notebook. A single cell may take two minutes, so that a hanging one fails.
+NBVAL := -n 2 --dist loadfile --nbval-cell-timeout 120 --nbval-current-env
+# After a warning the next build starts afresh: Sphinx would not repeat it for a page that has not changed.
+build = $(BIN)/jupyter-book build . -W --keep-going $(1) || { rm -rf _build/.doctrees; false; }
+
+.PHONY: book test quick bench accept clean
+.DEFAULT_GOAL := book
+
+.venv/.stamp: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+# Fails on errors and verdicts, not on a digit that another processor rounds differently: `make test` compares outputs.
+$(RUN): $(SOURCES) | .venv/.stamp
+	$(BIN)/pytest --nbval-lax $(NBVAL) $(NOTEBOOKS)
+	touch $@
+
+book: $(RUN)
+	$(call build,--quiet)
+	@echo "Open file://$(CURDIR)/_build/html/index.html"
+
+# Starts without _build, so that every page shows outputs of this very commit.
+test: .venv/.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python book/_ext/nbnorm.py --check
+	rm -rf _build
+	$(BIN)/pytest --nbval $(NBVAL) --ignore tests/test_pages.py
+	touch $(RUN)
+	{ $(call build); } > _build/build.log 2>&1 || { cat _build/build.log; exit 1; }
+	@! grep "Executing notebook" _build/build.log || { echo "The build ran a notebook that the tests had not."; exit 1; }
+	$(BIN)/pytest tests/test_pages.py
+
+quick: .venv/.stamp
+	$(BIN)/pytest --nbval $(NBVAL) --ignore tests/test_pages.py tests $(firstword $(NOTEBOOKS))
+
+bench: .venv/.stamp
+	@# Peers get an environment of their own, so that they cannot change a version the book was checked with.
+	if grep -q '^[^#]' requirements-bench.txt; then \
+	  $(PYTHON) -m venv .venv-bench && .venv-bench/bin/pip install --quiet -r requirements.txt -r requirements-bench.txt -e . && \
+	  .venv-bench/bin/python tests/bench.py; \
+	else $(BIN)/python tests/bench.py; fi
+
+accept: .venv/.stamp
+	$(BIN)/pytest --nbval-lax $(NBVAL) $(NOTEBOOKS)
+	touch $(RUN)
+	$(BIN)/python book/_ext/nbnorm.py --accept
+
+clean:
+	rm -rf _build *.egg-info build .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,307 @@
+"""Sphinx extension of this book: the claims page, status badges, docstrings, and a lighter offline site."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from docutils import nodes
+from docutils.parsers.rst import directives
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective, SphinxRole
+
+sys.path.insert(0, str(Path(__file__).parent))  # Sphinx loads this file by name, not as part of a package
+
+import verdicts
+
+logger = logging.getLogger(__name__)
+
+
+# --- status badges -------------------------------------------------------------------------------------------------
+
+
+class status_node(nodes.General, nodes.Inline, nodes.Element):
+    """Placeholder: the label of the enclosing statement is known only once the page is parsed."""
+
+
+def badge(status: str) -> nodes.inline:
+    return nodes.inline("", status, classes=["status", f"status-{nodes.make_id(status)}"])
+
+
+class StatusRole(SphinxRole):
+    def run(self):
+        if self.text not in verdicts.STATUSES:
+            logger.warning(
+                "status %r is none of %s",
+                self.text,
+                verdicts.STATUSES,
+                location=self.get_location(),
+            )
+        return [status_node(status=self.text, location=self.get_location())], []
+
+
+class ResolveStatus(SphinxPostTransform):
+    """Link each badge to the claims page; an open question has no claim to link to."""
+
+    default_priority = 5
+
+    def run(self, **kwargs):
+        for node in list(self.document.findall(status_node)):
+            block = node.parent
+            while block is not None and "realtype" not in block.attributes:  # set by sphinx-proof on its blocks
+                block = block.parent
+            shown = badge(node["status"])
+            if block is None:
+                logger.warning("a status outside of a prf block", location=node["location"])
+            elif node["status"] != "open":
+                page = self.app.builder.get_relative_uri(self.env.docname, self.config.claims_page)
+                link = nodes.reference("", "", internal=True, refuri=f"{page}#claim-{block['label']}")
+                link["reftitle"] = "Show the evidence"
+                link += shown
+                shown = link
+            node.replace_self(shown)
+
+
+# --- proofs --------------------------------------------------------------------------------------------------------
+
+
+class Proof(SphinxDirective):
+    """A proof with a title of its own. Sphinx-proof's has none, so that `:class: dropdown` could not collapse it."""
+
+    has_content = True
+    option_spec = {"class": directives.class_option}
+
+    def run(self):
+        box = nodes.admonition(
+            "",
+            nodes.title("", "Proof"),
+            classes=["proof", *self.options.get("class", [])],
+        )
+        self.state.nested_parse(self.content, self.content_offset, box)
+        return [box]
+
+
+class DropRepeatedIds(SphinxPostTransform):
+    """Sphinx-proof gives the content of all its blocks the same id."""
+
+    default_priority = 5
+
+    def run(self, **kwargs):
+        for section in self.document.findall(nodes.section):
+            if section["ids"] == ["proof-content"]:
+                section["ids"] = []
+
+
+# --- the claims page -----------------------------------------------------------------------------------------------
+
+
+class Claims(SphinxDirective):
+    """Generate the claims page from the statements and the stored verdict lines of the whole book."""
+
+    def run(self):
+        root = Path(self.env.srcdir)
+        for name in verdicts.toc_names_of(root):
+            if name != self.env.docname:
+                self.env.note_dependency(str(verdicts.source_of(root, name)))
+        pages = verdicts.read_book(root)
+        shown = [self.paragraph(verdicts.summary(pages), "claims-summary")]
+        for page, found in verdicts.entries(pages):
+            section = nodes.section(ids=[nodes.make_id(f"claims-{page.name.split('/')[-1]}")])
+            section += nodes.title("", "", *self.inline(page.title))
+            section += [self.entry(e) for e in found]
+            shown.append(section)
+        return shown
+
+    def inline(self, text: str) -> list[nodes.Node]:
+        return self.state.inline_text(text, self.lineno)[0]
+
+    def paragraph(self, text: str, *classes: str) -> nodes.paragraph:
+        return nodes.paragraph("", "", *self.inline(text), classes=list(classes))
+
+    def entry(self, entry: verdicts.Entry) -> nodes.container:
+        label, title = entry.statement.label, entry.statement.title
+        head = self.paragraph(f"{{prf:ref}}`{label}` {title} ", "claim-head")
+        head += badge(entry.statement.status or "no status")
+        box = nodes.container("", head, ids=[f"claim-{label}"], classes=["claim"], is_div=True)
+        if not entry.verdicts:
+            box += self.paragraph(
+                "No verdict: a question, not a claim." if entry.statement.status == "open" else "**No verdict.**"
+            )
+        for v in entry.verdicts:
+            line = nodes.paragraph(
+                "",
+                classes=[
+                    "verdict",
+                    "verdict-falsifier" if v.slug else f"verdict-{v.decision.lower()}",
+                ],
+            )
+            line += nodes.inline("", f"{v.decision} {v.kind}", classes=["verdict-kind"])
+            line += nodes.Text(" ")
+            line += nodes.literal("", v.id)
+            line += nodes.Text(" ")
+            line += nodes.inline("", verdicts.evidence(v))
+            box += line
+        return box
+
+
+# --- docstrings ----------------------------------------------------------------------------------------------------
+
+_CODE = re.compile(r"(``.+?``|`[^`]+`)")
+_SECTION = re.compile(r"(Args|Returns|Raises|Yields|Attributes|Examples?|Note|Source):(.*)")
+
+
+def rst_prose(line: str, labels: set[str]) -> str:
+    """Turn a line of docstring prose into reStructuredText: code and labels are marked, all else is plain text."""
+    parts = _CODE.split(line)
+    for i, part in enumerate(parts):
+        if i % 2:
+            name = part.strip("`")
+            parts[i] = f":prf:ref:`{name}`" if name in labels else f"``{name}``"
+        else:  # |x|, a * b and x_ are mathematics here; only *args at the start of a line is left to napoleon
+            parts[i] = re.sub(r"(?<!\\)(\||\*|(?<=\w)_(?!\w))", r"\\\1", part)
+    parts[0] = re.sub(r"^( *)((?:\\\*)+)(?=\w)", lambda m: m[1] + m[2].replace("\\", ""), parts[0])
+    return "".join(parts)
+
+
+def rst_docstring(lines: list[str], labels: set[str], keys: set[str]) -> list[str]:
+    """Turn a docstring into input for napoleon.
+
+    Outside of sections, lines indented by four or more are a formula: they become a literal block. The Source section
+    becomes a field beside the arguments; its `[key]` become citations.
+    """
+    out: list[str] = []
+    section = ""
+    formula = False
+    for line in lines:
+        indented = line.startswith("    ")
+        if found := _SECTION.fullmatch(line):
+            section, formula = found[1], False
+            line = f":{line}" if section == "Source" else line
+            out.append("")
+        elif line and not indented:
+            section = ""
+        if not section and (indented or (formula and not line)):
+            if not formula:
+                out += ["", ".. code-block:: text", ""]
+            formula = True
+            out.append(line)
+            continue
+        if formula:
+            formula = False
+            out.append("")
+        if not section.startswith("Example"):  # code
+            line = rst_prose(line, labels)
+        if section == "Source":
+            line = re.sub(
+                r"\[([\w:-]+)\]",
+                lambda m: f":cite:t:`{m[1]}`" if m[1] in keys else m[0],
+                line,
+            )
+        out.append(line)
+    return out
+
+
+def process_docstring(app: Sphinx, what, name, obj, options, lines: list[str]) -> None:
+    lines[:] = rst_docstring(lines, *app.env.book_names)
+
+
+def read_names(app: Sphinx, env: BuildEnvironment, docnames: list[str] | None = None, *rest) -> list[str]:
+    """Keep the labels and citation keys that docstrings may name; when they change, the API pages are stale."""
+    root = Path(app.srcdir)
+    labels = set().union(*(page.labels for page in verdicts.read_book(root)))
+    names = (
+        labels,
+        verdicts.bib_keys((root / "book/references.bib").read_text(encoding="utf-8")),
+    )
+    stale = getattr(env, "book_names", names) != names
+    env.book_names = names
+    return [d for d in env.found_docs if d == app.config.api_page] if stale else []
+
+
+# --- the site ------------------------------------------------------------------------------------------------------
+
+
+def configure(app: Sphinx, config) -> None:
+    """Show repository buttons only once _config.yml names a repository."""
+    options = config.html_theme_options
+    known = bool(options.get("repository_url"))
+    for name in ("use_repository_button", "use_issues_button", "use_edit_page_button"):
+        options[name] = known
+    if not known:
+        options["launch_buttons"] = {}
+
+
+def note_run(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Re-read a page when its notebook was run again: the source is the same, its figures may not be."""
+    run = Path(app.srcdir, "_build/run", f"{docname}.ipynb")
+    if run.exists():
+        app.env.note_dependency(str(run))
+
+
+def drop_thebe(app: Sphinx, pagename, template, context, doctree) -> None:
+    """Remove thebe's scripts: unused here, and loaded twice they throw on every page."""
+
+    def thebe(script) -> bool:
+        body = (getattr(script, "attributes", None) or {}).get("body") or ""
+        return "THEBE_JS_URL" in body or "sphinx-thebe.js" in str(getattr(script, "filename", script))
+
+    context["script_files"] = [s for s in context.get("script_files", []) if not thebe(s)]
+
+
+def copy_static(app: Sphinx, error: Exception | None) -> None:
+    """Copy our style sheets and script also when no page has changed: Sphinx then copies nothing."""
+    if not error:
+        shutil.copytree(
+            Path(app.srcdir, "book/_static"),
+            Path(app.outdir, "_static"),
+            dirs_exist_ok=True,
+        )
+
+
+def prune_mathjax(app: Sphinx, error: Exception | None) -> None:
+    """Keep what the pages load, TeX input and CHTML output: 4 MB of 24."""
+    mathjax = Path(app.outdir, "_static/mathjax")
+    if error or not mathjax.exists():
+        return
+    for path in mathjax.iterdir():
+        if path.is_file() and path.name != "tex-chtml.js":
+            path.unlink()
+    for folder in ("adaptors", "input/mml", "input/asciimath", "output/svg"):
+        shutil.rmtree(mathjax / folder, ignore_errors=True)
+    for name in (
+        "output/svg.js",
+        "input/mml.js",
+        "input/asciimath.js",
+        "input/tex-full.js",
+    ):
+        (mathjax / name).unlink(missing_ok=True)
+    for path in (mathjax / "sre/mathmaps").glob("*.js*"):
+        if path.stem not in ("en", "base"):
+            path.unlink()
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    sys.path.insert(0, str(app.srcdir))  # so that autodoc finds tiltlib without an installation
+    app.setup_extension("sphinx_proof")  # has the directive that Proof replaces
+    app.setup_extension("sphinx.ext.autodoc")  # has the docstring event
+    app.add_config_value("claims_page", "book/claims", "env")
+    app.add_config_value("api_page", "book/api", "env")
+    app.add_node(status_node)
+    app.add_role("status", StatusRole())
+    app.add_directive("claims", Claims)
+    app.add_directive_to_domain("prf", "proof", Proof, override=True)
+    app.add_post_transform(ResolveStatus)
+    app.add_post_transform(DropRepeatedIds)
+    app.connect("config-inited", configure)
+    app.connect("env-get-outdated", read_names)
+    app.connect("source-read", note_run)
+    app.connect("autodoc-process-docstring", process_docstring, priority=400)  # before napoleon, at 500
+    app.connect("html-page-context", drop_thebe, priority=900)  # after thebe has added its own
+    app.connect("build-finished", copy_static)
+    app.connect("build-finished", prune_mathjax, priority=900)  # after MathJax has been copied
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,175 @@
+"""What must hold in the book's source. Each check is a pure function that returns the list of what it found wrong."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+import verdicts
+from verdicts import Page
+
+ALPHA = 1e-8  # false alarm of one match claim
+MISS = 1e-6  # chance that a match claim misses its falsifier
+MAX_MATCH = 100  # times ALPHA: the family of match claims stays below 1e-6
+CLEAR_MISS = 100  # a near-miss of an exact claim is off by this many tolerances
+CELL_LINES = 25
+UNSEEN = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
+UNCOMPARED = {"nbval-ignore-output", "nbval-skip", "remove-cell", "remove-output"}
+_CITE = re.compile(r"\{cite(?::\w+)?\}`([^`]+)`")
+
+
+def statements(pages: list[Page]) -> list[str]:
+    """Each statement has a label and a status; claims belong to what is proved or cited, and only to that."""
+    found = []
+    claimed = {v.label for p in pages for v in p.verdicts if v.decision == "PASS" and not v.slug}
+    listed = [s for p in pages for s in p.statements]
+    for s in listed:
+        name = f"{s.page}: {s.kind} {s.label or s.title}"
+        if not s.label:
+            found.append(f"{name}: has no label")
+        if "." in s.label or "!" in s.label:
+            found.append(f"{name}: a label has no `.` and no `!`")
+        if s.status not in verdicts.STATUSES:
+            found.append(f"{name}: status is {s.status!r}, expected one of {', '.join(verdicts.STATUSES)}")
+        if s.status != "open" and s.label not in claimed:
+            found.append(f"{name}: no claim passed for it")
+        if s.status == "open" and s.label in claimed:
+            found.append(f"{name}: an open question carries no claim")
+    twice = [label for label, times in Counter(s.label for s in listed if s.label).items() if times > 1]
+    return found + [f"label {label} is used twice" for label in twice]
+
+
+def claims(pages: list[Page]) -> list[str]:
+    """Each verdict line is well formed, belongs to a statement, is as strong as promised, and can fail."""
+    found = []
+    labels = {s.label for p in pages for s in p.statements}
+    for page in pages:
+        for line in (line for cell in page.cells for line in cell.output.splitlines()):
+            if re.match(r"\s*(PASS|REJECT|INCONCLUSIVE)\b", line) and verdicts.parse_verdict(line) is None:
+                found.append(f"{page.name}: cannot read the verdict line {line!r}")
+    printed = [v for p in pages for v in p.verdicts]
+    found += [f"{name}: printed {n} times" for name, n in Counter(v.id for v in printed).items() if n > 1]
+    rejected = {v.claim for v in printed if v.slug and v.decision == "REJECT" and v.expected}
+    for v in printed:
+        if v.label not in labels:
+            found.append(f"{v.id}: no statement is labelled {v.label}")
+        if v.slug:
+            if v.decision != "REJECT" or not v.expected:
+                found.append(f"{v.id}: a falsifier must be rejected, and expected to be")
+            if v.kind == "exact" and not v.number("error") >= CLEAR_MISS * v.number("eps"):
+                found.append(f"{v.id}: misses by less than {CLEAR_MISS} eps")
+            continue
+        if v.decision != "PASS":
+            found.append(f"{v.id}: {v.decision}")
+        if v.claim not in rejected:
+            found.append(f"{v.id}: no falsifier of it was rejected")
+        if v.kind in ("match", "within") and not v.number("n") >= v.number("plan"):
+            found.append(f"{v.id}: n={v.fields.get('n')} is below plan={v.fields.get('plan')}")
+        if v.kind == "match" and not v.number("power") <= MISS * (1 + 1e-9):
+            found.append(f"{v.id}: power is {v.fields.get('power')}, less than 1-{MISS:.0e}")
+        if v.kind == "match" and not v.number("alpha") <= ALPHA * (1 + 1e-9):
+            found.append(f"{v.id}: alpha is {v.fields.get('alpha')}, more than {ALPHA:.0e}")
+        if v.kind == "within" and not v.number("delta") <= ALPHA * (1 + 1e-9):
+            found.append(f"{v.id}: delta is {v.fields.get('delta')}, more than {ALPHA:.0e}")
+        if v.kind == "within" and not v.number("tv_hi") <= v.number("eps"):
+            found.append(f"{v.id}: tv_hi={v.fields.get('tv_hi')} is above eps={v.fields.get('eps')}")
+    matches = sum(v.kind == "match" and not v.slug for v in printed)
+    if matches > MAX_MATCH:
+        found.append(f"{matches} match claims, at most {MAX_MATCH} keep the family's false alarm below 1e-6")
+    return found
+
+
+def claims_page(pages: list[Page]) -> list[str]:
+    """Every labelled statement, and every verdict line of it, is on the generated claims page."""
+    shown = [e for _, group in verdicts.entries(pages) for e in group]
+    labels = {e.statement.label for e in shown}
+    ids = {v.id for e in shown for v in e.verdicts}
+    missing = [s.label for p in pages for s in p.statements if s.label and s.label not in labels]
+    missing += [v.id for p in pages for v in p.verdicts if v.id not in ids]
+    return [f"{name}: not on the claims page" for name in missing]
+
+
+def verdict_cells(pages: list[Page]) -> list[str]:
+    """A cell that prints a verdict is compared by nbval and visible to the reader."""
+    found = []
+    for page in pages:
+        for cell in page.cells:
+            if any(map(verdicts.parse_verdict, cell.output.splitlines())):
+                found += [f"{page.name}: a verdict cell is tagged {t}" for t in cell.tags if t in UNCOMPARED]
+                if re.search(
+                    r"^ *# *(NBVAL_IGNORE_OUTPUT|NBVAL_SKIP|PYTEST_VALIDATE_IGNORE)",
+                    cell.source,
+                    re.M,
+                ):
+                    found.append(f"{page.name}: a verdict cell is marked to be ignored")
+    return found
+
+
+def cell_lengths(pages: list[Page]) -> list[str]:
+    """No cell shows more code than a reader takes in at once."""
+    found = []
+    for page in pages:
+        for cell in page.cells:
+            lines = [line for line in cell.source.splitlines() if line.strip()]
+            if cell.kind == "code" and not UNSEEN & set(cell.tags) and len(lines) > CELL_LINES:
+                found.append(
+                    f"{page.name}: a cell shows {len(lines)} lines of code, more than {CELL_LINES}: {lines[0]}"
+                )
+    return found
+
+
+def exercises(pages: list[Page]) -> list[str]:
+    """Every exercise has a label and a solution that opens on a click."""
+    found = []
+    for page in pages:
+        blocks = list(verdicts.blocks(page.prose))
+        solved = {b.argument: b for b in blocks if b.name in ("solution", "solution-start")}
+        for b in blocks:
+            if b.name not in ("exercise", "exercise-start"):
+                continue
+            label = b.options.get("label", "")
+            if label not in solved:
+                found.append(f"{page.name}: exercise {label or b.argument!r} has no solution")
+            elif "dropdown" not in solved[label].options.get("class", ""):
+                found.append(f"{page.name}: the solution of {label} is not a dropdown")
+    return found
+
+
+def citations(pages: list[Page], keys: set[str]) -> list[str]:
+    """Every key that a page cites is in the bibliography."""
+    cited = ((p.name, key.strip()) for p in pages for group in _CITE.findall(p.prose) for key in group.split(","))
+    return [f"{name}: cites {key}, which is not in references.bib" for name, key in cited if key not in keys]
+
+
+def docstring_sources(sources: Iterable[tuple[str, str]], keys: set[str], labels: set[str]) -> list[str]:
+    """In each `Source:` of a docstring, `[key]` is in the bibliography and every backquoted name is a label."""
+    found = []
+    for name, text in sources:
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        for node in (n for n in ast.walk(ast.parse(text)) if isinstance(n, documented)):
+            place = f"{name}: {getattr(node, 'name', 'module')}"
+            for source in re.findall(r"^Source:(.*?)(?:\n\n|\Z)", ast.get_docstring(node) or "", re.M | re.S):
+                found += [
+                    f"{place}: [{k}] is not in references.bib"
+                    for k in re.findall(r"\[([^\]]+)\]", source)
+                    if k not in keys
+                ]
+                found += [
+                    f"{place}: {n} is no label of the book" for n in re.findall(r"`([^`]+)`", source) if n not in labels
+                ]
+    return found
+
+
+def links(config: dict, tracked: set[str], paths: list[str]) -> list[str]:
+    """Once a repository is named, its launch and edit links lead to files that are there, on branch main."""
+    repository = config.get("repository", {})
+    if not repository.get("url"):
+        return []
+    found = [f"{path}: linked, but not in git" for path in paths if path not in tracked]
+    if repository.get("branch") != "main":
+        found.append(f"_config.yml: branch is {repository.get('branch')!r}, not 'main'")
+    if repository.get("path_to_book"):
+        found.append("_config.yml: path_to_book must be empty, pages lie below the root of the repository")
+    return found

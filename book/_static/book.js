@@ -1,0 +1,165 @@
+"use strict";
+// Interactives of the book, computed in the page: no library, no network. A page says
+// <div class="bk-explorable" data-name="..." data-options='{...}'>, see tiltlib.figures.explorable.
+(() => {
+  const BLUE = "#3b82c4", ORANGE = "#d9722e", PAD = 34, TOP = 20; // room for the labels of the axes, in pixels
+  const sum = (x) => x.reduce((a, b) => a + b, 0);
+  const dot = (x, y) => sum(x.map((a, k) => a * y[k]));
+
+  // Numbers. Arrays in, arrays out; the book's browser test compares them with tiltlib.
+  const logWeights = (r, beta) => r.map((x) => (x - Math.max(...r)) / beta); // largest 0: no overflow
+  function tilt(p, r, beta) {
+    const mass = logWeights(r, beta).map((l, k) => p[k] * Math.exp(l));
+    return mass.map((m) => m / sum(mass));
+  }
+  // P_N(y) = N p w int e^{-s w} M(s)^{N-1} ds with M(s) = E_p e^{-s w}. With s = e^t the trapezoid rule of step 1/4 has
+  // relative error 1e-15 for every N, p and r; the ends of the sum leave out no more.
+  function softBestOfN(p, r, n, beta) {
+    if (n === 1) return [...p];
+    const h = 0.25, l = logWeights(r, beta), w = l.map(Math.exp), law = p.map(() => 0);
+    const end = Math.log(43) - Math.min(...l);
+    for (let t = -Math.log(n) - 38; t < end + h; t += h) {
+      const s = Math.exp(t);
+      // Near s = 0, M is 1 minus a little: taking the little alone keeps its digits, which the power N - 1 needs.
+      const logM = s < 1
+        ? Math.log1p(dot(p, w.map((x) => Math.expm1(-s * x))))
+        : Math.log(dot(p, w.map((x) => Math.exp(-s * x))));
+      p.forEach((q, k) => { law[k] += h * n * q * Math.exp(l[k] + t - s * w[k] + (n - 1) * logM); });
+    }
+    return law;
+  }
+  const totalVariation = (a, b) => sum(a.map((x, k) => Math.abs(x - b[k]))) / 2;
+  // sum a log(a/b) = sum a (d - log(1 + d)) with d = b/a - 1, as sum a d = 0: exact also where a is nearly b.
+  const kl = (a, b) => sum(a.map((x, k) => (x > 0 ? x * (b[k] / x - 1 - Math.log1p(b[k] / x - 1)) : b[k])));
+  const bound = (p, r, n, beta) => { // (CV^2 + 1/4) / N, as CV^2 = E_p[(w/Z)^2] - 1
+    const pi = tilt(p, r, beta);
+    return (dot(pi, pi.map((x, k) => (p[k] > 0 ? x / p[k] : 0))) - 0.75) / n;
+  };
+
+  // Drawing. A picture is redrawn at the width it has, so that text keeps its size on a phone.
+  const scale = (from, to, a, b) => (x) => a + ((x - from) / (to - from)) * (b - a);
+  const text = (x, y, s, anchor = "middle") => `<text x="${x}" y="${y}" text-anchor="${anchor}">${s}</text>`;
+  const line = (x1, y1, x2, y2, more = "") => `<path d="M${x1} ${y1}L${x2} ${y2}" ${more}/>`;
+  const power = (e) => (e ? `10<tspan dy="-5" font-size="10">${String(e).replace("-", "−")}</tspan>` : "1");
+  const curve = (points, more) => `<path d="M${points.map((q) => q.join(" ")).join("L")}" fill="none" ${more}/>`;
+  const svg = (width, height, label, body) =>
+    `<svg viewBox="0 0 ${width} ${height}" width="${width}" height="${height}" role="img" aria-label="${label}"
+      fill="currentColor" stroke="none">${body}</svg>`;
+  const axes = (width, height, name) => text(2, 11, name, "start")
+    + `<path d="M${PAD} ${TOP}V${height - PAD}H${width - 4}" fill="none" stroke="currentColor"/>`;
+  const START = 'stroke="currentColor" stroke-width="2" stroke-dasharray="3 3"';
+  const GOAL = `stroke="${ORANGE}" stroke-width="4"`, CURVE = `stroke="${BLUE}" stroke-width="2.5"`;
+  const below = (width, height, name) => text((width + PAD) / 2, height - 3, name);
+  const point = ([x, y]) => `<circle cx="${x}" cy="${y}" r="6" fill="${BLUE}" stroke="currentColor" stroke-width="1.5"/>`;
+
+  // One bar per outcome, with a dashed mark where it starts and, if there is a goal, a thick one where it goes.
+  function bars(width, height, label, law, start, goal, names) {
+    const y = scale(0, 1, height - PAD, TOP), step = (width - PAD - 4) / law.length;
+    const one = (v, k) => {
+      const x = PAD + step * (k + 0.5), mark = (u, style) => line(x - step * 0.4, y(u), x + step * 0.4, y(u), style);
+      return `<rect x="${x - step * 0.28}" y="${y(v)}" width="${step * 0.56}" height="${y(0) - y(v)}" fill="${BLUE}"/>`
+        + mark(start[k], START) + (goal ? mark(goal[k], GOAL) : "") + text(x, height - PAD + 16, names[k]);
+    };
+    return svg(width, height, label, axes(width, height, "probability") + below(width, height, "reward of the outcome")
+      + [0, 0.5, 1].map((v) => text(PAD - 6, y(v) + 4, v, "end")).join("") + law.map(one).join(""));
+  }
+
+  // A slider over a list of values; returns a function that tells the chosen one.
+  function control(root, symbol, name, values, value) {
+    const off = values.map((v) => Math.abs(Math.log(v / value))), nearest = off.indexOf(Math.min(...off));
+    const row = document.createElement("label");
+    row.innerHTML = `<span>${name} <i>${symbol}</i></span><input type="range" min="0" max="${values.length - 1}" step="1"
+      value="${nearest}" autocomplete="off"><span class="bk-value"></span>`;
+    root.querySelector(".bk-controls").append(row);
+    const input = row.querySelector("input"), now = () => values[input.value];
+    const say = () => {
+      row.querySelector(".bk-value").textContent = `${now()}`;
+      input.setAttribute("aria-valuetext", `${symbol} = ${now()}`);
+    };
+    input.addEventListener("input", say);
+    say();
+    return now;
+  }
+  // 1, 1.3, 1.6, 2, ... : ten values a decade, two digits each.
+  const decades = (from, to) => {
+    const all = Array.from({ length: (to - from) * 10 + 1 }, (_, i) => 10 ** (from + i / 10));
+    return all.map((v) => +v.toPrecision(2));
+  };
+  const key = (mark, words) =>
+    `<span><svg width="26" height="14" aria-hidden="true" fill="currentColor">${mark}</svg> ${words}</span>`;
+  const BAR = `<rect x="6" width="14" height="14" fill="${BLUE}"/>`;
+  const DASH = line(0, 7, 26, 7, START), THICK = line(0, 7, 26, 7, GOAL);
+  const digits = (x) => (x === 0 || x >= 1e-3 ? x.toPrecision(3) : `${x.toExponential(2).replace("e-", "·10<sup>−")}</sup>`);
+
+  const explorables = {
+    "soft-best-of-n"(root, { p = [0.5, 0.3, 0.2], rewards: r = [0, 1, 2], n = 4, beta = 1 }) {
+      const sizes = [...new Set(decades(0, 4).map(Math.round))], betas = [0.05, 0.063, 0.08, ...decades(-1, 1)];
+      const getN = control(root, "N", "candidates", sizes, n), getBeta = control(root, "β", "temperature", betas, beta);
+      root.querySelector(".bk-key").innerHTML = key(BAR, "<i>P<sub>N</sub></i>, soft best-of-<i>N</i>")
+        + key(DASH, "<i>p</i>, the reference") + key(THICK, "<i>π*</i>, the tilt");
+      return (width, height, panels) => {
+        const N = getN(), b = getBeta(), goal = tilt(p, r, b), law = softBestOfN(p, r, N, b);
+        const tvAt = (m) => totalVariation(softBestOfN(p, r, m, b), goal), boundAt = (m) => bound(p, r, m, b);
+        panels[0].innerHTML = bars(width, height, "Probability of each outcome", law, p, goal, r);
+
+        const low = 1e-6, x = scale(0, 4, PAD, width - 16), y = scale(0, Math.log10(low), TOP, height - PAD);
+        const at = (m, v) => [x(Math.log10(m)), y(Math.log10(Math.min(1, Math.max(low, v))))];
+        const limit = sizes.map((m) => at(m, boundAt(m))), exact = sizes.map((m) => at(m, tvAt(m)));
+        const [lx, ly] = limit[20], [ex, ey] = exact[20];
+        panels[1].innerHTML = svg(width, height, "Total variation against N",
+          axes(width, height, "TV") + below(width, height, "N")
+          + [0, 2, 4].map((e) => text(x(e), height - PAD + 16, power(e))).join("")
+          + [0, -2, -4, -6].map((e) => text(PAD - 6, y(e) + 4, power(e), "end")).join("")
+          + curve(limit, START) + text(lx + 6, ly - 8, "bound", "start")
+          + curve(exact, CURVE) + text(ex - 8, ey + 14, "exact TV", "end") + point(at(N, tvAt(N))));
+        return `TV(<i>P<sub>N</sub></i>, <i>π*</i>) = ${digits(tvAt(N))} ≤ ${digits(boundAt(N))} = (CV² + ¼)/<i>N</i>`
+          + ` &emsp; KL(<i>π*</i> ‖ <i>P<sub>N</sub></i>) = ${digits(kl(goal, law))}`;
+      };
+    },
+
+    tilt(root, { p = [0.14, 0.3, 0.28, 0.15, 0.07, 0.035, 0.015, 0.007, 0.003], rewards: r = [...p.keys()], beta = 2 }) {
+      const getBeta = control(root, "β", "temperature", decades(-1, 2).reverse(), beta);
+      root.querySelector(".bk-key").innerHTML = key(BAR, "<i>π*</i>, the tilt")
+        + key(DASH, "<i>p</i>, the reference, and the tangent of slope <i>β</i>");
+      const start = dot(p, r), top = Math.max(...r), far = 1.1 * kl(tilt(p, r, 0.01), p);
+      const finely = Array.from({ length: 121 }, (_, i) => tilt(p, r, 10 ** (2 - i / 40)));
+      const frontier = [[0, start], ...finely.map((pi) => [kl(pi, p), dot(pi, r)]), [far, top]];
+      return (width, height, panels) => {
+        const b = getBeta(), pi = tilt(p, r, b), mean = dot(pi, r), cost = kl(pi, p);
+        panels[0].innerHTML = bars(width, height, "Probability of each outcome", pi, p, null, r);
+
+        const x = scale(0, far, PAD, width - 4), y = scale(start - 0.12 * (top - start), top, height - PAD, TOP + 8);
+        const path = frontier.map(([u, v]) => [x(u), y(v)]), cx = x(cost), cy = y(mean);
+        const dx = x(1) - x(0), dy = b * (y(1) - y(0)), on = 55 / Math.hypot(dx, dy);
+        const back = Math.min(on, (cx - PAD) / dx); // the tangent stops at the axis
+        panels[1].innerHTML = svg(width, height, "Mean reward against KL from the reference",
+          axes(width, height, "mean reward") + below(width, height, "KL(π ‖ p)")
+          + `<path d="M${PAD} ${TOP}L${path.map((q) => q.join(" ")).join("L")}V${TOP}Z" opacity="0.08"/>`
+          + text(PAD + 12, TOP + 20, "no law reaches here", "start")
+          + [...Array(Math.ceil(far)).keys()].map((v) => text(x(v), height - PAD + 16, v)).join("")
+          + r.filter((v) => v >= start).map((v) => text(PAD - 6, y(v) + 4, v, "end")).join("")
+          + curve(path, CURVE) + line(cx - back * dx, cy - back * dy, cx + on * dx, cy + on * dy, START) + point([cx, cy]));
+        return `E<sub>π*</sub><i>r</i> = ${digits(mean)} &emsp; KL(<i>π*</i> ‖ <i>p</i>) = ${digits(cost)}`
+          + ` &emsp; slope of the frontier = <i>β</i> = ${b}`;
+      };
+    },
+  };
+
+  function start(root) {
+    const make = explorables[root.dataset.name];
+    if (!make) return; // the words inside stay
+    root.innerHTML = '<div class="bk-panels"><div></div><div></div></div><p class="bk-key"></p>'
+      + '<div class="bk-controls"></div><output></output>';
+    const draw = make(root, JSON.parse(root.dataset.options || "{}")), panels = root.querySelectorAll(".bk-panels > div");
+    const update = () => {
+      root.querySelector("output").innerHTML = draw(Math.max(240, panels[0].clientWidth), 250, panels);
+    };
+    root.addEventListener("input", update);
+    window.addEventListener("resize", update);
+    update();
+  }
+  window.bookjs = { tilt, softBestOfN, totalVariation, kl, bound };
+  const ready = () => document.querySelectorAll(".bk-explorable").forEach(start);
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", ready);
+  else ready();
+})();

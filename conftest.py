@@ -1,0 +1,114 @@
+"""Run each notebook once: `pytest --nbval` tests it, and the same run becomes the page of the book.
+
+nbval executes the notebooks and compares their text outputs with the stored ones. What each cell printed or drew is
+written to _build/run/, then to the cache that jupyter-book reads (`execute_notebooks: cache` in _config.yml), so that
+the book build starts no kernel. Without --nbval or --nbval-lax this file does nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+RUNS = ROOT / "_build/run"
+CACHE = ROOT / "_build/.jupyter_cache"
+RICH = ("text/html", "image/svg+xml", "application/javascript", "text/latex")
+
+
+def pytest_configure(config):
+    if config.getoption("nbval", False) or config.getoption("nbval_lax", False):
+        config.pluginmanager.register(NotebookRuns(worker=hasattr(config, "workerinput")), "notebook-runs")
+
+
+class NotebookRuns:
+    """With pytest-xdist each worker writes the notebooks it ran; only the controller fills the cache (SQLite)."""
+
+    def __init__(self, worker: bool):
+        self.worker = worker
+        self.cells: dict[pytest.File, list] = {}
+        self.seconds: dict[str, float] = {}
+
+        from nbval.kernel import RunningKernel
+
+        # nbval runs cells without history, where IPython ignores a trailing `;` and prints what the book should not.
+        RunningKernel.execute_cell_input = lambda kernel, code, allow_stdin=None: kernel.kc.execute(
+            code, allow_stdin=allow_stdin, stop_on_error=False, store_history=True
+        )
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        for file in {item.parent for item in items if type(item).__name__ == "IPyNbCell"}:
+            file.skip_compare += RICH  # stored notebooks hold text only
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        if report.when == "call" and type(item).__name__ == "IPyNbCell":
+            self.cells.setdefault(item.parent, []).append(item)
+        return report
+
+    def pytest_runtest_logreport(self, report):
+        name = report.nodeid.split("::")[0]
+        if name.endswith(".ipynb"):
+            self.seconds[name] = self.seconds.get(name, 0.0) + report.duration
+
+    def pytest_terminal_summary(self, terminalreporter):
+        for name, seconds in sorted(self.seconds.items()):
+            terminalreporter.write_line(f"{name}: {seconds:.1f} s")
+
+    def pytest_sessionfinish(self):
+        for file, items in self.cells.items():
+            store_run(file, items)
+        if not self.worker:
+            fill_cache()
+
+
+def store_run(file, items) -> None:
+    """Write the executed notebook; a partial or broken run is removed, it must never be shown.
+
+    A run whose outputs merely differ from the stored ones is kept: it is what `make accept` takes.
+    """
+    import nbformat
+
+    path = RUNS / file.path.relative_to(ROOT)
+    notebook = copy.deepcopy(file.nb)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [item.test_outputs or [] for item in items]
+    raised = any(
+        o.output_type == "error" and not item.options["check_exception"]
+        for item, shown in zip(items, outputs, strict=True)
+        for o in shown
+    )
+    if raised or len(items) != len(code) or any(item.test_outputs is None for item in items):
+        path.unlink(missing_ok=True)
+        return
+    for count, (cell, shown) in enumerate(zip(code, outputs, strict=True), 1):
+        cell.execution_count = count
+        cell.outputs = [nbformat.from_dict(o) for o in shown]
+        for o in cell.outputs:
+            if o.output_type == "execute_result":
+                o.execution_count = count
+    nbformat.validate(notebook)
+    text = nbformat.writes(notebook)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:  # an unchanged run keeps its page
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def fill_cache() -> None:
+    """Make the cache hold exactly the stored runs: an older entry could show numbers of an older library."""
+    import nbformat
+    from jupyter_cache import get_cache
+    from jupyter_cache.base import CacheBundleIn
+
+    cache = get_cache(str(CACHE))
+    if CACHE.exists():
+        cache.clear_cache()
+    for path in sorted(RUNS.rglob("*.ipynb")):
+        source = ROOT / path.relative_to(RUNS)
+        if source.exists():
+            bundle = CacheBundleIn(nbformat.read(path, as_version=4), str(source))
+            cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)

@@ -1,0 +1,27 @@
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tiltlib import verify
+
+# Hypothesis picks the same examples in every run, like every other draw here: a red test is a finding, never a flake.
+settings.register_profile("tiltlib", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("tiltlib")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> torch.Generator:
+    """The generator of a test. Its seed follows from the name of the test; SALT=x in the environment tries another."""
+    name = request.node.nodeid.split("/")[-1]
+    return verify.rng("".join(c if not c.isspace() else "_" for c in name), salt=os.environ.get("SALT", ""))

@@ -1,0 +1,291 @@
+"""Rules that every module keeps: names, docstrings, randomness, devices, direction of imports."""
+
+import ast
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import S0, S0_REWARDS, law
+
+import tiltlib
+from tiltlib import categorical, markov, selection, verify
+
+PACKAGE = Path(tiltlib.__file__).parent
+SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
+
+# A module imports only from modules before it. `figures` and `data` stand aside and import `_checks` only.
+LAYERS = """_checks weights categorical mixtures markov selection resampling smc mcmc policies losses diffusion guidance
+verify""".split()
+ASIDE = ["figures", "data"]
+
+FACTORIES = set(
+    """arange empty empty_strided eye full linspace logspace ones rand randint randn randperm tensor
+as_tensor tril_indices triu_indices zeros normal""".split()
+)
+RANDOM = set("bernoulli binomial multinomial normal poisson rand randint randn randperm".split())
+RANDOM_METHODS = {
+    "bernoulli_",
+    "cauchy_",
+    "exponential_",
+    "geometric_",
+    "log_normal_",
+    "normal_",
+    "random_",
+    "uniform_",
+}
+
+# Factory calls that need no device: on the CPU by contract, for the reason given.
+CPU_BY_CONTRACT = {
+    ("data", "english_words"): "there is no input whose device could be followed; callers move the result",
+}
+
+
+def modules():
+    return [import_module(f"tiltlib.{name}") for name in tiltlib.__all__]
+
+
+def public():
+    """Every public function, class and method, by its dotted name."""
+    found = {}
+    for module in modules():
+        for name in module.__all__:
+            value = getattr(module, name)
+            if not (inspect.isfunction(value) or inspect.isclass(value)):
+                continue  # a constant
+            found[f"{module.__name__.removeprefix('tiltlib.')}.{name}"] = value
+            if inspect.isclass(value):
+                for key, member in vars(value).items():
+                    member = member.__func__ if isinstance(member, classmethod | staticmethod) else member
+                    if inspect.isfunction(member) and not key.startswith("_") and member.__module__ == module.__name__:
+                        found[f"{module.__name__.removeprefix('tiltlib.')}.{name}.{key}"] = member
+    return found
+
+
+PUBLIC = public()
+FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value)}
+
+
+def functions_of(tree):
+    """Each function of a module with the name of the outermost function or class around it."""
+    for top in tree.body:
+        if isinstance(top, ast.FunctionDef | ast.ClassDef):
+            yield top.name, top
+
+
+def torch_calls(node):
+    """Calls of the form torch.name(...) inside a node."""
+    for call in ast.walk(node):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
+            if isinstance(call.func.value, ast.Name) and call.func.value.id == "torch":
+                yield call.func.attr, call
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_package_exports_its_modules():
+    shipped = {name for name in SOURCES if not name.startswith("_")}
+    assert set(tiltlib.__all__) == shipped and sorted(tiltlib.__all__) == tiltlib.__all__
+    assert set(dir(tiltlib)) == {*tiltlib.__all__, "__version__"}
+    assert all(inspect.ismodule(getattr(tiltlib, name)) for name in tiltlib.__all__)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", tiltlib.__version__)
+    with pytest.raises(AttributeError, match="module 'tiltlib' has no attribute 'nothing'"):
+        tiltlib.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("name", tiltlib.__all__)
+def test_all_is_complete(name):
+    module = import_module(f"tiltlib.{name}")
+    defined = {
+        key
+        for key, value in vars(module).items()
+        if (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__ == module.__name__
+        and not key.startswith("_")
+    }
+    assert defined <= set(module.__all__), f"missing from __all__ of {name}"
+    assert all(hasattr(module, key) for key in module.__all__)
+    assert len(set(module.__all__)) == len(module.__all__)
+    assert module.__doc__ and module.__doc__.splitlines()[0].endswith(".")
+
+
+def test_tiltlib_is_typed():
+    assert (PACKAGE / "py.typed").exists()
+
+
+# --- docstrings ------------------------------------------------------------------------------------------------------
+
+
+def sections(doc):
+    """Split a docstring at its Google section headings."""
+    parts = re.split(r"^(Args|Returns|Raises|Source):", inspect.cleandoc(doc), flags=re.MULTILINE)
+    return parts[0], dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_first_line_of_docstring(name):
+    doc = PUBLIC[name].__doc__
+    assert doc, f"{name} has no docstring"
+    first, *rest = doc.splitlines()
+    assert first[:1].isupper() and first.rstrip().endswith("."), f"{name}: {first!r} is not one sentence on one line"
+    assert not rest or not rest[0].strip(), f"{name}: the first line stands alone"
+    if name in FUNCTIONS:
+        verb = first.split()[0].rstrip(",")
+        assert not re.fullmatch(r"[A-Z][a-z]*[^s]s", verb), f"{name}: imperative, so not {verb!r}"  # "Pass" is one
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name.count(".") == 1 and name in FUNCTIONS])
+def test_docstring_sections_of_functions(name):
+    function = FUNCTIONS[name]
+    signature = inspect.signature(function)
+    _, found = sections(function.__doc__)
+    if signature.parameters:
+        listed = re.findall(r"^ {4}(\*{0,2}\w+):", found.get("Args", ""), flags=re.MULTILINE)
+        assert [n.lstrip("*") for n in listed] == list(signature.parameters), f"{name}: Args"
+    if signature.return_annotation not in (None, "None"):
+        assert found.get("Returns", "").strip(), f"{name}: Returns"
+    raised = re.findall(r"^ {4}(\w+):", found.get("Raises", ""), flags=re.MULTILINE)
+    if not name.startswith("figures."):
+        assert raised, f"{name}: Raises"
+    assert set(raised) <= {"TypeError", "ValueError", "ImportError", "ClaimFailed"}, f"{name}: Raises {raised}"
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name.count(".") == 2])
+def test_docstring_arguments_of_methods(name):
+    parameters = [p for p in inspect.signature(PUBLIC[name]).parameters if p not in ("self", "cls")]
+    _, found = sections(PUBLIC[name].__doc__)
+    if "Args" in found:
+        assert re.findall(r"^ {4}(\w+):", found["Args"], flags=re.MULTILINE) == parameters, f"{name}: Args"
+
+
+# --- randomness ------------------------------------------------------------------------------------------------------
+
+CHAIN = markov.MarkovChain(law(0.4, 0.3, 0.3).expand(3, 3), "ab ")
+POOL = S0_REWARDS.expand(50, 3)
+
+# One call of every function that draws.
+DRAWS = {
+    "categorical.sample": lambda g: categorical.sample(S0, 50, generator=g),
+    "categorical.sample_alias": lambda g: categorical.sample_alias(categorical.alias_table(S0), 50, generator=g),
+    "markov.MarkovChain.sample": lambda g: CHAIN.sample(20, 5, generator=g),
+    "selection.best_of_n": lambda g: selection.best_of_n(torch.zeros(50, 3), generator=g),
+    "selection.soft_best_of_n": lambda g: selection.soft_best_of_n(POOL, 1.0, generator=g),
+    "selection.candidate_counts": lambda g: selection.candidate_counts(S0.expand(50, 3), 9, generator=g),
+    "selection.soft_best_of_n_draw": lambda g: selection.soft_best_of_n_draw(
+        S0.expand(50, 3), S0_REWARDS, 9, 1.0, generator=g
+    ),
+    "selection.soft_best_of_n_stream": lambda g: selection.soft_best_of_n_stream([(POOL, POOL)] * 3, 1.0, generator=g)[
+        0
+    ],
+}
+
+
+def drawing_functions():
+    return {name for name, f in FUNCTIONS.items() if "generator" in inspect.signature(f).parameters}
+
+
+def test_every_drawing_function_is_listed():
+    assert drawing_functions() == set(DRAWS)
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_come_from_the_generator_alone(name):
+    parameter = inspect.signature(FUNCTIONS[name]).parameters["generator"]
+    assert parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.default is inspect.Parameter.empty
+    before = torch.random.get_rng_state()
+    first = DRAWS[name](verify.rng(name))
+    assert torch.equal(first, DRAWS[name](verify.rng(name)))  # the same state gives the same draw
+    assert not torch.equal(first, DRAWS[name](verify.rng(name, salt="other")))
+    assert torch.equal(torch.random.get_rng_state(), before)  # the global generator stands still
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_random_call_is_given_a_generator(name):
+    for where, node in functions_of(SOURCES[name]):
+        for attribute, call in torch_calls(node):
+            if attribute in RANDOM:
+                assert "generator" in {k.arg for k in call.keywords}, f"{name}.{where}: torch.{attribute}"
+            assert attribute not in {"seed", "get_rng_state", "set_rng_state"}, f"{name}.{where}: torch.{attribute}"
+        for call in ast.walk(node):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
+                assert call.func.attr not in RANDOM_METHODS, f"{name}.{where}: .{call.func.attr}"
+                if call.func.attr == "manual_seed":
+                    assert (name, where) == ("verify", "rng"), f"{name}.{where} seeds a generator"
+    for node in ast.walk(SOURCES[name]):
+        if isinstance(node, ast.Attribute) and node.attr == "random" and isinstance(node.value, ast.Name):
+            assert node.value.id not in {"np", "numpy", "torch"}, f"{name} uses {node.value.id}.random"
+        if isinstance(node, ast.Import):
+            assert all(alias.name != "random" for alias in node.names), f"{name} imports random"
+
+
+# --- devices, printing, imports --------------------------------------------------------------------------------------
+
+
+def factory_calls_without_device(tree):
+    for where, node in functions_of(tree):
+        for attribute, call in torch_calls(node):
+            if attribute in FACTORIES and "device" not in {k.arg for k in call.keywords}:
+                yield where, f"torch.{attribute} on line {call.lineno}"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_tensor_is_made_on_a_device_of_its_own(name):
+    left = [
+        (where, what)
+        for where, what in factory_calls_without_device(SOURCES[name])
+        if (name, where) not in CPU_BY_CONTRACT
+    ]
+    assert not left
+
+
+def test_the_exceptions_are_still_needed():
+    for module, where in CPU_BY_CONTRACT:
+        assert where in {w for w, _ in factory_calls_without_device(SOURCES[module])}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_only_verify_prints(name):
+    printed = {
+        where
+        for where, node in functions_of(SOURCES[name])
+        for call in ast.walk(node)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "print"
+    }
+    assert printed == ({"report", "falsify"} if name == "verify" else set())
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "__init__"])
+def test_imports_point_upwards(name):
+    used = set()
+    for node in ast.walk(SOURCES[name]):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "tiltlib"):
+            inner = (node.module or "").removeprefix("tiltlib").strip(".")
+            used |= {inner} if inner else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            used |= {a.name.removeprefix("tiltlib.") for a in node.names if a.name.startswith("tiltlib")}
+    assert name in LAYERS or name in ASIDE, f"{name} has no place in the table of modules"
+    allowed = LAYERS[: LAYERS.index(name)] if name in LAYERS else ["_checks"]
+    assert used <= set(allowed), f"{name} imports {sorted(used - set(allowed))}"
+
+
+@pytest.mark.parametrize("name", ["weights", "categorical", "markov", "selection", "verify"])
+def test_the_core_needs_no_optional_package(name):
+    top = {
+        alias.name.split(".")[0] for node in SOURCES[name].body if isinstance(node, ast.Import) for alias in node.names
+    } | {node.module.split(".")[0] for node in SOURCES[name].body if isinstance(node, ast.ImportFrom)}
+    assert not top & {"matplotlib", "wordfreq", "sklearn"}
+
+
+# --- the rules above can fail ----------------------------------------------------------------------------------------
+
+
+def test_the_syntax_walks_see_what_they_look_for():
+    bad = ast.parse("def f(x):\n    def g():\n        return torch.zeros(3)\n    return torch.rand(2, device=x.device)")
+    assert list(factory_calls_without_device(bad)) == [("f", "torch.zeros on line 3")]
+    calls = [attribute for _, node in functions_of(bad) for attribute, _ in torch_calls(node)]
+    assert set(calls) == {"zeros", "rand"}
+    head, found = sections("Do it.\n\n    Args:\n        x: a\n        y: b\n\n    Returns:\n        c")
+    assert head.strip() == "Do it." and list(found) == ["Args", "Returns"]

@@ -1,0 +1,241 @@
+"""The book's source keeps its promises; and each check fails on a book that does not."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import checks
+import nbnorm
+import pytest
+import verdicts
+import yaml
+from bookext import rst_docstring
+from verdicts import Cell, Page
+
+ROOT = Path(__file__).parents[1]
+PAGES = verdicts.read_book(ROOT)
+KEYS = verdicts.bib_keys((ROOT / "book/references.bib").read_text(encoding="utf-8"))
+LABELS = set().union(*(page.labels for page in PAGES))
+NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
+
+PASS = "PASS   exact   a-label  n=12  eps=1e-12"
+REJECT = "REJECT exact   a-label!near  n=12  error=0.031  eps=1e-12  [falsifier, expected]"
+MATCH = "PASS   match   a-label  n=200  plan=100  log10E=-4  reject_at=8  power=1-1e-06  alpha=1e-08"
+MISSED = "REJECT match   a-label!beta*1.05  n=200  log10E=29  reject_at=8  [falsifier, expected]"
+WITHIN = "PASS   within  a-label  n=200  plan=100  tv_hi=0.02  eps=0.03  delta=1e-08  tier=ratio"
+STATEMENT = "```{prf:theorem} Title\n:label: a-label\n\n{status}`proved here` It holds.\n```"
+
+
+def book(prose=STATEMENT, output=f"{PASS}\n{REJECT}", source="check()", tags=()):
+    return [Page("book/01", (Cell("markdown", prose), Cell("code", source, tuple(tags), output)))]
+
+
+def nothing(found):
+    assert not found, "\n" + "\n".join(found)
+
+
+# --- this book -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        checks.statements,
+        checks.claims,
+        checks.claims_page,
+        checks.verdict_cells,
+        checks.cell_lengths,
+        checks.exercises,
+        lambda pages: checks.citations(pages, KEYS),
+    ],
+)
+def test_this_book(check):
+    assert PAGES
+    nothing(check(PAGES))
+
+
+def test_docstrings_of_tiltlib_name_sources_that_exist():
+    sources = [(p.name, p.read_text(encoding="utf-8")) for p in sorted((ROOT / "tiltlib").glob("*.py"))]
+    nothing(checks.docstring_sources(sources, KEYS, LABELS))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_is_stored_normalised_and_with_outputs(path):
+    nothing(nbnorm.problems(path.name, path.read_text(encoding="utf-8")))
+
+
+def test_every_notebook_of_the_folder_is_in_the_table_of_contents():
+    listed = {Path(page.name).name for page in PAGES}
+    assert {path.stem for path in NOTEBOOKS} <= listed
+
+
+def test_launch_and_edit_links_lead_to_files_in_git():
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    paths = [verdicts.source_of(ROOT, page.name).relative_to(ROOT).as_posix() for page in PAGES]
+    nothing(checks.links(config, set(tracked), paths))
+
+
+# --- the checks can fail -------------------------------------------------------------------------------------------
+
+
+def test_a_good_book_passes_every_check():
+    pages = book()
+    for check in (checks.statements, checks.claims, checks.claims_page, checks.verdict_cells, checks.exercises):
+        assert check(pages) == []
+    assert checks.claims(book(output=f"{MATCH}\n{MISSED}")) == []
+
+
+@pytest.mark.parametrize(
+    ("prose", "problem"),
+    [
+        (STATEMENT.replace(":label: a-label\n", ""), "has no label"),
+        (STATEMENT.replace("a-label", "a.label"), "no `.`"),
+        (STATEMENT.replace("{status}`proved here` ", ""), "status is ''"),
+        (STATEMENT.replace("proved here", "obvious"), "status is 'obvious'"),
+        (STATEMENT.replace("a-label", "other-label"), "no claim passed for it"),
+        (STATEMENT.replace("proved here", "open"), "an open question carries no claim"),
+        (STATEMENT + "\n\n" + STATEMENT.replace("theorem", "lemma"), "label a-label is used twice"),
+    ],
+)
+def test_statements_finds(prose, problem):
+    assert problem in " ".join(checks.statements(book(prose)))
+
+
+@pytest.mark.parametrize(
+    ("output", "problem"),
+    [
+        (f"{PASS}\n{REJECT}\nPASS a-label n=12", "cannot read the verdict line"),
+        (f"{PASS}\n{PASS}\n{REJECT}", "a-label: printed 2 times"),
+        (f"{PASS}\n{REJECT}".replace("a-label", "unknown"), "no statement is labelled unknown"),
+        (PASS, "no falsifier of it was rejected"),
+        (f"{PASS.replace('a-label', 'a-label.part')}\n{REJECT}", "a-label.part: no falsifier"),
+        (f"{PASS}\n{REJECT.replace('  [falsifier, expected]', '')}", "must be rejected, and expected"),
+        (f"{PASS}\n{REJECT.replace('REJECT', 'PASS  ')}", "must be rejected, and expected"),
+        (f"{PASS}\n{REJECT.replace('0.031', '5e-12')}", "misses by less than 100 eps"),
+        (f"{PASS.replace('PASS  ', 'REJECT')}\n{REJECT}", "a-label: REJECT"),
+        (f"{MATCH.replace('PASS', 'INCONCLUSIVE')}\n{MISSED}", "a-label: INCONCLUSIVE"),
+        (f"{MATCH.replace('n=200', 'n=99')}\n{MISSED}", "n=99 is below plan=100"),
+        (f"{MATCH.replace('plan=100  ', '')}\n{MISSED}", "below plan=None"),
+        (f"{MATCH.replace('1-1e-06', '1-1e-03')}\n{MISSED}", "power is 1-1e-03"),
+        (f"{MATCH.replace('power=1-1e-06  ', '')}\n{MISSED}", "power is None"),
+        (f"{MATCH.replace('alpha=1e-08', 'alpha=1e-06')}\n{MISSED}", "alpha is 1e-06"),
+        (WITHIN.replace("1e-08", "1e-06"), "delta is 1e-06"),
+        (WITHIN.replace("tv_hi=0.02", "tv_hi=0.04"), "tv_hi=0.04 is above eps=0.03"),
+        (WITHIN.replace("n=200", "n=9"), "n=9 is below plan=100"),
+        ("\n".join(MATCH.replace("a-label", f"a-label.{i}") for i in range(101)), "101 match claims, at most 100"),
+    ],
+)
+def test_claims_finds(output, problem):
+    assert problem in " ".join(checks.claims(book(output=output)))
+
+
+def test_claims_page_finds_what_is_not_shown():
+    assert checks.claims_page(book(output=PASS.replace("a-label", "lost"))) == ["lost: not on the claims page"]
+
+
+def test_verdict_cells_finds_ignored_output():
+    assert checks.verdict_cells(book(tags=["nbval-ignore-output"]))
+    assert checks.verdict_cells(book(tags=["remove-output"]))
+    assert checks.verdict_cells(book(source="# NBVAL_IGNORE_OUTPUT\ncheck()"))
+
+
+def test_cell_lengths_finds_a_wall_of_code():
+    wall = "\n".join(["x = 1"] * 26)
+    assert checks.cell_lengths(book(source=wall))
+    assert checks.cell_lengths(book(source=wall, tags=["hide-input"])) == []
+
+
+@pytest.mark.parametrize(
+    ("solution", "problem"),
+    [("", "has no solution"), ("```{solution} ex\nDone.\n```", "not a dropdown")],
+)
+def test_exercises_finds(solution, problem):
+    exercise = "```{exercise}\n:label: ex\nDo it.\n```\n"
+    assert problem in " ".join(checks.exercises(book(exercise + solution)))
+    solved = exercise + "```{solution-start} ex\n:class: dropdown\n```\n```{solution-end}\n```"
+    assert checks.exercises(book(solved)) == []
+
+
+def test_citations_finds_an_unknown_key():
+    assert checks.citations(book("{cite:p}`known, unknown`"), {"known"}) == [
+        "book/01: cites unknown, which is not in references.bib"
+    ]
+
+
+@pytest.mark.parametrize("source", ["Source: [unknown].", "Source:\n    Known [known]; chapter 2,\n    `unknown`."])
+def test_docstring_sources_finds(source):
+    code = f'def f():\n    """Do it.\n\n    {source.replace(chr(10), chr(10) + "    ")}\n    """\n'
+    assert "unknown" in " ".join(checks.docstring_sources([("m.py", code)], {"known"}, {"a-label"}))
+    assert checks.docstring_sources([("m.py", code)], {"known", "unknown"}, {"unknown"}) == []
+
+
+def test_links_finds_dead_links():
+    config = {"repository": {"url": "https://example.org/a/b", "branch": "master", "path_to_book": "book"}}
+    found = " ".join(checks.links(config, {"book/a.md"}, ["book/a.md", "book/b.md"]))
+    assert "book/b.md: linked, but not in git" in found and "'master'" in found and "path_to_book" in found
+    assert checks.links({"repository": {"url": ""}}, set(), ["book/b.md"]) == []
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def test_a_verdict_line_is_read_field_by_field():
+    v = verdicts.parse_verdict(MISSED.replace("a-label", "a-label.k32"))
+    assert (v.decision, v.kind, v.claim, v.slug, v.label) == ("REJECT", "match", "a-label.k32", "beta*1.05", "a-label")
+    assert v.expected and v.fields == {"n": "200", "log10E": "29", "reject_at": "8"}
+    assert verdicts.parse_verdict(MATCH).number("power") == 1e-6
+    assert verdicts.parse_verdict("PASS the salt") is None
+
+
+def test_the_claims_page_says_what_each_line_shows():
+    (_, [entry]), *_ = verdicts.entries(book(output=f"{MISSED}\n{MATCH}"))
+    claim, falsifier = entry.verdicts  # a falsifier follows its claim whatever was printed first
+    assert "200 draws (100 planned)" in verdicts.evidence(claim) and "1 − 1e-6" in verdicts.evidence(claim)
+    assert "Wrong variant, rejected: log10 E = 29" in verdicts.evidence(falsifier)
+    assert "1 of 1 falsifiers rejected" in verdicts.summary(book())
+
+
+def test_blocks_are_found_inside_blocks():
+    text = "::::{prf:lemma} Outer\n:label: outer\n\n```{math}\nx\n```\n::::\n\nAfter."
+    outer, inner = verdicts.blocks(text)
+    assert (outer.argument, outer.options, inner.name, inner.body) == ("Outer", {"label": "outer"}, "math", "x")
+    assert "After" not in outer.body
+
+
+def notebook(**cell):
+    new = {"cell_type": "code", "metadata": {}, "source": "1 + 1", "execution_count": 7, "outputs": [], **cell}
+    return json.dumps({"cells": [new], "metadata": {}, "nbformat": 4, "nbformat_minor": 4})
+
+
+PRINTED = [{"output_type": "stream", "name": "stdout", "text": "2\n"}]
+FIGURE = [{"output_type": "display_data", "metadata": {}, "data": {"image/png": "AAAA", "text/plain": "[figure]"}}]
+
+
+def test_nbnorm_keeps_text_only_and_is_idempotent():
+    stored = nbnorm.normalise(notebook(outputs=FIGURE, metadata={"tags": ["hide-input"], "collapsed": True}))
+    cell = json.loads(stored)["cells"][0]
+    assert cell["outputs"][0]["data"] == {"text/plain": ["[figure]"]}
+    assert (cell["id"], cell["execution_count"], cell["metadata"]) == ("c000", 1, {"tags": ["hide-input"]})
+    assert nbnorm.normalise(stored) == stored and nbnorm.problems("a.ipynb", stored) == []
+
+
+def test_nbnorm_refuses_other_forms_and_cleared_outputs():
+    assert "not normalised" in " ".join(nbnorm.problems("a.ipynb", notebook(outputs=PRINTED)))
+    cleared = nbnorm.normalise(notebook(execution_count=None))
+    assert "without outputs" in " ".join(nbnorm.problems("a.ipynb", cleared))
+
+
+def test_nbnorm_accepts_only_a_run_of_the_same_code():
+    ran = notebook(outputs=PRINTED)
+    assert json.loads(nbnorm.accept(notebook(), ran))["cells"][0]["outputs"][0]["text"] == ["2\n"]
+    with pytest.raises(ValueError, match="its code has changed"):
+        nbnorm.accept(notebook(source="1 + 2"), ran)
+
+
+def test_docstrings_become_restructured_text():
+    lines = ["Tilt |w|.", "    P_ = a * b", "", "Args:", "    x: Reward `r`.", "", "Source: [known], `a-label`."]
+    text = "\n".join(rst_docstring(lines, {"a-label"}, {"known"}))
+    assert "Tilt \\|w\\|.\n\n.. code-block:: text\n\n    P_ = a * b\n" in text
+    assert "x: Reward ``r``." in text
+    assert ":Source: :cite:t:`known`, :prf:ref:`a-label`." in text

@@ -1,0 +1,400 @@
+import math
+
+import pytest
+import torch
+from helpers import F64, S0, S0_REWARDS, check_sampler, instances, law, laws, random_law, vector, without
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiltlib import categorical
+from tiltlib.categorical import chi_square, expectation, kl, log_partition, tilt, total_variation
+
+S0_TILT = vector(0.179000, 0.291944, 0.529056)
+
+
+def close(a, b, tolerance=1e-12):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# --- tilt ------------------------------------------------------------------------------------------------------------
+
+
+def test_tilt_on_the_instance_of_the_book():
+    # w = (1, e, e^2), Z = .5 + .3 e + .2 e^2
+    weight = vector(0.5, 0.3 * math.e, 0.2 * math.e**2)
+    close(tilt(S0, S0_REWARDS, 1.0).exp(), weight / weight.sum())
+    close(log_partition(S0, S0_REWARDS, 1.0).exp(), weight.sum())
+    close(tilt(S0, S0_REWARDS, 1.0).exp(), S0_TILT, 5e-7)
+    assert log_partition(S0, S0_REWARDS, 1.0).exp().item() == pytest.approx(2.793296, abs=5e-7)
+
+
+def test_tilt_limits():
+    greedy = tilt(S0, vector(0, 2, 2), 1e-300)  # r / beta overflows, the law does not
+    close(greedy.exp(), vector(0, 0.6, 0.4))
+    close(tilt(S0, S0_REWARDS, 1e300), S0)
+    close(tilt(S0, vector(5, 5, 5), 1e-9), S0)
+    assert tilt(law(1), vector(-3), 0.1).item() == 0
+    close(tilt(law(0.5, 0.5, 0), vector(0, 1, 99), 1.0).exp()[2], vector(0).squeeze())
+    close(tilt(S0, vector(0, -math.inf, 0), 1.0).exp(), vector(5 / 7, 0, 2 / 7))
+
+
+def test_log_partition_limits():
+    assert log_partition(S0, vector(3, 3, 3), 2.0).item() == pytest.approx(1.5, rel=1e-14)
+    assert log_partition(S0, S0_REWARDS * 1000, 1.0).item() == pytest.approx(2000 + math.log(0.2), rel=1e-14)
+    # beta log Z lies between the mean and the maximum of the reward, and reaches them in the limits.
+    assert (1e8 * log_partition(S0, S0_REWARDS, 1e8)).item() == pytest.approx(0.7, rel=1e-6)
+    assert (1e-8 * log_partition(S0, S0_REWARDS, 1e-8)).item() == pytest.approx(2, rel=1e-6)
+
+
+@given(instances(), st.floats(-9, 9), st.floats(0.1, 10))
+def test_tilt_depends_on_reward_over_beta_up_to_a_constant(instance, shift, scale):
+    ref, r, beta = instance
+    close(tilt(ref, r + shift, beta), tilt(ref, r, beta), 1e-11)
+    close(tilt(ref, r * scale, beta * scale), tilt(ref, r, beta), 1e-11)
+    close(log_partition(ref, r + shift, beta), log_partition(ref, r, beta) + shift / beta, 1e-11)
+
+
+@given(instances(), st.floats(0.25, 8))
+def test_tilts_compose(instance, other_beta):
+    ref, r, beta = instance
+    other = r.flip(0) ** 2 / 8
+    one_step = tilt(ref, r / beta + other / other_beta, 1.0)
+    close(tilt(tilt(ref, r, beta), other, other_beta), one_step, 1e-11)
+
+
+def test_temperatures_do_not_add():
+    twice = tilt(tilt(S0, S0_REWARDS, 2.0), S0_REWARDS, 2.0)
+    close(twice, tilt(S0, S0_REWARDS, 1.0))
+    near_miss = tilt(S0, S0_REWARDS, 4.0).exp()
+    close(near_miss, vector(0.411539, 0.317056, 0.271405), 5e-7)
+
+
+@given(st.integers(1, 6).flatmap(lambda k: st.tuples(instances(max_k=k), st.data())))
+def test_gibbs_gap(drawn):
+    (ref, r, beta), data = drawn
+    other = data.draw(laws(len(ref), zeros=False))
+    pi = torch.log_softmax(torch.where(ref > -math.inf, other, -math.inf), -1)  # a law dominated by the reference
+    best = tilt(ref, r, beta)
+
+    def objective(logps):
+        return expectation(logps, r) - beta * kl(logps, ref)
+
+    close(objective(best), beta * log_partition(ref, r, beta), 1e-10)
+    close(objective(best) - objective(pi), beta * kl(pi, best), 1e-10)
+
+
+def test_gibbs_gap_on_the_instance_of_the_book():
+    best, uniform = tilt(S0, S0_REWARDS, 1.0), law(1 / 3, 1 / 3, 1 / 3)
+    assert (expectation(best, S0_REWARDS) - kl(best, S0)).item() == pytest.approx(1.027222, abs=5e-7)
+    assert kl(uniform, best).item() == pytest.approx(0.097463, abs=5e-7)
+    assert kl(best, uniform).item() == pytest.approx(0.094398, abs=5e-7)  # the other direction is another number
+
+
+@given(instances(), st.floats(0, 4))
+def test_tilt_stability(instance, height):
+    ref, r, beta = instance
+    other = r + height * torch.sin(3 * r + torch.arange(len(r)))
+    change = ((other - r) / beta)[ref > -math.inf]
+    oscillation = (change.max() - change.min()).item()
+    distance = total_variation(tilt(ref, r, beta), tilt(ref, other, beta)).item()
+    assert distance <= math.tanh(oscillation / 4) + 1e-12
+
+
+def test_tilt_stability_is_attained():
+    # Two points, mass 1 / (1 + e^{R/2}) on the better one: TV = tanh(R / 4); a constant below 1/4 fails here.
+    q = 1 / (1 + math.exp(0.5))
+    ref = law(1 - q, q)
+    distance = total_variation(ref, tilt(ref, vector(0, 1), 1.0)).item()
+    assert distance == pytest.approx(math.tanh(0.25), rel=1e-12)
+
+
+def test_tilt_and_log_partition_are_differentiable():
+    # Against the definition, with one excluded and one unsupported outcome: d log Z / dr = pi* / beta,
+    # d log pi*(0) / dr = (delta_0 - pi*) / beta, and the same without beta for the reference.
+    ref = law(0.5, 0.3, 0.2, 0).requires_grad_()
+    rewards = vector(0.4, -math.inf, 1, 2).requires_grad_()
+    weight = vector(0.5 * math.exp(0.4 / 0.7), 0, 0.2 * math.exp(1 / 0.7), 0)
+    probs, first = weight / weight.sum(), vector(1, 0, 0, 0)
+    by_ref, by_reward = torch.autograd.grad(log_partition(ref, rewards, 0.7), (ref, rewards))
+    close(by_ref, probs)
+    close(by_reward, probs / 0.7)
+    by_ref, by_reward = torch.autograd.grad(tilt(ref, rewards, 0.7)[0], (ref, rewards))
+    close(by_ref, first - probs)
+    close(by_reward, (first - probs) / 0.7)
+
+
+# --- frontier and divergences ----------------------------------------------------------------------------------------
+
+
+def test_frontier_on_the_instance_of_the_book():
+    curve = categorical.frontier(S0, S0_REWARDS, [1e6, 1.0, 1e-3])
+    close(curve.kl[1], vector(0.322834).squeeze(), 5e-7)
+    close(curve.reward[1], vector(1.350056).squeeze(), 5e-7)
+    close(curve.kl[[0, 2]], vector(0, -math.log(0.2)), 1e-9)  # beyond -log p(argmax) the frontier is flat
+    close(curve.reward[[0, 2]], vector(0.7, 2), 1e-5)
+
+
+@given(instances())
+def test_frontier_slope_is_beta(instance):
+    ref, r, beta = instance
+    curve = categorical.frontier(ref, r, [2 * beta, beta, beta / 2])
+    pays, earns = curve.kl.diff(), curve.reward.diff()
+    assert bool((pays >= -1e-12).all()) and bool((earns >= -1e-12).all())
+    # The frontier is concave with slope beta, so each chord has a slope between the temperatures at its ends.
+    above, below = vector(2, 1) * beta, vector(1, 0.5) * beta
+    assert bool((earns <= above * pays + 1e-10).all()) and bool((earns >= below * pays - 1e-10).all())
+
+
+def test_divergences_by_hand():
+    p, q = law(0.5, 0.5, 0), law(0.25, 0.5, 0.25)
+    assert kl(p, q).item() == pytest.approx(0.5 * math.log(2), rel=1e-14)
+    assert kl(q, p).item() == math.inf
+    assert total_variation(p, q).item() == pytest.approx(0.25, rel=1e-14)
+    # (.25)^2 / .25 + 0 + (.25)^2 / .25
+    assert chi_square(p, q).item() == pytest.approx(0.5, rel=1e-14)
+    assert chi_square(q, p).item() == math.inf
+    assert total_variation(law(1, 0), law(0, 1)).item() == 1
+
+
+@pytest.mark.parametrize("log_q", [-50.0, -400.0, -800.0])
+def test_chi_square_of_a_nearly_missing_outcome(log_q):
+    # (1/2 - q)^2 / q + (1/2 - (1 - q))^2 / (1 - q) = 1 / (4 q) up to relative e^-50: representable until e^709
+    value = chi_square(law(0.5, 0.5), torch.log_softmax(vector(0, log_q), -1)).item()
+    assert value == (pytest.approx(math.exp(-log_q) / 4, rel=1e-12) if log_q > -700 else math.inf)
+
+
+@given(st.integers(1, 6).flatmap(lambda k: st.tuples(laws(k), laws(k))))
+def test_divergences_are_ordered(pair):
+    p, q = pair
+    tv, divergence, chi2 = total_variation(p, q).item(), kl(p, q).item(), chi_square(p, q).item()
+    assert 0 <= tv <= 1 + 1e-12
+    assert 2 * tv**2 <= divergence + 1e-12  # Pinsker
+    assert divergence <= math.log1p(chi2) + 1e-12
+    assert kl(p, p).item() == total_variation(p, p).item() == chi_square(p, p).item() == 0
+    assert total_variation(p, q).item() == total_variation(q, p).item()
+
+
+@given(instances())
+def test_chi_square_of_a_tilt_is_the_variation_of_its_weights(instance):
+    ref, r, beta = instance
+    ratio = torch.where(ref > -math.inf, tilt(ref, r, beta) - ref, 0).exp()
+    close(chi_square(tilt(ref, r, beta), ref), (ref.exp() * (ratio - 1) ** 2).sum(), 1e-10)
+
+
+def test_expectation_ignores_what_never_happens():
+    assert expectation(law(0.25, 0.75, 0), vector(4, 8, math.nan)).item() == pytest.approx(7)
+
+
+# --- batches, dtypes, inputs -----------------------------------------------------------------------------------------
+
+PAIRS = {
+    "tilt": lambda p, r: tilt(p, r, 0.7),
+    "log_partition": lambda p, r: log_partition(p, r, 0.7),
+    "expectation": expectation,
+    "frontier": lambda p, r: categorical.frontier(p, r, [0.5, 2.0]).kl,
+    "kl": lambda p, r: kl(torch.log_softmax(r, -1), p),
+    "total_variation": lambda p, r: total_variation(torch.log_softmax(r, -1), p),
+    "chi_square": lambda p, r: chi_square(torch.log_softmax(r, -1), p),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_batch_dtype_permutation_and_inputs(name, rng):
+    function = PAIRS[name]
+    p = torch.log_softmax(torch.rand(3, 1, 5, generator=rng, dtype=F64), -1)
+    r = torch.rand(2, 5, generator=rng, dtype=F64)
+    before = p.clone(), r.clone()
+    out = function(p, r)
+    close(out, torch.stack([torch.stack([function(p[i, 0], r[j]) for j in range(2)]) for i in range(3)]), 1e-13)
+    assert torch.equal(p, before[0]) and torch.equal(r, before[1])
+    small = function(p.float(), r.float())
+    assert small.dtype == torch.float32
+    close(small.double(), out, 2e-6)
+    order = torch.randperm(5, generator=rng)
+    shuffled = function(p[..., order], r[..., order])
+    close(shuffled, out[..., order] if name == "tilt" else out, 1e-13)
+
+
+def test_beta_may_be_a_tensor_over_the_batch():
+    beta = vector(0.5, 1, 2)
+    close(tilt(S0, S0_REWARDS, beta), torch.stack([tilt(S0, S0_REWARDS, b) for b in beta.tolist()]))
+    close(log_partition(S0, S0_REWARDS, beta), torch.stack([log_partition(S0, S0_REWARDS, b) for b in beta.tolist()]))
+    close(tilt(S0, S0_REWARDS, beta[1]), tilt(S0, S0_REWARDS, 1.0))
+
+
+# --- draws -----------------------------------------------------------------------------------------------------------
+
+
+def uniform(k):
+    return law(*[1 / k] * k)
+
+
+@pytest.mark.parametrize("method", ["inverse", "alias"])
+def test_draws_follow_the_law(method, rng):
+    target = tilt(S0, S0_REWARDS, 1.0)
+
+    def draws(logps):
+        if method == "inverse":
+            return lambda n, generator: categorical.sample(logps, n, generator=generator)
+        table = categorical.alias_table(logps)
+        return lambda n, generator: categorical.sample_alias(table, n, generator=generator)
+
+    hot = tilt(S0, S0_REWARDS, 1.05)
+    unweighted = tilt(uniform(3), S0_REWARDS, 1.0)
+    wrong = {
+        "beta*1.05": (draws(hot), hot),
+        "reference-dropped": (draws(unweighted), unweighted),
+        "outcome-missing": (draws(without(target, 1)), without(target, 1)),
+        "uniform": (lambda n, generator: torch.randint(3, (n,), generator=generator), uniform(3)),
+    }
+    check_sampler(draws(target), target, wrong, rng)
+
+
+def test_sample_inverts_the_cdf(monkeypatch):
+    # Uniforms just below and just above each jump of the cdf, and 0: an outcome of probability 0 is never drawn.
+    u = vector(0, 0.25 - 1e-15, 0.25, 0.75 - 1e-15, 0.75, 1 - 2**-53)
+    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: u)
+    generator = torch.Generator()
+    drawn = categorical.sample(law(0, 0.25, 0, 0.5, 0.25, 0), len(u), generator=generator)
+    assert drawn.tolist() == [1, 1, 3, 3, 4, 4]
+
+
+def test_sample_from_float32_uses_float64():
+    # In float32 the cdf of 2^20 equal outcomes stands still near 1; every outcome must keep a positive width.
+    k = 2**20
+    logps = torch.log_softmax(torch.zeros(k), -1)
+    generator = torch.Generator().manual_seed(0)
+    u = torch.rand(1000, generator=generator, dtype=F64)
+    drawn = categorical.sample(logps, 1000, generator=generator.manual_seed(0))
+    assert torch.equal(drawn, (u * k).long())
+
+
+def test_sample_draws_each_row_of_a_batch(rng):
+    logps = torch.stack([law(1, 0, 0), law(0, 0, 1)]).view(2, 1, 3)
+    drawn = categorical.sample(logps, 5, generator=rng)
+    assert drawn.shape == (2, 1, 5) and drawn.dtype == torch.int64
+    assert drawn.flatten().tolist() == [0] * 5 + [2] * 5
+
+
+def implied_law(table):
+    """Probabilities that an alias table gives: column k is hit with probability 1/K and split at its threshold."""
+    k = len(table.threshold)
+    kept = table.threshold.clamp(0, 1) / k
+    return kept.index_add(0, table.other, 1 / k - kept)
+
+
+@given(st.integers(1, 12).flatmap(lambda k: laws(k)))
+def test_alias_table_implies_exactly_the_law(logps):
+    table = categorical.alias_table(logps)
+    assert bool((table.threshold >= 0).all()) and bool((table.threshold <= 1).all())
+    close(implied_law(table), logps.exp(), 1e-15)
+    assert not bool(implied_law(table)[logps == -math.inf].any())  # exactly 0, not nearly
+
+
+@pytest.mark.parametrize("k", [1, 2, 10, 1000, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_alias_table_of_large_laws(k, dtype, rng):
+    uniform = torch.zeros(k, dtype=dtype)
+    uneven = random_law(k, rng, sharpness=30).to(dtype)
+    holes = torch.arange(k) % 3 == 1  # rounding must not hand a full column to an outcome of probability 0
+    for logits in (uniform, uneven, uniform.masked_fill(holes, -math.inf), uneven.masked_fill(holes, -math.inf)):
+        logps = torch.log_softmax(logits, -1)
+        probs = logps.double().exp()
+        implied = implied_law(categorical.alias_table(logps))
+        close(implied, probs / probs.sum(), 1e-14)
+        assert not bool(implied[logps == -math.inf].any())
+
+
+def test_alias_draw_reads_the_table(monkeypatch):
+    table = categorical.AliasTable(vector(0.25, 0, 1), torch.tensor([2, 0, 2]))
+    # column 0 below and above its threshold, column 1 (probability 0) at its very start, column 2
+    u = vector(0.24, 0.26, 1, 1.5, 2, 2.999) / 3
+    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: u.clone())
+    assert categorical.sample_alias(table, 6, generator=torch.Generator()).tolist() == [0, 2, 0, 0, 2, 2]
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+P, R = S0, S0_REWARDS
+G = torch.Generator()
+UNNORMALISED = P + 1e-3
+
+
+@pytest.mark.parametrize("function", [tilt, log_partition, lambda p, r, b: categorical.frontier(p, r, [b])])
+@pytest.mark.parametrize(
+    ("ref", "rewards", "beta", "error", "text"),
+    [
+        ([0.0], R, 1.0, TypeError, "ref_logps must be a floating-point torch.Tensor, got list"),
+        (P, R.long(), 1.0, TypeError, "rewards must be .* got a torch.int64 tensor"),
+        (UNNORMALISED, R, 1.0, ValueError, r"ref_logps must be log-probabilities that sum to 1 .* logsumexp = 0\.001"),
+        (P * math.nan, R, 1.0, ValueError, "ref_logps must be log-probabilities .* nan"),
+        (torch.full((3,), -math.inf), R, 1.0, ValueError, "ref_logps must be log-probabilities .* -inf"),
+        (torch.zeros(0), torch.zeros(0), 1.0, ValueError, "ref_logps must have a last dimension of size >= 1"),
+        (P, R * math.nan, 1.0, ValueError, "rewards must be finite or -inf"),
+        (P, vector(0, 1, math.inf), 1.0, ValueError, "rewards must be finite or -inf"),
+        (P, torch.full((3,), -math.inf), 1.0, ValueError, "rewards must leave at least one outcome of positive mass"),
+        (law(1, 0), vector(-math.inf, 0), 1.0, ValueError, "rewards must leave at least one outcome"),
+        (P, R[:2], 1.0, ValueError, r"ref_logps and rewards must agree .* got shapes \(3,\) and \(2,\)"),
+        (P.expand(2, 3), R.expand(4, 3), 1.0, ValueError, "ref_logps and rewards must agree .* and broadcast"),
+        (P, R, 0.0, ValueError, "beta must be finite and > 0, got 0.0"),
+        (P, R, -1.0, ValueError, "beta must be finite and > 0"),
+        (P, R, math.inf, ValueError, "beta must be finite and > 0"),
+        (P, R, math.nan, ValueError, "beta must be finite and > 0"),
+        (P, R, "1", ValueError, "beta must be finite and > 0, got '1'"),
+        (P, R, True, ValueError, "beta must be finite and > 0"),
+        (P, R, vector(1, 0), ValueError, "beta must be finite and > 0"),
+    ],
+)
+def test_bad_tilts(function, ref, rewards, beta, error, text):
+    with pytest.raises(error, match=text):
+        function(ref, rewards, beta)
+
+
+def test_bad_beta_shape():
+    with pytest.raises(ValueError, match="beta"):
+        tilt(P.expand(3, 3), R, vector(1, 2))
+
+
+def test_bad_frontier():
+    with pytest.raises(ValueError, match="betas must hold at least one temperature"):
+        categorical.frontier(P, R, [])
+
+
+@pytest.mark.parametrize("function", [kl, total_variation, chi_square])
+@pytest.mark.parametrize(
+    ("p", "q", "error", "text"),
+    [
+        ([0.0], P, TypeError, "logps_p must be a floating-point torch.Tensor"),
+        (P, [0.0], TypeError, "logps_q must be a floating-point torch.Tensor"),
+        (UNNORMALISED, P, ValueError, "logps_p must be log-probabilities that sum to 1"),
+        (P, UNNORMALISED, ValueError, "logps_q must be log-probabilities that sum to 1"),
+        (P, law(0.5, 0.5), ValueError, r"logps_p and logps_q must agree .* got shapes \(3,\) and \(2,\)"),
+    ],
+)
+def test_bad_divergences(function, p, q, error, text):
+    with pytest.raises(error, match=text):
+        function(p, q)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: expectation(UNNORMALISED, R), ValueError, "logps must be log-probabilities that sum to 1"),
+        (lambda: expectation(P, [1.0]), TypeError, "values must be a floating-point torch.Tensor"),
+        (lambda: expectation([1.0], R), TypeError, "logps must be a floating-point torch.Tensor"),
+        (lambda: expectation(P, R[:2]), ValueError, "logps and values must agree in the last dimension"),
+        (lambda: categorical.sample([0.0], 1, generator=G), TypeError, "logps must be a floating-point torch.Tensor"),
+        (lambda: categorical.sample(UNNORMALISED, 1, generator=G), ValueError, "logps must be log-probabilities"),
+        (lambda: categorical.sample(P, 1.0, generator=G), TypeError, "n must be an int, got float"),
+        (lambda: categorical.sample(P, True, generator=G), TypeError, "n must be an int, got bool"),
+        (lambda: categorical.sample(P, 0, generator=G), ValueError, "n must be an integer >= 1, got 0"),
+        (lambda: categorical.alias_table([0.0]), TypeError, "logps must be a floating-point torch.Tensor"),
+        (lambda: categorical.alias_table(UNNORMALISED), ValueError, "logps must be log-probabilities"),
+        (lambda: categorical.alias_table(P.view(1, 3)), ValueError, r"logps must have shape \(K,\), got \(1, 3\)"),
+        (lambda: categorical.sample_alias(categorical.alias_table(P), 1.0, generator=G), TypeError, "n must be an int"),
+        (lambda: categorical.sample_alias(categorical.alias_table(P), 0, generator=G), ValueError, "n must be an int"),
+    ],
+)
+def test_bad_inputs(call, error, text):
+    with pytest.raises(error, match=text):
+        call()

@@ -1,0 +1,424 @@
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import F64, check_sampler, draws_from, law, random_law, vector, without
+
+from tiltlib import categorical, verify
+from tiltlib.markov import LETTERS_AND_SPACE, MarkovChain
+
+
+def close(a, b, tolerance=1e-12):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def random_chain(v, order, rng):
+    return MarkovChain(torch.stack([random_law(v, rng) for _ in range(v**order)]), "abcdef"[: v - 1] + " ")
+
+
+def all_strings(v, length):
+    return torch.tensor(list(itertools.product(range(v), repeat=length)))
+
+
+def string_number(tokens, v):
+    number = torch.zeros(tokens.shape[:-1], dtype=torch.int64)
+    for symbol in tokens.unbind(-1):
+        number = number * v + symbol
+    return number
+
+
+def walked(chain, tokens, rewards=None):
+    """Log-probability and total reward of one string, symbol by symbol, with the context kept as text would be."""
+    v, logp, total = len(chain.alphabet), 0.0, 0.0
+    past = [v - 1] * chain.order
+    for symbol in tokens:
+        context = sum(s * v**i for i, s in enumerate(reversed(past)))
+        logp += chain.table(0)[context, symbol].item()
+        if rewards is not None:
+            total += (rewards[context, symbol] if rewards.ndim == 2 else rewards[symbol]).item()
+        past = [*past[1:], symbol]
+    return logp, total
+
+
+CASES = [(v, order, length) for v, order in [(2, 1), (2, 2), (2, 3), (3, 1), (3, 2)] for length in (1, 2, 5)]
+
+
+def reward_tables(v, order, rng):
+    """Rewards per symbol, per context, and with excluded symbols that leave dead ends."""
+    per_symbol = torch.randint(-1, 3, (v,), generator=rng).double()
+    per_context = torch.randint(-1, 3, (v**order, v), generator=rng).double()
+    excluded = per_context.clone()
+    excluded[0] = -math.inf  # the context of all-first symbols is a dead end, unless the string ends there
+    excluded[-1, 0] = -math.inf
+    return {"symbol": per_symbol, "context": per_context, "excluded": excluded}
+
+
+# --- fit -------------------------------------------------------------------------------------------------------------
+
+
+def fitted(order):
+    # Words ab (weight 2), b (1), ba (1) over the alphabet a, b, space.
+    return MarkovChain.fit(["ab", "b", "ba"], vector(2, 1, 1), order, alphabet="ab ")
+
+
+def row(chain, context):
+    code = {symbol: i for i, symbol in enumerate(chain.alphabet)}
+    number = 0
+    for symbol in context:
+        number = number * len(chain.alphabet) + code[symbol]
+    return chain.table(0)[number].exp()
+
+
+def test_fit_by_hand_order_1():
+    chain = fitted(1)
+    close(row(chain, " "), vector(2, 2, 0) / 4)  # first letters: a (2); b (1 + 1)
+    close(row(chain, "a"), vector(0, 2, 1) / 3)  # after a: b in ab (2); space in ba (1)
+    close(row(chain, "b"), vector(1, 0, 3) / 4)  # after b: space in ab (2) and b (1); a in ba (1)
+    assert chain.order == 1 and chain.start == 2 and chain.alphabet == "ab "
+
+
+def test_fit_by_hand_order_2():
+    chain = fitted(2)
+    close(row(chain, "  "), vector(2, 2, 0) / 4)
+    close(row(chain, " a"), vector(0, 2, 0) / 2)  # a begins a word: ab only
+    close(row(chain, " b"), vector(1, 0, 1) / 2)  # b begins a word: ba (1), b alone (1)
+    close(row(chain, "ab"), vector(0, 0, 2) / 2)
+    close(row(chain, "ba"), vector(0, 0, 1) / 1)
+
+
+def test_fit_backs_off_to_the_longest_suffix_that_a_word_shows():
+    chain, short = fitted(2), fitted(1)
+    close(row(chain, "aa"), row(short, "a"))  # aa occurs nowhere
+    close(row(chain, "bb"), row(short, "b"))
+    # After a separator nothing before it counts: "b " is never a context inside a word, " " is.
+    close(row(chain, "a "), row(chain, "  "))
+    close(row(chain, "b "), row(chain, "  "))
+    deep = fitted(3)
+    close(row(deep, "b a"), row(chain, " a"))
+    close(row(deep, "aab"), row(chain, "ab"))
+    close(row(deep, "aaa"), row(short, "a"))
+    # A symbol that no word uses has no row of its own: it takes that of the empty context, all symbols together:
+    # a: 2 + 1, b: 2 + 1 + 1, space: 2 + 1 + 1, of 11.
+    close(row(MarkovChain.fit(["ab", "b", "ba"], vector(2, 1, 1), 1, alphabet="abc "), "c"), vector(3, 4, 0, 4) / 11)
+
+
+def test_fit_ignores_the_unit_and_words_of_weight_zero():
+    chain = fitted(2)
+    close(MarkovChain.fit(["ab", "b", "ba"], vector(2, 1, 1) / 7, 2, alphabet="ab ").table(0), chain.table(0))
+    more = MarkovChain.fit(["ab", "b", "ba", "aa"], vector(2, 1, 1, 0), 2, alphabet="ab ")
+    close(more.table(0), chain.table(0))
+    weights = vector(2, 1, 1)
+    MarkovChain.fit(["ab", "b", "ba"], weights.float(), 2, alphabet="ab ")
+    assert torch.equal(weights, vector(2, 1, 1))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_fitted_rows_are_laws(order):
+    chain = fitted(order)
+    assert chain.table(0).shape == (3**order, 3) and chain.table(0).dtype == F64
+    close(chain.table(0).exp().sum(-1), torch.ones(3**order, dtype=F64))
+
+
+def test_a_word_has_the_probability_that_it_was_given():
+    # Order 2 separates the three words completely: log p("ab ") = log 2/4, log p("b ") = log p("ba ") = log 1/4.
+    chain = fitted(2)
+    close(chain.logps(chain.encode(["ab ", "ba "])), law(2 / 4, 1 / 4))
+    close(chain.logps(chain.encode(["b "])), law(1 / 4))
+
+
+# --- strings ---------------------------------------------------------------------------------------------------------
+
+
+def test_encode_and_decode():
+    chain = fitted(1)
+    assert chain.encode(["ab ", "bba"]).tolist() == [[0, 1, 2], [1, 1, 0]]
+    assert chain.decode(chain.encode(["ab ", "bba"])) == ["ab ", "bba"]
+    assert LETTERS_AND_SPACE == "abcdefghijklmnopqrstuvwxyz "
+
+
+@pytest.mark.parametrize(("v", "order", "length"), CASES)
+def test_logps_and_rewards_of_all_strings(v, order, length, rng):
+    chain = random_chain(v, order, rng)
+    strings = all_strings(v, length)
+    close(chain.logps(strings).logsumexp(0), vector(0).squeeze())
+    for rewards in reward_tables(v, order, rng).values():
+        expected = torch.tensor([walked(chain, s.tolist(), rewards) for s in strings], dtype=F64)
+        close(chain.logps(strings), expected[:, 0])
+        close(chain.total_reward(strings, rewards), expected[:, 1])
+    batched = strings.view(v, -1, length)
+    assert torch.equal(chain.logps(batched).flatten(), chain.logps(strings))
+
+
+# --- the exact tilt --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("v", "order", "length"), CASES)
+@pytest.mark.parametrize("kind", ["symbol", "context", "excluded"])
+def test_tilt_equals_enumeration(v, order, length, kind, rng):
+    chain, beta = random_chain(v, order, rng), 0.7
+    rewards = reward_tables(v, order, rng)[kind]
+    before = rewards.clone()
+    strings = all_strings(v, length)
+    total = chain.total_reward(strings, rewards)
+    tilted = chain.tilt(rewards, beta, length)
+    close(tilted.log_partition, categorical.log_partition(chain.logps(strings), total, beta))
+    close(tilted.logps(strings), categorical.tilt(chain.logps(strings), total, beta))
+    assert torch.equal(rewards, before)
+
+    # V_t(c): log E exp(rest / beta) over all continuations of length L - t, for every context.
+    values = chain.soft_values(rewards, beta, length)
+    assert values.shape == (length + 1, v**order)
+    table = rewards.expand(v**order, v)
+    for t in range(length):
+        for c in range(v**order):
+            terms = []
+            for rest in all_strings(v, length - t).tolist():
+                context, exponent = c, 0.0
+                for symbol in rest:
+                    exponent += (chain.table(0)[context, symbol] + table[context, symbol] / beta).item()
+                    context = (context * v + symbol) % v**order
+                terms.append(exponent)
+            close(values[t, c], vector(*terms).logsumexp(0))
+    assert not bool(values[-1].any())
+
+    # Rows are laws, in every context from which some string is left.
+    for t in range(length):
+        close(tilted.table(t).exp().sum(-1), torch.ones(v**order, dtype=F64))
+        reachable = values[t] > -math.inf
+        assert not bool((tilted.table(t) > -math.inf)[reachable][(table == -math.inf)[reachable]].any())
+
+
+def test_tilt_limits(rng):
+    chain = random_chain(3, 2, rng)
+    strings = all_strings(3, 4)
+    rewards = torch.randint(3, (9, 3), generator=rng).double()
+    total = chain.total_reward(strings, rewards)
+    close(chain.tilt(rewards, 1e300, 4).logps(strings), chain.logps(strings))
+    close(chain.tilt(torch.full((3,), 5.0, dtype=F64), 0.1, 4).logps(strings), chain.logps(strings))
+    assert chain.tilt(torch.full((3,), 5.0, dtype=F64), 0.1, 4).log_partition.item() == pytest.approx(4 * 5 / 0.1)
+    greedy = chain.tilt(rewards, 1e-3, 4).logps(strings)
+    close(greedy.exp()[total < total.max()].sum(), vector(0).squeeze())
+
+
+def test_tilts_compose(rng):
+    chain, strings = random_chain(2, 2, rng), all_strings(2, 5)
+    r1, r2 = torch.rand(4, 2, generator=rng, dtype=F64), torch.rand(2, generator=rng, dtype=F64)
+    once = chain.tilt(r1 / 0.5 + r2 / 0.8, 1.0, 5)
+    twice = chain.tilt(r1, 0.5, 5).tilt(r2, 0.8, 5)
+    close(twice.logps(strings), once.logps(strings))
+    close(twice.log_partition + chain.tilt(r1, 0.5, 5).log_partition, once.log_partition)
+
+
+def test_shorter_strings_under_a_tilt_are_its_prefixes(rng):
+    tilted = random_chain(2, 1, rng).tilt(vector(0, 1), 0.5, 5)
+    prefixes, strings = all_strings(2, 3), all_strings(2, 5)
+    margin = tilted.logps(strings).view(8, 4).logsumexp(1)
+    close(tilted.logps(prefixes), margin)
+
+
+def test_float32_chain_stays_close(rng):
+    chain = random_chain(3, 2, rng)
+    small = MarkovChain(chain.table(0).float(), chain.alphabet)
+    rewards = torch.randint(3, (9, 3), generator=rng).double()
+    strings = all_strings(3, 4)
+    tilted = small.tilt(rewards.float(), 0.7, 4)
+    assert tilted.log_partition.dtype == torch.float32 and tilted.logps(strings).dtype == torch.float32
+    torch.testing.assert_close(
+        tilted.logps(strings).double(), chain.tilt(rewards, 0.7, 4).logps(strings), rtol=1e-5, atol=1e-5
+    )
+    assert small.reward_law(rewards.float(), 4).logps.dtype == F64
+
+
+@pytest.mark.parametrize(("v", "order", "length"), CASES)
+@pytest.mark.parametrize("kind", ["symbol", "context"])
+def test_reward_law_equals_enumeration(v, order, length, kind, rng):
+    chain = random_chain(v, order, rng)
+    rewards = reward_tables(v, order, rng)[kind]
+    strings = all_strings(v, length)
+    total = chain.total_reward(strings, rewards)
+    for source in (chain, chain.tilt(rewards, 0.7, length)):
+        values, logps = source.reward_law(rewards, length)
+        assert values.tolist() == [
+            float(x) for x in range(length * int(rewards.min()), length * int(rewards.max()) + 1)
+        ]
+        expected = torch.stack([source.logps(strings).exp()[total == value].sum() for value in values])
+        close(logps.exp(), expected)
+        close(logps.exp().sum(), vector(1).squeeze())
+
+
+def test_reward_law_of_the_tilt_is_the_tilt_of_the_reward_law(rng):
+    # Long strings: 3^60 of them, out of reach of any enumeration.
+    chain = random_chain(3, 2, rng)
+    rewards = vector(0, 1, 3)
+    values, logps = chain.reward_law(rewards, 60)
+    tilted = chain.tilt(rewards, 2.0, 60)
+    close(tilted.reward_law(rewards, 60).logps.exp(), categorical.tilt(logps, values, 2.0).exp())
+    close(tilted.log_partition, categorical.log_partition(logps, values, 2.0))
+
+
+def test_reward_law_of_a_constant(rng):
+    values, logps = random_chain(2, 1, rng).reward_law(vector(-2, -2), 5)
+    assert values.tolist() == [-10] and logps.tolist() == [0]
+
+
+# --- draws -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tilted", [False, True])
+def test_sample_follows_the_law_of_strings(tilted, rng):
+    v, length, beta = 2, 4, 0.8
+    chain, strings = random_chain(v, 2, rng), all_strings(2, 4)
+    rewards = 4 * torch.rand(4, 2, generator=rng, dtype=F64)
+    hot = chain.tilt(rewards, 1.05 * beta, length)
+    source = chain.tilt(rewards, beta, length) if tilted else chain
+    target = source.logps(strings)
+
+    def draw(chain):
+        return lambda n, generator: string_number(chain.sample(n, length, generator=generator), v)
+
+    uniform = MarkovChain(torch.log_softmax(torch.zeros(4, 2, dtype=F64), -1), chain.alphabet)
+    forgetful = MarkovChain(chain.table(0)[chain.start].expand(4, 2), chain.alphabet)
+    wrong = {
+        "beta*1.05": (draw(hot), hot.logps(strings)),
+        "uniform": (draw(uniform), uniform.logps(strings)),
+        "context-ignored": (draw(forgetful), forgetful.logps(strings)),
+        "string-missing": (draws_from(without(target, 5)), without(target, 5)),
+    }
+    if tilted:
+        unweighted = uniform.tilt(rewards, beta, length)
+        wrong["reference-dropped"] = draw(unweighted), unweighted.logps(strings)
+    check_sampler(draw(source), target, wrong, rng)
+
+
+def test_sample_never_draws_what_is_excluded(rng):
+    # No "b" anywhere, although it is likely: strings of a and space only.
+    chain = MarkovChain(law(0.01, 0.98, 0.01).expand(3, 3), "ab ")
+    tokens = chain.tilt(vector(0, -math.inf, 0), 1.0, 6).sample(2000, 6, generator=rng)
+    assert tokens.shape == (2000, 6) and tokens.dtype == torch.int64
+    assert tokens.unique().tolist() == [0, 2]
+
+
+def test_sample_avoids_dead_ends(rng):
+    # After a nothing may follow: the tilt puts a at the end or nowhere. Strings: bbb, bba.
+    rewards = torch.tensor([[-math.inf] * 2, [0, 0]], dtype=F64)
+    chain = MarkovChain(law(0.5, 0.5).expand(2, 2), "ab")
+    drawn = chain.tilt(rewards, 1.0, 3).sample(200, 3, generator=rng)
+    assert set(chain.decode(drawn)) == {"bbb", "bba"}
+
+
+def test_sample_of_a_long_string_has_the_right_reward(rng):
+    # Strings of 40 symbols: their reward follows the law that the recursion computes.
+    chain = random_chain(3, 2, rng)
+    rewards = vector(0, 1, 0)
+    target = chain.reward_law(rewards, 40).logps
+    wrong = chain.tilt(rewards, 8.0, 40).reward_law(rewards, 40).logps
+    n = verify.plan(target, wrong)
+    drawn = chain.total_reward(chain.sample(n, 40, generator=rng), rewards).long()
+    assert verify.match(drawn, target, claim="reward", versus=[wrong])
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+CHAIN = fitted(1)
+G = torch.Generator()
+HALF = law(0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("logps", "alphabet", "error", "text"),
+    [
+        ([[0.0]], "ab", TypeError, "logps must be a floating-point torch.Tensor"),
+        (HALF.expand(2, 2) + 1, "ab", ValueError, "logps must be log-probabilities that sum to 1"),
+        (HALF.expand(3, 2), "ab", ValueError, r"logps must have shape \(V\^order, V\) with V = 2, .* got \(3, 2\)"),
+        (HALF.expand(1, 2), "ab", ValueError, r"logps must have shape .* got \(1, 2\)"),
+        (HALF, "ab", ValueError, r"logps must have shape .* got \(2,\)"),
+        (HALF.expand(2, 2, 2), "ab", ValueError, r"logps must have shape .* got \(2, 2, 2\)"),
+        (HALF.expand(2, 2), "abc", ValueError, r"logps must have shape \(V\^order, V\) with V = 3"),
+        (HALF.expand(2, 2), "aa", ValueError, "alphabet must hold at least 2 distinct symbols, got 'aa'"),
+        (law(1).expand(1, 1), "a", ValueError, "alphabet must hold at least 2 distinct symbols, got 'a'"),
+    ],
+)
+def test_bad_chains(logps, alphabet, error, text):
+    with pytest.raises(error, match=text):
+        MarkovChain(logps, alphabet)
+
+
+@pytest.mark.parametrize(
+    ("words", "weights", "order", "alphabet", "error", "text"),
+    [
+        (["a"], [1.0], 1, "ab ", TypeError, "weights must be a floating-point torch.Tensor"),
+        (["a"], vector(1), 1.0, "ab ", TypeError, "order must be an int, got float"),
+        (["a"], vector(1), 0, "ab ", ValueError, "order must be an integer >= 1, got 0"),
+        ([], torch.zeros(0), 1, "ab ", ValueError, "weights must have a last dimension of size >= 1"),
+        (["a"], vector(1, 2), 1, "ab ", ValueError, r"weights must be 1 finite numbers >= 0 .* got shape \(2,\)"),
+        (["a"], vector(-1), 1, "ab ", ValueError, "weights must be 1 finite numbers >= 0 with a positive sum"),
+        (["a"], vector(0), 1, "ab ", ValueError, "weights must be 1 finite numbers >= 0 with a positive sum"),
+        (["a"], vector(math.nan), 1, "ab ", ValueError, "weights must be 1 finite numbers >= 0"),
+        (["a", "ax"], vector(1, 1), 1, "ab ", ValueError, "words must be non-empty strings over 'ab', got 'ax'"),
+        (["a b"], vector(1), 1, "ab ", ValueError, "words must be non-empty strings over 'ab', got 'a b'"),
+        ([""], vector(1), 1, "ab ", ValueError, "words must be non-empty strings over 'ab', got ''"),
+        (["a"], vector(1), 1, "aa ", ValueError, "alphabet must hold at least 2 distinct symbols, got 'aa '"),
+    ],
+)
+def test_bad_fits(words, weights, order, alphabet, error, text):
+    with pytest.raises(error, match=text):
+        MarkovChain.fit(words, weights, order, alphabet=alphabet)
+
+
+RIGHT = torch.zeros(3, dtype=F64)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "beta", "length", "error", "text"),
+    [
+        ([0.0], 1.0, 3, TypeError, "rewards must be a floating-point torch.Tensor"),
+        (RIGHT.long(), 1.0, 3, TypeError, "rewards must be .* got a torch.int64 tensor"),
+        (RIGHT[:2], 1.0, 3, ValueError, r"rewards must have shape \(3,\) or \(3, 3\), got \(2,\)"),
+        (RIGHT.expand(2, 3), 1.0, 3, ValueError, r"rewards must have shape \(3,\) or \(3, 3\), got \(2, 3\)"),
+        (RIGHT * math.nan, 1.0, 3, ValueError, "rewards must be finite or -inf"),
+        (RIGHT + math.inf, 1.0, 3, ValueError, "rewards must be finite or -inf"),
+        (RIGHT - math.inf, 1.0, 3, ValueError, "rewards must leave at least one outcome of positive mass"),
+        (RIGHT, 0.0, 3, ValueError, "beta must be finite and > 0, got 0.0"),
+        (RIGHT, math.nan, 3, ValueError, "beta must be finite and > 0"),
+        (RIGHT, 1.0, 0, ValueError, "length must be an integer >= 1, got 0"),
+        (RIGHT, 1.0, 3.0, TypeError, "length must be an int, got float"),
+    ],
+)
+@pytest.mark.parametrize("method", ["soft_values", "tilt"])
+def test_bad_tilts(method, rewards, beta, length, error, text):
+    with pytest.raises(error, match=text):
+        getattr(CHAIN, method)(rewards, beta, length)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: CHAIN.encode([]), ValueError, "texts must be non-empty strings of one length"),
+        (lambda: CHAIN.encode([""]), ValueError, "texts must be non-empty strings of one length"),
+        (lambda: CHAIN.encode(["a", "ab"]), ValueError, "texts must be non-empty strings of one length"),
+        (lambda: CHAIN.encode(["ax"]), ValueError, r"texts must use the alphabet 'ab ' only, got \['x'\]"),
+        (lambda: CHAIN.logps(torch.tensor([0.0])), ValueError, "tokens must be a non-empty integer tensor"),
+        (lambda: CHAIN.logps(torch.zeros(0, dtype=torch.int64)), ValueError, "tokens must be a non-empty integer"),
+        (lambda: CHAIN.logps(torch.tensor([0, 3])), ValueError, r"tokens must lie in 0\.\.2, got 0 to 3"),
+        (lambda: CHAIN.logps(torch.tensor([-1, 1])), ValueError, r"tokens must lie in 0\.\.2, got -1 to 1"),
+        (lambda: CHAIN.total_reward(torch.tensor([3]), RIGHT), ValueError, r"tokens must lie in 0\.\.2"),
+        (lambda: CHAIN.total_reward(torch.tensor([0]), RIGHT[:1]), ValueError, r"rewards must have shape \(3,\) or"),
+        (lambda: CHAIN.sample(0, 3, generator=G), ValueError, "n must be an integer >= 1, got 0"),
+        (lambda: CHAIN.sample(3, 0, generator=G), ValueError, "length must be an integer >= 1, got 0"),
+        (lambda: CHAIN.sample(3.0, 3, generator=G), TypeError, "n must be an int, got float"),
+        (lambda: CHAIN.sample(3, 3.0, generator=G), TypeError, "length must be an int, got float"),
+        (lambda: CHAIN.reward_law([0.0], 3), TypeError, "rewards must be a floating-point torch.Tensor"),
+        (lambda: CHAIN.reward_law(RIGHT[:1], 3), ValueError, r"rewards must have shape \(3,\) or"),
+        (lambda: CHAIN.reward_law(RIGHT + 0.5, 3), ValueError, "rewards must be finite whole numbers"),
+        (lambda: CHAIN.reward_law(vector(0, -math.inf, 1), 3), ValueError, "rewards must be finite whole numbers"),
+        (lambda: CHAIN.reward_law(RIGHT, 0), ValueError, "length must be an integer >= 1"),
+        (lambda: CHAIN.reward_law(RIGHT, 3.0), TypeError, "length must be an int"),
+        (lambda: CHAIN.tilt(RIGHT, 1.0, 3).table(3), ValueError, r"step must lie in 0\.\.2"),
+        (lambda: CHAIN.tilt(RIGHT, 1.0, 3).table(-1), ValueError, r"step must lie in 0\.\.2"),
+        (lambda: CHAIN.tilt(RIGHT, 1.0, 3).sample(2, 4, generator=G), ValueError, r"step must lie in 0\.\.2"),
+    ],
+)
+def test_bad_inputs(call, error, text):
+    with pytest.raises(error, match=text):
+        call()

@@ -1,0 +1,291 @@
+"""Every page of the built book, as a reader without network sees it: light, dark and on a phone.
+
+Needs `_build/html` (make book) and a Chromium or Chrome, found on the path or named by $CHROMIUM; under CI=true their
+absence fails, elsewhere it skips. Screenshots go to `_build/screenshots`: some faults only looking shows.
+"""
+
+import functools
+import http.server
+import math
+import os
+import re
+import shutil
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+HTML = ROOT / "_build/html"
+SHOTS = ROOT / "_build/screenshots"
+TOC = [name for name in re.findall(r"(?:root|file): *(\S+)", (ROOT / "_toc.yml").read_text(encoding="utf-8"))]
+VIEWS = {"light": 1280, "dark": 1280, "phone": 390}
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+# The reader has no network. (Playwright's own way, a route that aborts, would turn the browser's cache off.)
+FLAGS.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+
+# Ids that the theme itself repeats, on its search page only.
+THEME_REPEATS = {"search.html": {"search-input"}}
+
+
+def missing(what):
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(what)
+
+
+@pytest.fixture(scope="session")
+def files():
+    """Each page that Sphinx wrote, read once: path below `_build/html` -> Page."""
+    if not (HTML / "index.html").exists():
+        missing("there is no _build/html to test: run `make book` first")
+    paths = [path for path in HTML.rglob("*.html") if "_static" not in path.parts]
+    return {path.relative_to(HTML).as_posix(): Page(path.read_text(encoding="utf-8")) for path in paths}
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.loads = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        if tag in ("a", "area"):
+            self.links += [attrs["href"]] if "href" in attrs else []
+        elif tag not in ("use", "image") and attrs.get("rel") not in ("canonical", "license"):
+            self.loads += [attrs[name] for name in ("src", "href") if attrs.get(name)]
+
+
+# --- without a browser ---------------------------------------------------------------------------------------------
+
+
+def test_every_internal_link_leads_somewhere(files):
+    broken = []
+    for name, page in files.items():
+        for link in page.links + page.loads:
+            if re.match(r"[a-z]+:|//", link):
+                continue
+            path, fragment = urldefrag(unquote(link))
+            path = path.split("?")[0]
+            target = os.path.normpath(Path(name).parent / path).replace(os.sep, "/") if path else name
+            if not (HTML / target).is_file():
+                broken.append(f"{name}: {link}")
+            elif fragment and target in files and fragment not in files[target].ids:
+                broken.append(f"{name}: {link} (no such id)")
+    assert not broken
+
+
+def test_nothing_is_loaded_from_elsewhere(files):
+    assert not [(name, url) for name, page in files.items() for url in page.loads if re.match("https?:|//", url)]
+
+
+def test_ids_are_unique(files):
+    repeated = {n: {i for i in p.ids if p.ids.count(i) > 1} - THEME_REPEATS.get(n, set()) for n, p in files.items()}
+    assert not {name: ids for name, ids in repeated.items() if ids}
+
+
+# --- in the browser ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def base(files):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=HTML)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, (shutil.which(name) for name in names if name)), None)
+    if path is None:
+        missing("no browser: install chromium or google-chrome, or let $CHROMIUM name one")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def contexts(browser):
+    """One browser profile per view, so that scripts and fonts are fetched once."""
+    made = {}
+    for view, width in VIEWS.items():
+        made[view] = browser.new_context(viewport={"width": width, "height": 900})
+        mode = "dark" if view == "dark" else "light"
+        made[view].add_init_script(f"localStorage.setItem('mode', '{mode}'); localStorage.setItem('theme', '{mode}')")
+    return made
+
+
+@pytest.fixture
+def visit(contexts, base):
+    """Open a page in a view and wait for its maths; what went wrong is in `page.trouble`."""
+    pages = []
+
+    def open_page(name, view="light"):
+        page, trouble = contexts[view].new_page(), []
+        pages.append(page)
+        page.trouble = trouble
+        local = (f"{base}/", "data:", "blob:")
+
+        def complain(text, url):
+            if url != f"{base}/favicon.ico":  # which the browser asks for by itself, and the book does not name
+                trouble.append(f"console: {text} {url}")
+
+        page.on("request", lambda r: r.url.startswith(local) or trouble.append(f"asks the network for {r.url}"))
+        page.on("response", lambda r: r.status >= 400 and trouble.append(f"{r.status} for {r.url}"))
+        page.on("pageerror", lambda error: trouble.append(f"error in a script: {error}"))
+        page.on("console", lambda m: m.type == "error" and complain(m.text, m.location["url"]))
+        page.goto(f"{base}/{name}")
+        page.evaluate("async () => { await document.fonts.ready; await window.MathJax?.startup?.promise; }")
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+
+
+# What holds in every view, as a list of complaints. Folded proofs and cells are opened first: they have no size.
+LOOK = r"""([view, width]) => {
+  document.querySelectorAll("details").forEach((d) => { d.open = true; });
+  document.querySelectorAll(".toggle-hidden").forEach((d) => d.classList.remove("toggle-hidden"));
+  const bad = [], all = (s) => [...document.querySelectorAll(s)], short = (e) => e.textContent.trim().slice(0, 60);
+  const seen = (e) => e.checkVisibility({ visibilityProperty: true }) && e.getBoundingClientRect().width > 0;
+
+  for (const e of all(".math")) if (!e.querySelector("mjx-container")) bad.push("maths not rendered: " + short(e));
+  for (const e of all("mjx-merror, [data-mjx-error]")) bad.push("maths error: " + short(e));
+  const text = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (text.nextNode()) {
+    const node = text.currentNode;
+    const inCode = node.parentElement.closest("pre, code, script, style, noscript, mjx-container");
+    if (/\$|\\\(|\\\[/.test(node.data) && !inCode) bad.push("raw maths: " + node.data.trim().slice(0, 60));
+  }
+
+  const over = document.documentElement.scrollWidth - width;
+  if (over > 0) bad.push(`the page is ${over} px wider than the window`);
+  if (width >= 1280) // on a phone an equation may scroll; here it would be cut in print
+    for (const e of all("div.math, mjx-container[display]"))
+      if (e.scrollWidth > e.clientWidth + 1) bad.push(`${e.scrollWidth} px of maths in ${e.clientWidth}: ${short(e)}`);
+
+  const named = (words) => words && !/\.(png|jpe?g|svg)$/.test(words); // a file name says nothing
+  for (const e of all("img")) if (!named(e.alt)) bad.push("image without words: " + e.src);
+  for (const e of all("svg[role]:not([aria-hidden]), [class^=bk-][role=group]"))
+    if (!named(e.getAttribute("aria-label"))) bad.push("picture without words: " + e.outerHTML.slice(0, 60));
+  for (const e of all(".bk-explorable")) if (!e.querySelector("svg")) bad.push("not drawn: " + e.dataset.name);
+  const fields = all("input[type=search], .search-button-field").filter(seen).length;
+  if (width >= 1280 && fields !== 1) bad.push(`${fields} search fields`);
+
+  const theme = document.documentElement.dataset.theme;
+  if (theme !== (view === "dark" ? "dark" : "light")) bad.push("theme is " + theme);
+  const light = (color) => { // from 0, black, to 1, white; null where the paper behind shines through
+    const [r, g, b, a] = color.match(/[\d.]+/g).map(Number);
+    return a === 0 ? null : (r + g + b) / 765;
+  };
+  for (const e of all(".bk-fig, .bk-explorable, .bk-samples, .bk-map")) {
+    const ink = light(getComputedStyle(e).color);
+    let paper = null;
+    for (let n = e; n && paper === null; n = n.parentElement) paper = light(getComputedStyle(n).backgroundColor);
+    if (Math.abs(ink - (paper ?? 1)) < 0.5) bad.push("ink and paper are too alike: " + e.getAttribute("class"));
+  }
+  return bad;
+}"""
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", TOC)
+def test_page(name, view, visit):
+    page = visit(f"{name}.html", view)
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SHOTS / f"{Path(name).name}-{view}.png", full_page=True)
+    assert page.trouble + page.evaluate(LOOK, [view, VIEWS[view]]) == []
+
+
+def test_sliders_work_from_the_keyboard(visit):
+    state = """e => [e.closest(".bk-explorable, .bk-slider").querySelector("output").textContent,
+                     e.getAttribute("aria-valuetext")]"""
+    moved = 0
+    for name in TOC:
+        if not re.search("bk-(explorable|slider)", (HTML / f"{name}.html").read_text("utf-8")):
+            continue
+        page = visit(f"{name}.html")
+        for slider in page.query_selector_all("input[type=range]"):
+            assert slider.evaluate("e => e.labels[0]?.textContent.trim() || e.getAttribute('aria-label')")
+            before = slider.evaluate(state)
+            slider.press("ArrowRight")
+            after = slider.evaluate(state)
+            assert before[0] != after[0] and before[1] != after[1], before
+            moved += 1
+        assert page.trouble == []
+    assert moved
+
+
+def test_search_finds_a_word(visit):
+    page = visit("search.html?q=tilt")
+    page.wait_for_selector("#search-results li a", timeout=10_000)
+    assert page.trouble == []
+
+
+@pytest.fixture
+def interactive(visit):
+    name = next((n for n in TOC if 'data-name="soft-best-of-n"' in (HTML / f"{n}.html").read_text("utf-8")), None)
+    assert name, "no page holds the soft best-of-N interactive"
+    return visit(f"{name}.html")
+
+
+CASES = [([0.5, 0.3, 0.2], [0, 1, 2], n, beta) for n in (1, 2, 4, 1000, 10**6) for beta in (0.05, 1, 10)]
+CASES += [([0.7, 0.1, 0.1, 0.1], [-3, 5, 5, 0], 7, 0.3), ([1.0], [2], 5, 1)]
+
+
+def test_the_page_computes_the_law_that_tiltlib_computes(interactive):
+    from tiltlib.categorical import tilt, total_variation
+    from tiltlib.selection import soft_best_of_n_law
+
+    for p, rewards, n, beta in CASES:
+        logps, r = torch.tensor(p, dtype=torch.float64).log(), torch.tensor(rewards, dtype=torch.float64)
+        law, goal = soft_best_of_n_law(logps, r, n, beta), tilt(logps, r, beta)
+        ours, our_goal, tv = interactive.evaluate(
+            """([p, r, n, beta]) => {
+              const law = bookjs.softBestOfN(p, r, n, beta), goal = bookjs.tilt(p, r, beta);
+              return [law, goal, bookjs.totalVariation(law, goal)];
+            }""",
+            [p, rewards, n, beta],
+        )
+        torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), law.exp(), rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(torch.tensor(our_goal, dtype=torch.float64), goal.exp(), rtol=1e-12, atol=1e-15)
+        assert tv == pytest.approx(total_variation(law, goal).item(), rel=1e-6, abs=1e-13)
+
+
+def test_the_page_shows_what_it_computes(interactive):
+    from tiltlib.categorical import kl, tilt, total_variation
+    from tiltlib.selection import soft_best_of_n_law
+
+    box = interactive.query_selector('.bk-explorable[data-name="soft-best-of-n"]')
+    options = box.evaluate("e => JSON.parse(e.dataset.options)")
+    n, beta = (float(s.get_attribute("aria-valuetext").split(" = ")[1]) for s in box.query_selector_all("input"))
+    logps = torch.tensor(options.get("p", [0.5, 0.3, 0.2]), dtype=torch.float64).log()
+    r = torch.tensor(options.get("rewards", [0, 1, 2]), dtype=torch.float64)
+    law, goal = soft_best_of_n_law(logps, r, int(n), beta), tilt(logps, r, beta)
+
+    heights = box.evaluate("e => [...e.querySelectorAll('.bk-panels rect')].map((bar) => +bar.getAttribute('height'))")
+    torch.testing.assert_close(torch.tensor(heights).double() / math.fsum(heights), law.exp(), rtol=1e-5, atol=1e-7)
+    found = re.findall(r"[=≤] ([\d.]+)(?:·10−(\d+))?", box.query_selector("output").inner_text())
+    tv, bound, divergence = (float(digits) * 10 ** -int(power or 0) for digits, power in found)
+    ratio = (goal - logps).exp()
+    assert tv == pytest.approx(total_variation(law, goal).item(), rel=5e-3)
+    assert bound == pytest.approx((((goal.exp() * ratio).sum() - 0.75) / n).item(), rel=5e-3)
+    assert divergence == pytest.approx(kl(goal, law).item(), rel=5e-3)

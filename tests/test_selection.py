@@ -1,0 +1,629 @@
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import (
+    F64,
+    S0,
+    S0_REWARDS,
+    candidates,
+    check_sampler,
+    enumerated_best_law,
+    enumerated_joint_law,
+    enumerated_soft_law,
+    instances,
+    law,
+    random_law,
+    relative_error,
+    vector,
+    without,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiltlib import selection, verify
+from tiltlib.categorical import chi_square, kl, sample, tilt, total_variation
+from tiltlib.selection import best_of_n, best_of_n_law, soft_best_of_n, soft_best_of_n_law, soft_best_of_n_stream
+from tiltlib.weights import log_mean, normalize
+
+TIED = law(0.5, 0.3, 0.2)
+TIED_REWARDS = vector(0, 1, 1)
+UNIFORM = law(1 / 3, 1 / 3, 1 / 3)
+
+
+def close(a, b, tolerance=1e-12):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# --- the enumeration itself, against a walk over all sequences of candidates ----------------------------------------
+
+
+def test_enumeration_agrees_with_all_sequences():
+    r, n, beta = TIED_REWARDS, 3, 0.7
+    best, first, soft = torch.zeros(3, dtype=F64), torch.zeros(3, dtype=F64), torch.zeros(3, dtype=F64)
+    joint = torch.zeros(3, 3, dtype=F64)
+    for drawn in itertools.product(range(3), repeat=n):
+        chance = TIED[list(drawn)].sum().exp()
+        rewards = r[list(drawn)]
+        tied = [y for y in drawn if r[y] == rewards.max()]
+        for y in tied:
+            best[y] += chance / len(tied)
+        first[tied[0]] += chance
+        weight = torch.softmax(rewards / beta, 0)
+        for y, w in zip(drawn, weight, strict=True):
+            soft[y] += chance * w
+            for y2, w2 in zip(drawn, weight, strict=True):
+                joint[y, y2] += chance * w * w2
+    close(enumerated_best_law(TIED, r, n).exp(), best)
+    close(first, best)  # the first maximal draw has the same law
+    close(enumerated_soft_law(TIED, r, n, beta).exp(), soft)
+    close(enumerated_joint_law(TIED, r, n, beta).exp(), joint)
+
+
+# --- rung b: exact laws ----------------------------------------------------------------------------------------------
+
+
+def exact_instances():
+    for k, n in [(1, 5), (2, 2), (2, 3), (2, 40), (3, 4), (3, 40), (4, 25), (6, 12)]:
+        for spread in (0.0, 1.0, 8.0, 50.0):
+            yield k, n, spread
+    yield 6, 40, 50.0
+
+
+@pytest.mark.parametrize(("k", "n", "spread"), list(exact_instances()))
+def test_laws_equal_their_enumeration(k, n, spread, rng):
+    ref = random_law(k, rng, sharpness=6)
+    rewards = spread * torch.rand(k, generator=rng, dtype=F64)
+    if k > 2:
+        rewards[1] = rewards[0]  # a tie
+        rewards[-1], rewards[2] = spread, 0  # the full range
+    assert relative_error(soft_best_of_n_law(ref, rewards, n, 1.0), enumerated_soft_law(ref, rewards, n, 1.0)) <= 1e-12
+    assert relative_error(best_of_n_law(ref, rewards, n), enumerated_best_law(ref, rewards, n)) <= 1e-12
+
+
+@given(instances(max_k=4), st.integers(1, 9))
+def test_laws_equal_their_enumeration_for_every_input(instance, n):
+    ref, rewards, beta = instance
+    assert (
+        relative_error(soft_best_of_n_law(ref, rewards, n, beta), enumerated_soft_law(ref, rewards, n, beta)) <= 1e-12
+    )
+    assert relative_error(best_of_n_law(ref, rewards, n), enumerated_best_law(ref, rewards, n)) <= 1e-12
+
+
+@pytest.mark.parametrize("n", [2, 7, 10**3, 10**6, 10**9, 10**12])
+@pytest.mark.parametrize(("k", "spread"), [(3, 1.0), (64, 50.0), (4096, 300.0)])
+def test_laws_sum_to_one(k, spread, n, rng):
+    ref = random_law(k, rng, sharpness=10)
+    rewards = spread * torch.rand(k, generator=rng, dtype=F64)
+    for logps in (soft_best_of_n_law(ref, rewards, n, 1.0), best_of_n_law(ref, rewards, n)):
+        assert abs(math.fsum(logps.exp().tolist()) - 1) <= 1e-13
+
+
+@pytest.mark.parametrize(("rare", "n"), [(1e-3, 40), (1e-6, 10**6), (1e-10, 10**9), (1e-13, 10**12)])
+def test_best_of_n_law_keeps_its_digits_for_large_n(rare, n):
+    # p = (.3, .7 - rare, rare), rewards 0, 1, 2. The top outcome has 1 - (1 - rare)^N; the others share the rest:
+    # (1 - rare)^N - .3^N and .3^N, written with log1p(-rare) so that the expected value has all its digits.
+    ref = torch.log_softmax(torch.cat([law(0.3, 0.7 - rare), vector(rare).log()]), -1)
+    none = n * math.log1p(-ref[2].exp().item())
+    low = n * ref[0].item()
+    expected = vector(low, none + math.log(-math.expm1(low - none)), math.log(-math.expm1(none)))
+    logps = best_of_n_law(ref, S0_REWARDS, n)
+    assert (logps - expected)[1:].abs().max().item() <= 1e-12
+    assert (logps - expected)[0].abs().item() <= 1e-15 * abs(low) + 1e-12
+
+
+def test_laws_of_an_outcome_too_rare_for_float64():
+    # p = e^-800: N p w / (sum of w) = 5 e^-800 e / (e + 4) for the soft choice, p N F^(N-1) with F = 1 for the best.
+    ref = vector(0, -800)
+    close(best_of_n_law(ref, vector(0, 1), 5)[1].item(), -800 + math.log(5))
+    close(best_of_n_law(ref, vector(1, 0), 5)[1].item(), -4000.0, 1e-9)
+    close(soft_best_of_n_law(ref, vector(0, 1), 5, 1.0)[1].item(), -800 + math.log(5 * math.e / (math.e + 4)))
+
+
+def test_soft_law_at_large_n_follows_its_expansion():
+    # P_N / pi* = 1 + a/N + b/N^2 + O(N^-3), x = w/Z - 1, CV2 = E x^2, m3 = E x^3, a = CV2 - x,
+    # b = x^2 - CV2 - 3 x CV2 - m3 + 3 CV2^2: at N = 1e6 the remainder is far below rounding.
+    p, target = S0.exp(), tilt(S0, S0_REWARDS, 1.0)
+    x = (target - S0).exp() - 1
+    cv2, m3 = (p * x**2).sum(), (p * x**3).sum()
+    a = cv2 - x
+    b = x**2 - cv2 - 3 * x * cv2 - m3 + 3 * cv2**2
+    close(a, vector(1.389689, 0.774544, -0.897593), 5e-7)
+    close(b, vector(2.023211, 0.231956, -0.812528), 5e-7)
+    for n in (10**5, 10**7, 10**9, 10**12):
+        expected = target + torch.log1p(a / n + b / float(n) ** 2)
+        assert relative_error(soft_best_of_n_law(S0, S0_REWARDS, n, 1.0), expected) <= 1e-13
+
+
+def test_laws_on_the_instances_of_the_book():
+    close(soft_best_of_n_law(S0, S0_REWARDS, 4, 1.0).exp(), vector(0.261558, 0.337851, 0.400590), 1e-6)
+    close(soft_best_of_n_law(S0, S0_REWARDS, 2, 1.0).exp(), vector(0.354523, 0.341591, 0.303886), 1e-6)
+    target, soft_law = tilt(S0, S0_REWARDS, 1.0), soft_best_of_n_law(S0, S0_REWARDS, 4, 1.0)
+    distances = torch.stack([kl(target, soft_law), kl(soft_law, target), total_variation(soft_law, target)])
+    close(distances, vector(0.036633, 0.037117, 0.128466), 1e-6)
+    close(best_of_n_law(TIED, TIED_REWARDS, 3).exp(), vector(0.125, 0.525, 0.35))
+    # Near misses, so that nobody mistakes them for the law: ties over distinct outcomes, ties to the lowest index.
+    close(enumerated_best_law(TIED, TIED_REWARDS, 3, "distinct").exp(), vector(0.125, 0.522, 0.353))
+    close(enumerated_best_law(TIED, TIED_REWARDS, 3, "lowest").exp(), vector(0.125, 0.657, 0.218))
+    # N = 2 cannot tell the uniform choice over distinct outcomes apart.
+    close(enumerated_best_law(TIED, TIED_REWARDS, 2, "distinct"), best_of_n_law(TIED, TIED_REWARDS, 2))
+    # KL(BoN || p) for p = (.9, .1), N = 10
+    assert kl(best_of_n_law(law(0.9, 0.1), vector(0, 1), 10), law(0.9, 0.1)).item() == pytest.approx(0.889836, abs=5e-7)
+
+
+# --- rung a: limits without noise ------------------------------------------------------------------------------------
+
+
+@given(instances())
+def test_one_candidate_is_the_reference(instance):
+    ref, rewards, beta = instance
+    close(soft_best_of_n_law(ref, rewards, 1, beta), ref)
+    close(best_of_n_law(ref, rewards, 1), ref)
+
+
+@pytest.mark.parametrize("n", [2, 5, 10**6])
+def test_limits_of_the_laws(n):
+    close(soft_best_of_n_law(S0, S0_REWARDS, n, 1e300), S0)  # beta to infinity: no selection
+    close(soft_best_of_n_law(S0, vector(3, 3, 3), n, 1e-9), S0)  # equal rewards
+    close(best_of_n_law(S0, vector(3, 3, 3), n), S0)
+    close(soft_best_of_n_law(law(1), vector(-3), n, 0.1), law(1))  # one-point support
+    close(best_of_n_law(law(1), vector(-3), n), law(1))
+    unsupported = law(0.5, 0.3, 0.2, 0)  # an outcome of probability 0 stays there, whatever its reward
+    for reward in (-9.0, 0.5, 1.0, 99.0, -math.inf):
+        rewards = torch.cat([S0_REWARDS, vector(reward)])
+        close(soft_best_of_n_law(unsupported, rewards, n, 1.0)[:3], soft_best_of_n_law(S0, S0_REWARDS, n, 1.0))
+        close(best_of_n_law(unsupported, rewards, n)[:3], best_of_n_law(S0, S0_REWARDS, n))
+        assert soft_best_of_n_law(unsupported, rewards, n, 1.0)[3].item() == -math.inf
+        assert best_of_n_law(unsupported, rewards, n)[3].item() == -math.inf
+
+
+def test_soft_law_tends_to_the_best_of_n_law():
+    # beta to 0 at fixed N; a soft choice of weight ratio e^-1/beta differs from the greedy one by as little.
+    close(soft_best_of_n_law(S0, S0_REWARDS, 4, 1 / 299).exp(), best_of_n_law(S0, S0_REWARDS, 4).exp())
+    close(soft_best_of_n_law(TIED, TIED_REWARDS, 3, 1 / 500).exp(), best_of_n_law(TIED, TIED_REWARDS, 3).exp())
+
+
+def test_best_of_n_law_for_unbounded_n_is_the_reference_on_the_maximum():
+    close(best_of_n_law(TIED, TIED_REWARDS, 10**12).exp(), vector(0, 0.6, 0.4))
+
+
+# --- laws that hold for every input ----------------------------------------------------------------------------------
+
+sizes = st.one_of(st.integers(2, 40), st.integers(41, 10**12))
+
+
+@given(instances(), sizes)
+def test_soft_law_is_near_the_tilt(instance, n):
+    ref, rewards, beta = instance
+    logps, target = soft_best_of_n_law(ref, rewards, n, beta), tilt(ref, rewards, beta)
+    on = ref > -math.inf
+    assert logps.exp().sum().item() == pytest.approx(1, abs=1e-13)
+    ratio = (target - ref)[on].exp()  # w / Z
+    # Pointwise P_N / pi* >= N / (N - 1 + w/Z), and what follows from it.
+    assert bool(((logps - target)[on] >= -torch.log1p((ratio - 1) / n) - 1e-12).all())
+    cv2 = chi_square(target, ref).item()
+    assert kl(target, logps).item() <= math.log1p(cv2 / n) + 1e-12
+    assert total_variation(logps, target).item() <= (cv2 + 0.25) / n + 1e-12
+
+
+@given(instances(), sizes)
+def test_best_of_n_law_for_every_input(instance, n):
+    ref, rewards, _ = instance
+    logps = best_of_n_law(ref, rewards, n)
+    assert logps.exp().sum().item() == pytest.approx(1, abs=1e-13)
+    # Selection prefers what is better: P / p grows with the reward, and grows in the top level with N.
+    gain = (logps - ref)[ref > -math.inf]
+    order = rewards[ref > -math.inf].argsort()
+    assert bool((gain[order].diff() >= -1e-12).all())
+    assert kl(logps, ref).item() <= math.log(n) - (n - 1) / n + 1e-12
+
+
+@given(instances(), st.integers(1, 60), st.floats(-9, 9), st.floats(0.1, 10))
+def test_laws_ignore_the_zero_and_the_unit_of_the_reward(instance, n, shift, scale):
+    ref, rewards, beta = instance
+    close(soft_best_of_n_law(ref, rewards * scale, n, beta * scale), soft_best_of_n_law(ref, rewards, n, beta), 1e-11)
+    close(soft_best_of_n_law(ref, rewards + shift, n, beta), soft_best_of_n_law(ref, rewards, n, beta), 1e-11)
+    squeezed = rewards.unique(return_inverse=True)[1].double() ** 3  # another increasing function of the reward
+    close(best_of_n_law(ref, squeezed, n), best_of_n_law(ref, rewards, n), 1e-12)
+
+
+LAWS = {
+    "soft": lambda p, r, n: soft_best_of_n_law(p, r, n, 0.3),
+    "best": best_of_n_law,
+}
+
+
+@pytest.mark.parametrize("n", [1, 7, 10**6])
+@pytest.mark.parametrize("name", LAWS)
+def test_batch_dtype_permutation_and_inputs(name, n, rng):
+    function = LAWS[name]
+    p = torch.log_softmax(torch.rand(3, 1, 5, generator=rng, dtype=F64), -1)
+    r = torch.randint(4, (2, 5), generator=rng).double()
+    before = p.clone(), r.clone()
+    out = function(p, r, n)
+    close(out, torch.stack([torch.stack([function(p[i, 0], r[j], n) for j in range(2)]) for i in range(3)]), 1e-13)
+    assert torch.equal(p, before[0]) and torch.equal(r, before[1])
+    order = torch.randperm(5, generator=rng)
+    close(function(p[..., order], r[..., order], n), out[..., order], 1e-13)
+    # float32 in, float32 out, but computed in float64: the same as from the same numbers in float64, rounded once.
+    small = function(p.float(), r.float(), n)
+    assert small.dtype == torch.float32
+    exact = function(torch.log_softmax(p.float().double(), -1), r, n)
+    torch.testing.assert_close(small.double(), exact, rtol=2**-23, atol=2**-23)
+
+
+# --- rungs c and d: draws --------------------------------------------------------------------------------------------
+
+
+def pooled(pick, ref, rewards, n):
+    """Outcomes kept by a selection rule over fresh pools of n candidates, one per pool."""
+
+    def draw(rows, generator):
+        pool = candidates(ref, rows, n, generator)
+        return pool.gather(1, pick(rewards[pool], generator)[:, None]).squeeze(1)
+
+    return draw
+
+
+def soft(beta):
+    return lambda rewards, generator: soft_best_of_n(rewards, beta, generator=generator)
+
+
+def best(rewards, generator):
+    return best_of_n(rewards, generator=generator)
+
+
+def lowest_index(ref, rewards, n):
+    def draw(rows, generator):
+        pool = candidates(ref, rows, n, generator)
+        top = rewards[pool].amax(1, keepdim=True)
+        return torch.where(rewards[pool] == top, pool, len(ref)).amin(1)
+
+    return draw
+
+
+def uniform_over_distinct(ref, rewards, n):
+    def draw(rows, generator):
+        pool = candidates(ref, rows, n, generator)
+        tied = rewards[pool] == rewards[pool].amax(1, keepdim=True)
+        present = torch.stack([(tied & (pool == y)).any(1) for y in range(len(ref))], 1)
+        return best_of_n(present.double(), generator=generator)
+
+    return draw
+
+
+def emits_less(logps, outcome):
+    bad = without(logps, outcome)
+    return lambda n, generator: sample(bad, n, generator=generator), bad
+
+
+def test_best_of_n_follows_its_law(rng):
+    # A rare outcome tied with a frequent one shows how ties are broken.
+    ref, rewards, n = law(0.2, 0.7, 0.1), vector(0, 1, 1), 4
+    target = best_of_n_law(ref, rewards, n)
+    wrong = {
+        "N-1": (pooled(best, ref, rewards, n - 1), enumerated_best_law(ref, rewards, n - 1)),
+        "reference-dropped": (pooled(best, UNIFORM, rewards, n), enumerated_best_law(UNIFORM, rewards, n)),
+        "lowest-index": (lowest_index(ref, rewards, n), enumerated_best_law(ref, rewards, n, "lowest")),
+        "distinct-ties": (
+            uniform_over_distinct(ref, rewards, n),
+            enumerated_best_law(ref, rewards, n, "distinct"),
+        ),
+        "outcome-missing": emits_less(target, 0),
+    }
+    check_sampler(pooled(best, ref, rewards, n), target, wrong, rng)
+
+
+def bad_soft_samplers(n, beta):
+    target = soft_best_of_n_law(S0, S0_REWARDS, n, beta)
+    return target, {
+        "beta*1.05": (
+            pooled(soft(beta * 1.05), S0, S0_REWARDS, n),
+            enumerated_soft_law(S0, S0_REWARDS, n, beta * 1.05),
+        ),
+        "N-1": (pooled(soft(beta), S0, S0_REWARDS, n - 1), enumerated_soft_law(S0, S0_REWARDS, n - 1, beta)),
+        "reference-dropped": (
+            pooled(soft(beta), UNIFORM, S0_REWARDS, n),
+            enumerated_soft_law(UNIFORM, S0_REWARDS, n, beta),
+        ),
+        "outcome-missing": emits_less(target, 0),
+    }
+
+
+def test_soft_best_of_n_follows_its_law(rng):
+    check_sampler(pooled(soft(0.7), S0, S0_REWARDS, 4), *bad_soft_samplers(4, 0.7), rng)
+
+
+def test_soft_best_of_n_draw_follows_its_law(rng):
+    def draw(n, generator):
+        return selection.soft_best_of_n_draw(S0.expand(n, 3), S0_REWARDS, 4, 0.7, generator=generator)
+
+    check_sampler(draw, *bad_soft_samplers(4, 0.7), rng)
+
+
+@pytest.mark.parametrize("n", [1, 1000, 10**12])
+def test_soft_best_of_n_draw_for_any_n(n, rng):
+    target = soft_best_of_n_law(S0, S0_REWARDS, n, 1.0)
+    wrong = tilt(target, S0_REWARDS, 10.0)
+    rows = verify.plan(target, wrong)
+    drawn = selection.soft_best_of_n_draw(S0.expand(rows, 3), S0_REWARDS, n, 1.0, generator=rng)
+    assert verify.match(drawn, target, claim="sampler", versus=[wrong])
+
+
+@pytest.mark.parametrize("chunks", [[1, 1, 1, 1], [3, 1], [1, 2, 1], [4]])
+@pytest.mark.parametrize("excluded", [False, True])
+def test_stream_follows_the_law_whatever_the_chunks(chunks, excluded, rng):
+    """Streaming is soft best-of-N; chunks that are excluded as a whole, at any place, change nothing."""
+
+    def draw(rows, generator):
+        def pieces():
+            for i, c in enumerate(chunks):
+                pool = candidates(S0, rows, c, generator)
+                yield pool, S0_REWARDS[pool]
+                if excluded and i % 2 == 0:
+                    yield pool, torch.full(pool.shape, -math.inf, dtype=F64)
+
+        return soft_best_of_n_stream(pieces(), 0.7, generator=generator).winner
+
+    check_sampler(draw, *bad_soft_samplers(4, 0.7), rng)
+
+
+def test_two_choices_from_one_pool_are_dependent(rng):
+    # The pitfall of a shared pool: the pair follows the joint law, not the product of its margins.
+    n = 4
+    joint = enumerated_joint_law(S0, S0_REWARDS, n, 1.0)
+    assert joint.diagonal().exp().sum().item() == pytest.approx(0.602324, abs=5e-7)
+    margin = soft_best_of_n_law(S0, S0_REWARDS, n, 1.0)
+    close(joint.logsumexp(1), margin)
+    independent = (margin[:, None] + margin).flatten()
+
+    def draw(rows, generator):
+        pool = candidates(S0, rows, n, generator)
+        first, second = (
+            pool.gather(1, soft_best_of_n(S0_REWARDS[pool], 1.0, generator=generator)[:, None]) for _ in range(2)
+        )
+        return 3 * first + second
+
+    def fresh(rows, generator):
+        pick = pooled(soft(1.0), S0, S0_REWARDS, n)
+        return 3 * pick(rows, generator) + pick(rows, generator)
+
+    check_sampler(draw, joint.flatten(), {"independent": (fresh, independent)}, rng)
+
+
+# --- what a draw computes, without noise -----------------------------------------------------------------------------
+
+
+def test_draw_limits(rng):
+    rewards = vector(0, 3, -math.inf, 3, 1).expand(500, 5)
+    for drawn in (best_of_n(rewards, generator=rng), soft_best_of_n(rewards, 1e-300, generator=rng)):
+        assert drawn.unique().tolist() == [1, 3]  # both maximal candidates, missed with probability 2^-499
+    assert soft_best_of_n(rewards, 1e300, generator=rng).unique().tolist() == [0, 1, 3, 4]  # never the excluded one
+    assert best_of_n(vector(-7), generator=rng).item() == soft_best_of_n(vector(-7), 1.0, generator=rng).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("n", [1, 5, 2**15])
+def test_pick_probabilities_are_the_normalised_weights(n, dtype, rng, monkeypatch):
+    """Uniforms placed a little below and above each boundary of the cdf must give the candidates on its two sides.
+
+    A float32 cumulative sum over 2^15 candidates would move single boundaries by 1e-2 of a candidate's width.
+    """
+    rewards = torch.rand(n, generator=rng, dtype=F64).to(dtype)
+    cdf = normalize(rewards.double()).exp().cumsum(-1)
+    places = torch.linspace(0, n - 1, min(n, 200)).long().unique()
+    step = 1e-5 / n
+    for offset in (-step, step):
+        u = (cdf[places] + offset).clamp(max=1 - 2**-53)
+        monkeypatch.setattr(torch, "rand", lambda *size, u=u, **kwargs: u[:, None].clone())
+        drawn = soft_best_of_n(rewards.expand(len(u), n), 1.0, generator=rng)
+        assert torch.equal(drawn, (places + (offset > 0)).clamp(max=n - 1))
+        one_chunk = torch.arange(n).expand(len(u), n), rewards.expand(len(u), n)
+        assert torch.equal(soft_best_of_n_stream([one_chunk], 1.0, generator=rng).winner, drawn)
+
+
+def test_stream_replaces_by_the_share_of_the_chunk(monkeypatch):
+    # Weights 3 and 1, then 4, then 8: the winner is replaced with probability 4/8, then 8/16.
+    chunks = [
+        (torch.tensor([[0, 1]]), vector(3, 1).log()[None]),
+        (torch.tensor([[2]]), vector(4).log()[None]),
+        (torch.tensor([[3]]), vector(8).log()[None]),
+    ]
+
+    def winner(*uniforms):
+        queue = iter(uniforms)  # pick; then pick and replace, per further chunk
+        monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.full(size[0], next(queue), dtype=F64))
+        return soft_best_of_n_stream(chunks, 1.0, generator=torch.Generator()).winner.item()
+
+    below, above = 0.5 - 1e-12, 0.5 + 1e-12
+    assert winner(0.75 - 1e-12, 0, above, 0, above) == 0
+    assert winner(0.75 + 1e-12, 0, above, 0, above) == 1
+    assert winner(0.1, 0, below, 0, above) == 2
+    assert winner(0.1, 0, below, 0, below) == 3
+    assert winner(0.1, 0, above, 0, below) == 3
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_stream_counts_and_averages(chunk, rng):
+    rewards = 30 * torch.rand(2, 7, generator=rng, dtype=F64)
+    rewards[0, :4] = -math.inf
+    before = rewards.clone()
+    pieces = [(part, part) for part in rewards.split(chunk, -1)]
+    out = soft_best_of_n_stream(pieces, 1.5, generator=rng)
+    assert out.n == 7 and isinstance(out.n, int)
+    torch.testing.assert_close(out.log_mean_weight, log_mean(rewards / 1.5), rtol=1e-13, atol=1e-13)
+    assert out.winner.shape == (2,) and bool((out.winner > -math.inf).all())
+    assert torch.equal(rewards, before)
+
+
+def test_stream_keeps_weights_beyond_float64(rng):
+    # exp(r / beta) overflows and underflows; only differences may matter.
+    for shift in (-1e6, 1e6):
+        pieces = [(torch.tensor([1, 2]), vector(0, -math.inf) + shift), (torch.tensor([3]), vector(-900) + shift)]
+        out = soft_best_of_n_stream(pieces, 1.0, generator=rng)
+        assert out.winner.item() == 1
+        assert out.log_mean_weight.item() == pytest.approx(shift - math.log(3), rel=1e-15)
+
+
+def test_stream_of_strings(rng):
+    # Candidates with an event dimension: the winner is a whole row of it, the one that the same draws pick as a number.
+    rewards = torch.rand(5, 8, generator=rng, dtype=F64)
+    strings = torch.randint(27, (5, 8, 4), generator=rng)
+    numbers = torch.arange(8).expand(5, 8)
+    state = rng.get_state()
+    out = soft_best_of_n_stream(zip(strings.split(3, 1), rewards.split(3, 1), strict=True), 0.1, generator=rng)
+    rng.set_state(state)
+    index = soft_best_of_n_stream(zip(numbers.split(3, 1), rewards.split(3, 1), strict=True), 0.1, generator=rng)
+    assert out.winner.shape == (5, 4)
+    assert torch.equal(out.winner, strings[torch.arange(5), index.winner])
+    # Without a batch dimension
+    single = soft_best_of_n_stream([(strings[0], rewards[0])], 0.1, generator=rng)
+    assert single.winner.shape == (4,) and single.log_mean_weight.shape == ()
+
+
+@pytest.mark.parametrize("n", [1, 6, 10**6, 10**15])
+def test_candidate_counts_add_up(n, rng):
+    ref = torch.stack([law(0.2, 0, 0.5, 0.3), law(0, 1, 0, 0), law(0.5, 0.5, 0, 0)])
+    counts = selection.candidate_counts(ref, n, generator=rng)
+    assert counts.shape == ref.shape and counts.dtype == F64
+    assert torch.equal(counts.sum(-1), torch.full((3,), float(n), dtype=F64))
+    assert bool((counts >= 0).all()) and torch.equal(counts, counts.floor())
+    assert not bool(counts[ref == -math.inf].any())
+
+
+def test_candidate_counts_follow_the_multinomial_law(rng):
+    k, n = 3, 3
+    codes = torch.cartesian_prod(*[torch.arange(n + 1)] * k)
+    codes = codes[codes.sum(1) == n]
+
+    def multinomial(ref):
+        return torch.stack(
+            [math.log(math.factorial(n)) - sum(math.lgamma(c + 1) for c in row) + (row * ref).sum() for row in codes]
+        )
+
+    def draw(ref):
+        def counts(rows, generator):
+            c = selection.candidate_counts(ref.expand(rows, k), n, generator=generator)
+            return (c[:, None] == codes).all(-1).long().argmax(1)
+
+        return counts
+
+    hot = tilt(S0, S0_REWARDS, 20.0)
+    wrong = {"uniform": (draw(UNIFORM), multinomial(UNIFORM)), "tilted": (draw(hot), multinomial(hot))}
+    check_sampler(draw(S0), multinomial(S0), wrong, rng)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+G = torch.Generator()
+NOTHING_LEFT = "must leave at least one outcome of positive mass per row"
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda r: best_of_n(r, generator=G), lambda r: soft_best_of_n(r, 1.0, generator=G)], ids=["best", "soft"]
+)
+@pytest.mark.parametrize(
+    ("rewards", "error", "text"),
+    [
+        ([1.0], TypeError, "rewards must be a floating-point torch.Tensor, got list"),
+        (torch.tensor([1]), TypeError, "rewards must be .* got a torch.int64 tensor"),
+        (vector(0, math.nan), ValueError, "rewards must be finite or -inf"),
+        (vector(0, math.inf), ValueError, "rewards must be finite or -inf"),
+        (torch.tensor([[0.0], [-math.inf]]), ValueError, f"rewards {NOTHING_LEFT}"),
+        (torch.zeros(3, 0), ValueError, "rewards must have a last dimension of size >= 1"),
+    ],
+)
+def test_bad_candidates(draw, rewards, error, text):
+    with pytest.raises(error, match=text):
+        draw(rewards)
+
+
+LAW_CALLS = {
+    "best": lambda p, r, n: best_of_n_law(p, r, n),
+    "soft": lambda p, r, n: soft_best_of_n_law(p, r, n, 1.0),
+    "draw": lambda p, r, n: selection.soft_best_of_n_draw(p, r, n, 1.0, generator=G),
+}
+
+
+@pytest.mark.parametrize("name", LAW_CALLS)
+@pytest.mark.parametrize(
+    ("ref", "rewards", "n", "error", "text"),
+    [
+        ([0.0], S0_REWARDS, 2, TypeError, "ref_logps must be a floating-point torch.Tensor"),
+        (S0, S0_REWARDS.long(), 2, TypeError, "rewards must be .* got a torch.int64 tensor"),
+        (S0 + 1e-3, S0_REWARDS, 2, ValueError, "ref_logps must be log-probabilities that sum to 1"),
+        (S0, vector(0, math.nan, 0), 2, ValueError, "rewards must be finite or -inf"),
+        (S0, vector(0, -math.inf, 0), 2, ValueError, "rewards must be finite where the reference has mass, got -inf"),
+        (S0, S0_REWARDS[:2], 2, ValueError, "ref_logps and rewards must agree in the last dimension"),
+        (S0, S0_REWARDS, 0, ValueError, "n must be an integer >= 1, got 0"),
+        (S0, S0_REWARDS, 2.0, TypeError, "n must be an int, got float"),
+        (S0, S0_REWARDS, True, TypeError, "n must be an int, got bool"),
+    ],
+)
+def test_bad_laws(name, ref, rewards, n, error, text):
+    with pytest.raises(error, match=text):
+        LAW_CALLS[name](ref, rewards, n)
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, math.inf, math.nan, "1"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda beta: soft_best_of_n_law(S0, S0_REWARDS, 2, beta),
+        lambda beta: soft_best_of_n(S0_REWARDS, beta, generator=G),
+        lambda beta: selection.soft_best_of_n_draw(S0, S0_REWARDS, 2, beta, generator=G),
+        lambda beta: soft_best_of_n_stream([(S0_REWARDS, S0_REWARDS)], beta, generator=G),
+    ],
+)
+def test_bad_temperatures(call, beta):
+    with pytest.raises(ValueError, match="beta must be finite and > 0, got"):
+        call(beta)
+
+
+def test_soft_law_refuses_a_range_it_cannot_represent():
+    with pytest.raises(ValueError, match=r"beta must be at least \(max reward - min reward\) / 600, got 0.003"):
+        soft_best_of_n_law(S0, S0_REWARDS, 2, 0.003)
+    # Only the support counts, and the draw has no such limit.
+    soft_best_of_n_law(law(0.5, 0.5, 0), vector(0, 1, 1e9), 2, 0.003)
+    selection.soft_best_of_n_draw(S0, S0_REWARDS, 2, 0.003, generator=G)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: selection.candidate_counts([0.0], 2, generator=G), TypeError, "ref_logps must be a floating-point"),
+        (lambda: selection.candidate_counts(S0 + 1, 2, generator=G), ValueError, "ref_logps must be log-probabilities"),
+        (lambda: selection.candidate_counts(S0, 2.0, generator=G), TypeError, "n must be an int"),
+        (lambda: selection.candidate_counts(S0, 0, generator=G), ValueError, "n must be an integer >= 1"),
+    ],
+)
+def test_bad_counts(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+Y = torch.arange(3)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "error", "text"),
+    [
+        ([], ValueError, "chunks must hold at least one pair"),
+        ([(Y, Y)], TypeError, "rewards must be a floating-point torch.Tensor, got a torch.int64 tensor"),
+        ([(Y, [0.0])], TypeError, "rewards must be a floating-point torch.Tensor, got list"),
+        ([(Y, vector(0, 1))], ValueError, r"candidates must have the shape of rewards, .* got \(3,\) and \(2,\)"),
+        ([(Y, vector(0, 1, math.nan))], ValueError, "rewards must be finite or -inf .* got NaN or [+]inf"),
+        ([(Y, vector(0, 1, math.inf))], ValueError, "rewards must be finite or -inf .* got NaN or [+]inf"),
+        ([(Y, torch.full((3,), -math.inf))] * 2, ValueError, f"rewards {NOTHING_LEFT}"),
+        (
+            [(Y, S0_REWARDS), (Y.view(1, 3), S0_REWARDS.view(1, 3))],
+            ValueError,
+            r"rewards must keep the batch shape \(\)",
+        ),
+        ([(Y[:0], S0_REWARDS[:0])], ValueError, "rewards must have a last dimension of size >= 1"),
+    ],
+)
+def test_bad_streams(chunks, error, text):
+    with pytest.raises(error, match=text):
+        soft_best_of_n_stream(chunks, 1.0, generator=G)

@@ -1,0 +1,627 @@
+import hashlib
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from helpers import F64, S0, S0_REWARDS, compositions, law, log_multinomial, random_law, vector, without
+
+from tiltlib import selection, verify
+from tiltlib.categorical import sample, tilt, total_variation
+from tiltlib.verify import ClaimFailed, Verdict, bound, exact, falsify, log_e_value, match, plan, report, within
+
+UNIFORM8 = law(*[1 / 8] * 8)
+# Every measured frequency below is compared with an exact binomial quantile: a correct program crosses it with this
+# probability, and the seeds are fixed.
+RARE = 1e-9
+
+
+@pytest.fixture(autouse=True)
+def _no_claims_yet(monkeypatch):
+    monkeypatch.setattr(verify, "_reported", {})
+
+
+# --- the E-value, by enumeration of all count vectors ----------------------------------------------------------------
+
+HOT, FLAT = tilt(S0, S0_REWARDS, 0.5), law(1 / 3, 1 / 3, 1 / 3)
+VERSUS = {"none": [], "one": [HOT], "two": [HOT, FLAT], "narrower": [law(0.5, 0.5, 0)]}
+
+
+def all_e_values(versus):
+    counts = compositions(3, 20)
+    probs = log_multinomial(counts, S0).exp()
+    assert probs.sum().item() == pytest.approx(1, abs=1e-13)
+    return counts, probs, torch.tensor([log_e_value(c.numpy(), S0, versus) for c in counts], dtype=F64).exp()
+
+
+@pytest.mark.parametrize("versus", VERSUS)
+def test_e_value_has_mean_one_and_obeys_markov(versus):
+    counts, probs, e = all_e_values(VERSUS[versus])
+    assert (probs * e).sum().item() == pytest.approx(1, abs=1e-12)
+    for alpha in (0.5, 0.1, 0.01):
+        assert 0 < probs[e >= 1 / alpha].sum().item() <= alpha  # not 0: the bound is not kept by never rejecting
+    # The enumeration is no rubber stamp: a likelihood that is one part in a thousand too large shows.
+    assert (probs * e * 1.001 ** counts[:, 0]).sum().item() > 1.005
+
+
+def test_e_value_has_mean_one_on_a_single_draw_and_with_zeros():
+    for target in (S0, law(0.5, 0.5, 0), law(1, 0, 0)):
+        e = [math.exp(log_e_value(np.eye(3)[y], target, [HOT])) for y in range(3) if target[y] > -math.inf]
+        seen = target[target > -math.inf].exp().tolist()
+        # Mass that a declared law puts where the target has none is not part of the mean under the target.
+        lost = 0.5 * HOT[target == -math.inf].exp().sum().item()
+        assert math.fsum(p * x for p, x in zip(seen, e, strict=True)) == pytest.approx(1 - lost, abs=1e-13)
+
+
+def test_e_value_by_hand():
+    # n = 1, outcome of probability p: each Dirichlet-multinomial ratio is (k p / k) / p = 1; the directed one is q / p.
+    assert log_e_value([0, 0, 1], S0) == pytest.approx(0, abs=1e-13)
+    expected = 0.5 + 0.5 * HOT[2].exp().item() / 0.2
+    assert math.exp(log_e_value([0, 0, 1], S0, [HOT])) == pytest.approx(expected, rel=1e-13)
+    assert log_e_value([1, 0, 1], law(0.5, 0.5, 0)) == math.inf
+
+
+def test_e_value_of_two_draws_by_hand():
+    # n = 2, counts (2, 0), p = (1/2, 1/2): DM_k / p^2 = (k/2)(k/2 + 1) / (k (k + 1)) * 4 = (k + 2) / (k + 1)
+    grid = [2 * g for g in (1 / 64, 1 / 16, 1 / 4, 1, 4, 16, 64, 256)]
+    expected = sum((k + 2) / (k + 1) for k in grid) / 8
+    assert math.exp(log_e_value([2, 0], law(0.5, 0.5))) == pytest.approx(expected, rel=1e-13)
+
+
+# --- false alarms and power, measured --------------------------------------------------------------------------------
+
+
+def binomial_range(runs, chance):
+    return scipy.stats.binom.ppf([RARE, 1 - RARE], runs, chance)
+
+
+def drawn_counts(logps, n, runs, rng):
+    return selection.candidate_counts(logps.expand(runs, -1), n, generator=rng).numpy()
+
+
+@pytest.mark.parametrize("versus", [False, True])
+def test_false_alarms_stay_within_the_markov_bound(versus, rng):
+    runs, alpha = 2000, 0.1
+    target = random_law(8, rng)
+    wrong = [tilt(target, torch.arange(8).double(), 20.0)] if versus else []
+    alarms = sum(log_e_value(c, target, wrong) >= -math.log(alpha) for c in drawn_counts(target, 300, runs, rng))
+    assert 0 < alarms <= scipy.stats.binom.ppf(1 - RARE, runs, alpha)
+
+
+@pytest.mark.parametrize("k", [8, 64])
+def test_planned_power_for_a_declared_law_is_reached(k, rng):
+    runs, miss, alpha = 400, 0.1, 1e-8
+    target = random_law(k, rng)
+    wrong = tilt(target, torch.rand(k, generator=rng, dtype=F64), 2.0)
+    other = tilt(target, torch.rand(k, generator=rng, dtype=F64), 2.0)
+    n = plan(target, wrong, alpha=alpha, miss=miss, declared=2)
+    counts = drawn_counts(wrong, n, runs, rng)
+    hits = sum(log_e_value(c, target, [wrong, other]) >= -math.log(alpha) for c in counts)
+    assert hits >= binomial_range(runs, 1 - miss)[0]
+    # Chernoff's bound is not exact, but nothing is wasted either: half as many samples do not do it.
+    few = drawn_counts(wrong, n // 2, runs, rng)
+    hits = sum(log_e_value(c, target, [wrong, other]) >= -math.log(alpha) for c in few)
+    assert hits < binomial_range(runs, 1 - miss)[0]
+
+
+@pytest.mark.parametrize(("k", "miss"), [(8, 0.001), (8, 0.5), (64, 0.001), (64, 0.5)])
+def test_planned_power_for_an_undeclared_law_agrees(k, miss, rng):
+    runs, alpha = 400, 1e-8
+    target = random_law(k, rng)
+    wrong = tilt(target, torch.rand(k, generator=rng, dtype=F64), 2.0)
+    n = plan(target, wrong, alpha=alpha, miss=miss, declared=None)
+    hits = sum(log_e_value(c, target) >= -math.log(alpha) for c in drawn_counts(wrong, n, runs, rng))
+    low, high = binomial_range(runs, 1 - miss)
+    assert low <= hits <= high
+
+
+def test_plan_for_a_declared_law_by_hand():
+    # Bernoulli(1/2) against Bernoulli(3/4) and back: the smallest bound over s, on a fine grid of s.
+    alpha, miss, m = 1e-8, 1e-6, 3
+    p, q = np.array([0.5, 0.5]), np.array([0.75, 0.25])
+    grid = [
+        (-math.log(miss) + s * math.log(2 * m / alpha)) / -math.log((p**s * q ** (1 - s)).sum())
+        for s in np.linspace(0.001, 0.999, 9981)
+    ]
+    assert plan(law(*p), law(*q), alpha=alpha, miss=miss, declared=m) == math.ceil(min(grid))
+
+
+def test_plan_grows_as_the_laws_come_closer():
+    sizes = [plan(S0, tilt(S0, S0_REWARDS, beta)) for beta in (1.0, 2.0, 4.0, 8.0)]
+    assert sizes == sorted(sizes)
+    assert plan(S0, HOT, miss=1e-6) > plan(S0, HOT, miss=1e-2)
+    assert plan(S0, HOT, alpha=1e-8) > plan(S0, HOT, alpha=1e-2)
+    assert plan(S0, HOT, declared=5) > plan(S0, HOT)
+    assert plan(law(1, 0), law(0, 1)) == 1
+    # A wrong law that puts half its mass where the target has none is found by E = inf: miss = (1/2)^n
+    assert plan(law(1, 0), law(0.5, 0.5), miss=2**-20) in (20, 21)  # the infimum over s > 0 is 20
+
+
+def chi_square_p_on_seen_cells(counts, probs):
+    """The usual recipe: cells that were seen, target renormalised over them."""
+    seen = counts > 0
+    expected = probs[seen] / probs[seen].sum() * counts.sum()
+    return scipy.stats.chisquare(counts[seen], expected).pvalue
+
+
+def test_a_missing_outcome_is_rejected_where_chi_square_on_seen_cells_passes(rng):
+    drawn = sample(without(UNIFORM8, 3), 10_000, generator=rng)
+    counts = torch.bincount(drawn, minlength=8).numpy()
+    assert counts[3] == 0
+    assert chi_square_p_on_seen_cells(counts, UNIFORM8.exp().numpy()) > 1e-3  # the recipe sees nothing
+    assert match(drawn, UNIFORM8, claim="sampler").decision == "REJECT"
+    assert match(sample(UNIFORM8, 10_000, generator=rng), UNIFORM8, claim="sampler")
+
+
+# --- match -----------------------------------------------------------------------------------------------------------
+
+
+def test_match_decisions(rng):
+    n = plan(S0, HOT)
+    good, bad = sample(S0, n, generator=rng), sample(HOT, n, generator=rng)
+    assert match(good, S0, claim="c", versus=[HOT]).decision == "PASS"
+    assert match(bad, S0, claim="c", versus=[HOT]).decision == "REJECT"
+    few = match(good[: n - 1], S0, claim="c", versus=[HOT])
+    assert few.decision == "INCONCLUSIVE" and not few and few.plan == n and few.n == n - 1
+    # Enough evidence against the law counts whatever the plan says.
+    assert match(torch.full((60,), 2), S0, claim="c", versus=[tilt(S0, S0_REWARDS, 50.0)]).decision == "REJECT"
+    # The plan is for the hardest of the declared laws, and for their number.
+    near = tilt(S0, S0_REWARDS, 20.0)
+    both = match(good, S0, claim="c", versus=[HOT, near])
+    assert both.plan == max(plan(S0, HOT, declared=2), plan(S0, near, declared=2)) and not both
+    verdict = match(good.view(1, -1), S0, claim="c")
+    assert verdict and verdict.plan is None and verdict.alpha == 1e-8
+    assert verdict.log10_e == pytest.approx(log_e_value(torch.bincount(good).numpy(), S0) / math.log(10))
+
+
+def test_match_rejects_exactly_from_one_over_alpha():
+    drawn = torch.tensor([0] * 12)
+    e = math.exp(log_e_value([12, 0], law(0.5, 0.5)))
+    assert match(drawn, law(0.5, 0.5), claim="c", alpha=1.0001 / e).decision == "REJECT"
+    assert match(drawn, law(0.5, 0.5), claim="c", alpha=0.9999 / e).decision == "PASS"
+
+
+def test_an_impossible_outcome_is_rejected_not_an_error():
+    verdict = match(torch.tensor([0, 1, 2]), law(0.5, 0.5, 0), claim="c!impossible", versus=[S0])
+    assert verdict.decision == "REJECT" and verdict.log10_e == math.inf
+    assert "log10E=inf" in verdict.line()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_match_takes_any_integer_type_and_float32_laws(dtype):
+    drawn = torch.tensor([0, 1, 1, 2], dtype=dtype)
+    assert match(drawn, S0.float(), claim="c")
+
+
+# --- within ----------------------------------------------------------------------------------------------------------
+
+
+def test_tv_upper_bound_of_zeros_and_ones():
+    for n, delta in [(10**3, 1e-8), (10**4, 1e-2), (10**5, 1e-8)]:
+        assert verify.tv_upper_bound(np.zeros(n), delta=delta) == pytest.approx(-math.log(delta) / (0.75 * n), rel=0.05)
+    assert verify.tv_upper_bound(np.ones(100)) == pytest.approx(1)
+    assert verify.tv_upper_bound([0.0]) == pytest.approx(1)
+    assert verify.tv_upper_bound(torch.zeros(10**4)) < 0.01
+
+
+def test_tv_upper_bound_wealth_by_hand():
+    # One value 0, delta = 1/2. The bet sqrt(2 ln 2 / (1/4)) = 2.355 is capped at .75 / (1 - m): the wealth
+    # 1 + .75 m / (1 - m) reaches 2 at m = 4/7, where the cap is 1.75 < 2.355.
+    assert verify.tv_upper_bound([0.0], delta=0.5) == pytest.approx(4 / 7, rel=1e-12)
+    # One value 1/2: 1 - l (1/2 - m) with l = min(2.355, .75 / (1 - m)) reaches 2 where (m - 1/2) 2.355 = 1 (m = .925)
+    assert verify.tv_upper_bound([0.5], delta=0.5) == pytest.approx(0.5 + 1 / math.sqrt(8 * math.log(2)), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "uniform"])
+@pytest.mark.parametrize("n", [5, 200])
+def test_tv_upper_bound_covers_the_mean(kind, n, rng):
+    runs, delta = 800, 0.1
+    u = torch.rand(runs, n, generator=rng, dtype=F64)
+    x, mean = ((u < 0.2).double(), 0.2) if kind == "bernoulli" else (u, 0.5)
+    misses = sum(verify.tv_upper_bound(row, delta=delta) < mean for row in x.numpy())
+    assert misses <= scipy.stats.binom.ppf(1 - RARE, runs, delta)
+
+
+def test_tv_upper_bound_is_monotone(rng):
+    x = torch.rand(300, generator=rng, dtype=F64).numpy() / 10
+    bounds = [verify.tv_upper_bound(x, delta=delta) for delta in (0.5, 1e-2, 1e-8)]
+    assert x.mean() < bounds[0] < bounds[1] < bounds[2]
+    assert verify.tv_upper_bound(np.tile(x, 10)) < verify.tv_upper_bound(x)
+    assert verify.tv_upper_bound(x) < verify.tv_upper_bound(x + 0.1)
+
+
+def test_within_by_density_ratio(rng):
+    q = tilt(S0, S0_REWARDS, 30.0)
+    distance = total_variation(S0, q).item()
+    drawn = sample(q, 40_000, generator=rng)
+    verdict = within(drawn, S0, 2 * distance, claim="c", log_q=q)
+    assert verdict and verdict.method == "ratio" and verdict.tv_lo <= distance <= verdict.tv_hi
+    # The same numbers from callables, for laws that nobody can list.
+    called = within(drawn, lambda y: S0[y], 2 * distance, claim="c", log_q=lambda y: q[y])
+    assert called == verdict
+    assert within(drawn, S0, distance / 2, claim="c", log_q=q).decision == "REJECT"
+    assert within(drawn, S0, verdict.tv_hi * 0.999, claim="c", log_q=q).decision == "INCONCLUSIVE"
+    # n = 2 ln(1/delta) / (.75 eps), so that the bound of a perfect sampler is eps / 2
+    assert verdict.plan == math.ceil(2 * math.log(1e8) / (0.75 * 2 * distance))
+    perfect = sample(S0, within(drawn, S0, 0.01, claim="c", log_q=S0).plan, generator=rng)
+    assert within(perfect, S0, 0.01, claim="c", log_q=S0).tv_hi == pytest.approx(0.005, rel=0.02)
+    # Outcomes that the target never has count in full.
+    assert within(torch.tensor([1] * 500), law(1, 0), 0.5, claim="c", log_q=law(0, 1)).tv_lo > 0.9
+
+
+def test_within_by_counts(rng):
+    drawn = sample(S0, 100_000, generator=rng)
+    verdict = within(drawn, S0, 0.02, claim="c")
+    assert verdict and verdict.method == "counts" and verdict.tv_lo == 0
+    far = within(drawn, HOT, 0.1, claim="c")
+    assert far.decision == "REJECT" and far.tv_lo <= total_variation(S0, HOT).item() <= far.tv_hi
+    assert far.tv_lo > 0.8 * total_variation(S0, HOT).item()
+    assert within(drawn[:1000], S0, 0.02, claim="c").decision == "INCONCLUSIVE"
+    assert within(drawn[:1], S0, 0.5, claim="c").tv_lo == 0
+    # The radii by hand, K = 3, n = 100000, delta = 1e-8:
+    # Weissman sqrt(ln((2^3 - 2) / delta) / 2n) = .010053;
+    # McDiarmid sqrt(2 / n) / 2 + sqrt(ln(1 / delta) / 2n) = .011833
+    distance = (torch.bincount(drawn).double() / 100_000 - S0.exp()).abs().sum().item() / 2
+    assert verdict.tv_hi == pytest.approx(distance + math.sqrt(math.log(6e8) / 2e5), rel=1e-12)
+    # For many outcomes McDiarmid's is smaller: K = 1024 gives sqrt(1023 / n) / 2 + sqrt(ln(1 / delta) / 2n).
+    k, n = 1024, 10**5
+    wide = sample(torch.full((k,), -math.log(k), dtype=F64), n, generator=rng)
+    counts = np.bincount(wide.numpy(), minlength=k)
+    radius = math.sqrt((k - 1) / n) / 2 + math.sqrt(math.log(1e8) / (2 * n))
+    verdict = within(wide, torch.full((k,), -math.log(k), dtype=F64), 0.9, claim="c")
+    assert verdict.tv_hi == pytest.approx(np.abs(counts / n - 1 / k).sum() / 2 + radius, rel=1e-9)
+
+
+def test_within_plans_half_of_eps(rng):
+    n = within(torch.tensor([0]), S0, 0.05, claim="c").plan
+    drawn = sample(S0, n, generator=rng)
+    distance = (torch.bincount(drawn, minlength=3).double() / n - S0.exp()).abs().sum().item() / 2
+    assert within(drawn, S0, 0.05, claim="c").tv_hi - distance == pytest.approx(0.025, rel=1e-3)
+
+
+def test_within_by_cells(rng):
+    k = 5000
+    target = random_law(k, rng)
+    cells = torch.arange(k) % 4
+    drawn = sample(target, 100_000, generator=rng)
+    verdict = within(drawn, target, 0.05, claim="c", cells=cells)
+    assert verdict and verdict.method == "cells(4)"
+    margin = torch.stack([target[cells == i].logsumexp(0) for i in range(4)])
+    assert verdict.tv_hi == pytest.approx(within(cells[drawn], margin, 0.05, claim="c").tv_hi, rel=1e-9)
+    shifted = (drawn // 4 * 4).clamp(max=k - 1)  # everything falls into cell 0
+    assert within(shifted, target, 0.05, claim="c", cells=cells).decision == "REJECT"
+
+
+@pytest.mark.parametrize("tier", ["counts", "ratio"])
+def test_within_rarely_errs_in_either_direction(tier, rng):
+    # delta bounds the chance that tv_hi is below the truth, and the chance that tv_lo is above it.
+    runs, delta = 400, 0.1
+    q = tilt(S0, S0_REWARDS, 4.0)
+    distance = total_variation(q, S0).item()
+    too_low = too_high = 0
+    for _ in range(runs):
+        log_q = q if tier == "ratio" else None
+        verdict = within(sample(q, 100, generator=rng), S0, 0.5, claim="c", delta=delta, log_q=log_q)
+        too_low += verdict.tv_hi < distance
+        too_high += verdict.tv_lo > distance
+    assert max(too_low, too_high) <= scipy.stats.binom.ppf(1 - RARE, runs, delta)
+
+
+# --- exact and bound -------------------------------------------------------------------------------------------------
+
+
+def test_exact():
+    assert exact(vector(1, 2), vector(1, 2 + 1e-13), claim="c")
+    assert exact(1.0, 1.0 + 0.9e-3, 1e-3, claim="c")
+    assert not exact(1.0, 1.0 + 1.1e-3, 1e-3, claim="c")
+    assert exact(vector(0, -math.inf), vector(0, -math.inf), claim="c").error == 0
+    assert exact(vector(0, math.inf), vector(0, -math.inf), claim="c").error == math.inf
+    assert exact(math.nan, math.nan, claim="c").decision == "REJECT"
+    assert exact(vector(1, math.nan), 1.0, claim="c").decision == "REJECT"
+    assert exact(vector(3, 3, 3), 3, claim="c").n == 3
+    assert exact(vector(1).requires_grad_(), [1], claim="c")
+    assert exact([1.0, 5.0], [1.0, 2.0], claim="c").error == 3
+
+
+def test_bound():
+    verdict = bound(vector(1, 2, 3), vector(1, 2.5, 3), claim="c")
+    assert verdict and verdict.n == 3 and verdict.error == 0
+    assert bound(1 + 1e-13, 1, claim="c") and not bound(1 + 1e-11, 1, claim="c")
+    assert bound(1e6 + 1e-7, 1e6, claim="c") and not bound(1e6 + 1e-5, 1e6, claim="c")
+    assert bound(vector(1, 2), 2, claim="c") and not bound(vector(1, 3), 2, claim="c")
+    assert bound(math.inf, math.inf, claim="c") and bound(-math.inf, 0, claim="c") and bound(0, math.inf, claim="c")
+    assert not bound(math.inf, 0, claim="c") and not bound(math.nan, 0, claim="c") and not bound(0, math.nan, claim="c")
+    assert bound([3.0, 1.0], [1.0, 1.0], claim="c").error == 2
+
+
+# --- lines -----------------------------------------------------------------------------------------------------------
+
+LINES = {
+    "PASS   match   soft-bon-law  n=131072  plan=120000  log10E=-42  reject_at=8  power=1-1e-06  alpha=1e-08": Verdict(
+        "soft-bon-law", "match", "PASS", 131072, plan=120000, alpha=1e-8, miss=1e-6, log10_e=-41.2
+    ),
+    "PASS   match   a  n=5  log10E=0  reject_at=8  alpha=1e-08": Verdict(
+        "a", "match", "PASS", 5, alpha=1e-8, miss=1e-6, log10_e=0.9
+    ),
+    "INCONCLUSIVE match   a  n=5  plan=6  log10E=-1  reject_at=8  power=1-1e-06  alpha=1e-08": Verdict(
+        "a", "match", "INCONCLUSIVE", 5, plan=6, alpha=1e-8, miss=1e-6, log10_e=-0.1
+    ),
+    "REJECT match   a!beta*1.05  n=5  log10E=29  reject_at=8  [falsifier, expected]": Verdict(
+        "a!beta*1.05", "match", "REJECT", 5, plan=6, alpha=1e-8, miss=1e-6, log10_e=29.9
+    ),
+    "PASS   within  a  n=9  plan=8  tv_hi=0.021  eps=0.03  delta=1e-08  tier=ratio": Verdict(
+        "a", "within", "PASS", 9, plan=8, tv_lo=0.0, tv_hi=0.02001, eps=0.03, delta=1e-8, method="ratio"
+    ),
+    "REJECT within  a!x  n=9  tv_lo=0.049  eps=0.03  delta=1e-08  tier=counts  [falsifier, expected]": Verdict(
+        "a!x", "within", "REJECT", 9, plan=8, tv_lo=0.04999, tv_hi=1.0, eps=0.03, delta=1e-8, method="counts"
+    ),
+    "PASS   exact   a  n=3  eps=1e-12": Verdict("a", "exact", "PASS", 3, eps=1e-12, error=3.1e-17),
+    "REJECT exact   a!x  n=3  error=3.1e-02  eps=1e-12  [falsifier, expected]": Verdict(
+        "a!x", "exact", "REJECT", 3, eps=1e-12, error=0.0312
+    ),
+    "PASS   bound   a  n=7": Verdict("a", "bound", "PASS", 7, error=-0.3),
+    "REJECT bound   a!x  n=7  excess=3.0e-01  [falsifier, expected]": Verdict("a!x", "bound", "REJECT", 7, error=0.3),
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_lines(line):
+    assert LINES[line].line() == line
+
+
+def test_a_verdict_is_true_only_for_pass():
+    assert [bool(Verdict("a", "exact", d, 1)) for d in ("PASS", "REJECT", "INCONCLUSIVE")] == [True, False, False]
+
+
+@pytest.mark.parametrize("x", [0.02, 0.02001, 0.0999, 0.1, 0.995, 1.0, 3.3e-7, 1 - 1e-12])
+def test_printed_bounds_stay_bounds(x):
+    def printed(claim, **tv):
+        line = Verdict(claim, "within", "PASS", 1, plan=1, eps=0.5, delta=1e-8, method="ratio", **tv).line()
+        return float(line.split("tv_")[1].split("  ")[0].split("=")[1])
+
+    # Up or down to two digits; a value that has two digits already is printed as it is.
+    high, low = printed("a", tv_lo=0.0, tv_hi=x), printed("a!x", tv_lo=x, tv_hi=1.0)
+    assert x * (1 - 1e-9) <= high <= x * 1.1 + 1e-15
+    assert x / 1.1 - 1e-15 <= low <= x * (1 + 1e-9)
+    if x == 0.02:
+        assert high == low == 0.02
+
+
+# --- report and falsify ----------------------------------------------------------------------------------------------
+
+
+def passing(claim="c"):
+    return exact(1.0, 1.0, claim=claim)
+
+
+def test_report_prints_the_line(capsys):
+    report(passing())
+    assert capsys.readouterr().out == passing().line() + "\n"
+
+
+@pytest.mark.parametrize("decision", ["REJECT", "INCONCLUSIVE"])
+def test_report_raises_unless_passed(decision, capsys):
+    verdict = Verdict("c", "match", decision, 5, plan=6, alpha=1e-8, miss=1e-6, log10_e=9.0)
+    with pytest.raises(ClaimFailed) as failed:
+        report(verdict)
+    assert str(failed.value) == verdict.line() and issubclass(ClaimFailed, AssertionError)
+    assert capsys.readouterr().out == ""
+
+
+def test_report_refuses_falsifiers():
+    with pytest.raises(ValueError, match="claim must not contain '!', .* got 'c!x'"):
+        report(passing("c!x"))
+
+
+def test_a_claim_id_belongs_to_one_place():
+    for _ in range(2):  # running a cell again is fine
+        report(passing("same-place"))
+    report(passing("first"))
+    with pytest.raises(ValueError, match="claim must be a new id, got 'first', already reported from another place"):
+        report(passing("first"))
+    falsify(lambda x: exact(x, 1.0, claim="first"), 2.0, claim="first!two")
+    with pytest.raises(ValueError, match="claim must be a new id, got 'first!two'"):
+        falsify(lambda x: exact(x, 1.0, claim="first"), 2.0, claim="first!two")
+    with pytest.raises(ClaimFailed):  # a failed claim leaves its id free
+        report(exact(1.0, 2.0, claim="failed"))
+    report(passing("failed"))
+
+
+def test_a_claim_id_belongs_to_one_cell():
+    # Notebook cells: every one starts at line 1, of a file of its own.
+    program = "from tiltlib import verify as v; v.report(v.exact(1, 1, claim='c'))"
+    exec(compile(program, "<cell 1>", "exec"))
+    exec(compile(program, "<cell 1>", "exec"))
+    with pytest.raises(ValueError, match="claim must be a new id, got 'c'"):
+        exec(compile(program, "<cell 2>", "exec"))
+
+
+def test_falsify_prints_the_rejection(capsys):
+    verdict = falsify(lambda x: exact(x, 1.0, claim="c"), 1.5, claim="c!half")
+    assert verdict.claim == "c!half" and verdict.decision == "REJECT"
+    assert capsys.readouterr().out == "REJECT exact   c!half  n=1  error=5.0e-01  eps=1e-12  [falsifier, expected]\n"
+
+
+def test_falsify_raises_when_not_rejected(rng):
+    with pytest.raises(ClaimFailed, match="falsifier was not rejected: PASS"):
+        falsify(lambda x: exact(x, 1.0, claim="c"), 1.0, claim="c!same")
+    few = sample(S0, 10, generator=rng)
+    with pytest.raises(ClaimFailed, match="falsifier was not rejected: INCONCLUSIVE"):
+        falsify(lambda x: match(x, S0, claim="c", versus=[HOT]), few, claim="c!few")
+
+
+def test_falsify_wants_a_clear_miss():
+    def check(x):
+        return exact(x, 1.0, 1e-6, claim="c")
+
+    with pytest.raises(ClaimFailed, match="falsifier misses by less than 100 eps"):
+        falsify(check, 1 + 99e-6, claim="c!near")
+    falsify(check, 1 + 101e-6, claim="c!far")
+    falsify(lambda x: bound(x, 1.0, claim="c"), 1 + 1e-6, claim="c!bound")  # an inequality is violated or it is not
+
+
+@pytest.mark.parametrize("claim", ["c", "!x", "c!", "c", "!"])
+def test_falsify_wants_a_falsifier_id(claim):
+    with pytest.raises(ValueError, match="claim must be of the form id!name, got"):
+        falsify(lambda x: exact(x, 1.0, claim="c"), 2.0, claim=claim)
+
+
+# --- rng -------------------------------------------------------------------------------------------------------------
+
+
+def test_rng_is_seeded_by_the_name():
+    digest = hashlib.sha256(b"gibbs-principle|").hexdigest()
+    seed = int(digest[:16], 16) // 2  # the first 64 bits, without the last
+    generator = verify.rng("gibbs-principle")
+    assert generator.initial_seed() == seed == 3378659224067533519
+    assert generator.device.type == "cpu"
+    assert torch.equal(torch.rand(3, generator=generator), torch.rand(3, generator=verify.rng("gibbs-principle")))
+    others = [verify.rng("gibbs-principle", salt="1"), verify.rng("gibbs-principle", salt="2"), verify.rng("tilt-path")]
+    seeds = {seed, *(g.initial_seed() for g in others)}
+    assert len(seeds) == 4
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+Y = torch.tensor([0, 1, 2, 2])
+
+
+@pytest.mark.parametrize("claim", ["", "two words", "tab\t", None, 3])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda claim: match(Y, S0, claim=claim),
+        lambda claim: within(Y, S0, 0.1, claim=claim),
+        lambda claim: exact(1, 1, claim=claim),
+        lambda claim: bound(1, 1, claim=claim),
+        lambda claim: falsify(passing, "c", claim=claim),
+        lambda claim: verify.rng(claim),
+    ],
+)
+def test_malformed_ids(call, claim):
+    with pytest.raises(ValueError, match="claim must be a non-empty id without spaces, got"):
+        call(claim)
+
+
+@pytest.mark.parametrize(
+    "check", [lambda y, p: match(y, p, claim="c"), lambda y, p: within(y, p, 0.1, claim="c")], ids=["match", "within"]
+)
+@pytest.mark.parametrize(
+    ("samples", "target", "error", "text"),
+    [
+        (Y.double(), S0, TypeError, "samples must be an integer tensor of outcome indices, got a torch.float64 tensor"),
+        ([0, 1], S0, TypeError, "samples must be an integer tensor of outcome indices, got list"),
+        (Y[:0], S0, ValueError, "samples must hold at least one outcome, got n = 0"),
+        (Y + 1, S0, ValueError, r"samples must lie in 0\.\.2, got values from 1 to 3"),
+        (Y - 1, S0, ValueError, r"samples must lie in 0\.\.2, got values from -1 to 1"),
+        (Y, S0 + 0.01, ValueError, "target must be log-probabilities that sum to 1"),
+        (Y, [0.0], TypeError, "target must be a floating-point torch.Tensor"),
+        (Y, S0.view(1, 3), ValueError, r"target must be one law of shape \(K,\), got shape \(1, 3\)"),
+    ],
+)
+def test_bad_samples(check, samples, target, error, text):
+    with pytest.raises(error, match=text):
+        check(samples, target)
+
+
+@pytest.mark.parametrize("bad", [0.0, 1.0, -0.1, math.nan])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("alpha", lambda x: match(Y, S0, claim="c", alpha=x)),
+        ("miss", lambda x: match(Y, S0, claim="c", miss=x)),
+        ("miss", lambda x: match(Y, S0, claim="c", versus=[HOT], miss=x)),
+        ("alpha", lambda x: plan(S0, HOT, alpha=x)),
+        ("miss", lambda x: plan(S0, HOT, miss=x)),
+        ("delta", lambda x: verify.tv_upper_bound([0.5], delta=x)),
+        ("delta", lambda x: within(Y, S0, 0.1, claim="c", delta=x)),
+        ("eps", lambda x: within(Y, S0, x, claim="c")),
+    ],
+)
+def test_bad_probabilities(name, call, bad):
+    with pytest.raises(ValueError, match=f"{name} must lie strictly between 0 and 1, got {bad}"):
+        call(bad)
+
+
+WIDE = torch.full((2000,), -math.log(2000), dtype=F64)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: log_e_value([1, 2], S0), ValueError, "counts must be 3 whole numbers >= 0 with a positive sum"),
+        (lambda: log_e_value([1, 2, -1], S0), ValueError, "counts must be 3 whole numbers >= 0"),
+        (lambda: log_e_value([1, 2, 0.5], S0), ValueError, "counts must be 3 whole numbers >= 0"),
+        (lambda: log_e_value([1, 2, math.nan], S0), ValueError, "counts must be 3 whole numbers >= 0"),
+        (lambda: log_e_value([1, 2, math.inf], S0), ValueError, "counts must be 3 whole numbers >= 0"),
+        (lambda: log_e_value([0, 0, 0], S0), ValueError, "counts must be 3 .* with a positive sum"),
+        (lambda: log_e_value([1, 2, 3], S0 + 1), ValueError, "target must be log-probabilities that sum to 1"),
+        (lambda: log_e_value([1, 2, 3], S0, [S0 + 1]), ValueError, r"versus\[0\] must be log-probabilities"),
+        (lambda: log_e_value([1, 2, 3], S0, [HOT, [0.0]]), TypeError, r"versus\[1\] must be a floating-point"),
+        (lambda: log_e_value([1, 2, 3], S0, [UNIFORM8]), ValueError, r"versus\[0\] must have 3 outcomes .* got 8"),
+        (lambda: match(Y, S0, claim="c", versus=[UNIFORM8]), ValueError, r"versus\[0\] must have 3 outcomes"),
+        (lambda: match(Y, S0, claim="c", versus=[S0]), ValueError, "wrong must differ from target, got the same law"),
+        (lambda: plan(S0, S0), ValueError, "wrong must differ from target, got the same law"),
+        (lambda: plan(S0, UNIFORM8), ValueError, "wrong must have 3 outcomes as target does, got 8"),
+        (lambda: plan([0.0], S0), TypeError, "target must be a floating-point torch.Tensor"),
+        (lambda: plan(S0, [0.0]), TypeError, "wrong must be a floating-point torch.Tensor"),
+        (lambda: plan(S0 + 1, S0), ValueError, "target must be log-probabilities"),
+        (lambda: plan(S0, S0 + 1), ValueError, "wrong must be log-probabilities"),
+        (lambda: plan(S0, HOT, declared=0), ValueError, "declared must be an integer >= 1, got 0"),
+        (lambda: plan(law(1, 0), law(0.5, 0.5), declared=None), ValueError, "wrong must have its support in that of"),
+        (
+            lambda: plan(law(0.999, 0.001), law(0.5, 0.5), declared=None),
+            ValueError,
+            "wrong must be declared here: .* below the 5",
+        ),
+        (lambda: verify.tv_upper_bound([]), ValueError, r"x must hold at least one value, each in \[0, 1\], got n = 0"),
+        (lambda: verify.tv_upper_bound([0.5, 1.1]), ValueError, r"x must hold at least one value, each in \[0, 1\]"),
+        (lambda: verify.tv_upper_bound([-0.1]), ValueError, "x must hold at least one value"),
+        (lambda: verify.tv_upper_bound([math.nan]), ValueError, "x must hold at least one value"),
+        (lambda: within(Y, WIDE, 0.1, claim="c"), ValueError, "target must have at most 1024 outcomes .* got 2000"),
+        (lambda: within(Y, lambda y: S0[y], 0.1, claim="c"), ValueError, "target must be .* got a function"),
+        (
+            lambda: within(Y, S0, 0.1, claim="c", cells=Y),
+            ValueError,
+            r"cells must be .* of shape \(3,\)",
+        ),
+        (lambda: within(Y, S0, 0.1, claim="c", cells=S0), ValueError, "cells must be "),
+        (lambda: within(Y, WIDE, 0.1, claim="c", cells=torch.arange(2000)), ValueError, "at most 1024 outcomes"),
+        (lambda: within(Y + 1, S0, 0.1, claim="c", log_q=S0), ValueError, r"samples must lie in 0\.\.2"),
+        (lambda: within(Y, S0, 0.1, claim="c", log_q=S0 + 1), ValueError, "log_q must be log-probabilities"),
+        (lambda: within(Y, S0, 0.1, claim="c", log_q=law(0.5, 0.5, 0)), ValueError, "samples must have finite log_q"),
+        (
+            lambda: within(Y, lambda y: S0[y[:1]], 0.1, claim="c", log_q=S0),
+            ValueError,
+            "samples must have finite log_q and a log-probability under target each",
+        ),
+        (lambda: exact([1, 2], [1, 2, 3], claim="c"), ValueError, r"same shape, got \(2,\) and \(3,\)"),
+        (lambda: exact([], 1, claim="c"), ValueError, "value must hold at least one number, got none"),
+        (lambda: exact(1, [], claim="c"), ValueError, "expected must hold at least one number, got none"),
+        (lambda: exact(1, 1, 0.0, claim="c"), ValueError, "eps must be finite and > 0, got 0.0"),
+        (lambda: exact(1, 1, math.inf, claim="c"), ValueError, "eps must be finite and > 0"),
+        (lambda: bound([], 1, claim="c"), ValueError, "lhs must hold at least one number, got none"),
+        (lambda: bound(1, [], claim="c"), ValueError, "rhs must hold at least one number, got none"),
+    ],
+)
+def test_bad_inputs(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_within_a_law_on_one_outcome_or_one_cell():
+    drawn = torch.zeros(10**4, dtype=torch.int64)
+    assert within(drawn, law(1), 0.1, claim="c").tv_lo == 0
+    assert within(Y, S0, 0.1, claim="c", cells=torch.zeros(3, dtype=torch.int64)).tv_lo == 0
+
+
+def test_checks_leave_their_inputs_alone():
+    drawn, target, wrong = Y.clone(), S0.clone(), HOT.clone()
+    match(drawn, target, claim="c", versus=[wrong])
+    within(drawn, target, 0.1, claim="c")
+    within(drawn, target, 0.1, claim="c", log_q=wrong)
+    plan(target, wrong)
+    for value, before in itertools.zip_longest((drawn, target, wrong), (Y, S0, HOT)):
+        assert torch.equal(value, before)

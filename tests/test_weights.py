@@ -1,0 +1,153 @@
+import math
+
+import pytest
+import torch
+from helpers import S0, S0_REWARDS, vector
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiltlib import categorical, weights
+
+log_weight_lists = st.lists(st.one_of(st.floats(-30, 30), st.just(-math.inf)), min_size=1, max_size=9).filter(
+    lambda row: max(row) > -math.inf
+)
+
+
+@given(log_weight_lists, st.floats(-500, 500))
+def test_normalize_sums_to_one_and_ignores_a_factor(row, shift):
+    w = vector(*row)
+    logps = weights.normalize(w)
+    torch.testing.assert_close(logps.exp().sum(), vector(1).squeeze())
+    torch.testing.assert_close(weights.normalize(w + shift), logps, rtol=1e-12, atol=1e-12)
+    assert torch.equal(logps == -math.inf, w == -math.inf)
+
+
+def test_normalize_by_hand():
+    torch.testing.assert_close(weights.normalize(vector(1, 3, 4).log()).exp(), vector(1 / 8, 3 / 8, 4 / 8))
+
+
+def test_log_mean_by_hand():
+    # (1 + 3 + 4 + 0) / 4 = 2
+    torch.testing.assert_close(weights.log_mean(vector(1, 3, 4, 0).log()), vector(2).log().squeeze())
+    # Weights that overflow or vanish: the mean of e^1000 and 0 is e^1000 / 2.
+    assert weights.log_mean(vector(1000, -1000)).item() == pytest.approx(1000 - math.log(2), rel=1e-15)
+
+
+def test_ess_by_hand():
+    # (1 + 2 + 3)^2 / (1 + 4 + 9) = 36 / 14
+    assert weights.ess(vector(1, 2, 3).log()).item() == pytest.approx(36 / 14, rel=1e-14)
+
+
+@pytest.mark.parametrize("shift", [0.0, 900.0, -900.0])
+def test_ess_limits(shift):
+    assert weights.ess(torch.zeros(7) + shift).item() == pytest.approx(7)
+    assert weights.ess(vector(0, -math.inf, -math.inf) + shift).item() == 1
+    assert weights.ess(vector(0, 0, -math.inf) + shift).item() == pytest.approx(2)
+
+
+def test_ess_prices_the_chi_square_divergence():
+    # With candidates in the proportions of p, ESS / N = 1 / (1 + CV^2), CV^2 = chi2(tilt || p) = .747689.
+    pool = S0_REWARDS.repeat_interleave(torch.tensor([5, 3, 2]))
+    cv2 = categorical.chi_square(categorical.tilt(S0, S0_REWARDS, 1.0), S0)
+    assert cv2.item() == pytest.approx(0.747689, abs=5e-7)
+    assert weights.ess(pool).item() / 10 == pytest.approx(1 / (1 + cv2.item()), rel=1e-13)
+
+
+def test_beta_for_ess_on_the_instance_of_the_book():
+    beta = weights.beta_for_ess(vector(0, 0.3, 0.5, 1, 2), 0.5)
+    assert beta.item() == pytest.approx(0.836666, abs=5e-7)
+
+
+@given(st.lists(st.floats(-50, 50), min_size=2, max_size=8), st.floats(0.01, 0.99))
+def test_beta_for_ess_inverts_ess(row, position):
+    r = vector(*row)
+    gap = (r.max() - r)[r < r.max()]
+    if len(gap) == 0 or gap.min() < 1e-6:
+        return  # all but tied: the ESS jumps within rounding of beta
+    low = (r == r.max()).double().mean().item()
+    fraction = low + position * (1 - low)
+    beta = weights.beta_for_ess(r, fraction)
+    assert weights.ess(r / beta).item() / len(r) == pytest.approx(fraction, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_beta_for_ess_follows_the_unit_of_the_reward_and_skips_excluded(scale):
+    r = vector(0, 0.3, 0.5, 1, 2)
+    expected = weights.beta_for_ess(r, 0.5)
+    torch.testing.assert_close(weights.beta_for_ess(r * scale - 7 * scale, 0.5) / scale, expected, rtol=1e-9, atol=0)
+    excluded = torch.cat([r, vector(-math.inf, -math.inf, -math.inf, -math.inf, -math.inf)])
+    torch.testing.assert_close(weights.beta_for_ess(excluded, 0.25), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("function", [weights.normalize, weights.log_mean, weights.ess])
+def test_batch_dtype_permutation_and_inputs(function, rng):
+    w = torch.rand(3, 4, 5, generator=rng, dtype=torch.float64) * 9
+    w[0, 0, 1] = -math.inf
+    before = w.clone()
+    out = function(w)
+    rows = torch.stack([torch.stack([function(row) for row in block]) for block in w])
+    torch.testing.assert_close(out, rows, rtol=1e-14, atol=0)
+    assert torch.equal(w, before)
+    small = function(w.float())
+    assert small.dtype == torch.float32 and out.dtype == torch.float64
+    torch.testing.assert_close(small.double(), out, rtol=1e-5, atol=1e-5)
+    order = torch.randperm(5, generator=rng)
+    shuffled = function(w[..., order])
+    torch.testing.assert_close(shuffled, out[..., order] if out.ndim == 3 else out, rtol=1e-13, atol=0)
+
+
+def test_beta_for_ess_batch_and_dtype(rng):
+    r = torch.rand(3, 6, generator=rng, dtype=torch.float64)
+    before = r.clone()
+    out = weights.beta_for_ess(r, 0.7)
+    assert torch.equal(r, before)
+    torch.testing.assert_close(out, torch.stack([weights.beta_for_ess(row, 0.7) for row in r]), rtol=1e-14, atol=0)
+    small = weights.beta_for_ess(r.float(), 0.7)
+    assert small.dtype == torch.float32
+    torch.testing.assert_close(small.double(), out, rtol=1e-5, atol=0)
+
+
+def test_log_mean_and_normalize_are_differentiable():
+    w = vector(0.3, -1, 2).requires_grad_()
+    (grad,) = torch.autograd.grad(weights.log_mean(w), w)
+    torch.testing.assert_close(grad, weights.normalize(w).exp().detach())  # d log sum exp = softmax
+    (grad,) = torch.autograd.grad(weights.normalize(w)[0], w)
+    torch.testing.assert_close(grad, vector(1, 0, 0) - weights.normalize(w).exp().detach())
+
+
+@pytest.mark.parametrize("function", [weights.normalize, weights.log_mean, weights.ess])
+@pytest.mark.parametrize(
+    ("bad", "error", "text"),
+    [
+        ([0.0], TypeError, "log_weights must be a floating-point torch.Tensor, got list"),
+        (torch.tensor([1, 2]), TypeError, "log_weights must be .* got a torch.int64 tensor"),
+        (vector(math.nan, 0), ValueError, "log_weights must be finite or -inf .* got NaN"),
+        (vector(math.inf, 0), ValueError, "log_weights must be finite or -inf"),
+        (vector(-math.inf, -math.inf), ValueError, "log_weights must leave at least one .* all -inf"),
+        (torch.zeros(2, 0), ValueError, r"log_weights must have a last dimension .* got shape \(2, 0\)"),
+        (torch.tensor(0.0), ValueError, "log_weights must have a last dimension of size >= 1"),
+    ],
+)
+def test_bad_log_weights(function, bad, error, text):
+    with pytest.raises(error, match=text):
+        function(bad)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "fraction", "error", "text"),
+    [
+        ([0.0], 0.5, TypeError, "rewards must be a floating-point torch.Tensor"),
+        (vector(0, math.nan), 0.5, ValueError, "rewards must be finite or -inf"),
+        (vector(0, math.inf), 0.5, ValueError, "rewards must be finite or -inf"),
+        (vector(-math.inf, -math.inf), 0.5, ValueError, "all -inf"),
+        (vector(0, 1), 0.5, ValueError, r"fraction must lie strictly between 0\.5 .* and 1 .* got 0\.5"),
+        (vector(0, 1), 1.0, ValueError, "fraction must lie strictly between"),
+        (vector(0, 1), math.nan, ValueError, "fraction must lie strictly between"),
+        (vector(0, 1, -math.inf, -math.inf), 0.5, ValueError, r"between 0\.25 .* and 0\.5"),
+        (vector(3, 3), 0.7, ValueError, "fraction must lie strictly between 1 .* and 1"),
+        (torch.stack([vector(0, 1, 1), vector(0, 1, 2)]), 0.6, ValueError, r"between 0\.666667"),
+    ],
+)
+def test_bad_inputs_of_beta_for_ess(rewards, fraction, error, text):
+    with pytest.raises(error, match=text):
+        weights.beta_for_ess(rewards, fraction)
