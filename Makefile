@@ -62,8 +62,8 @@ bench: .venv/.stamp
 
 accept: .venv/.stamp
 	$(BIN)/pytest --nbval-lax $(NBVAL) $(NOTEBOOKS)
-	touch $(RUN)
 	$(BIN)/python book/_ext/nbnorm.py --accept
+	touch $(RUN)
 
 clean:
 	rm -rf _build *.egg-info build .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import threading
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 HTML = ROOT / "_build/html"
 SHOTS = ROOT / "_build/screenshots"
 TOC = [name for name in re.findall(r"(?:root|file): *(\S+)", (ROOT / "_toc.yml").read_text(encoding="utf-8"))]
-VIEWS = {"light": 1280, "dark": 1280, "phone": 390}
+VIEWS = {"wide": 1280, "phone": 390}
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
@@ -30,8 +31,8 @@ FLAGS = (
 # The reader has no network. (Playwright's own way, a route that aborts, would turn the browser's cache off.)
 FLAGS.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
 
-# Ids that the theme itself repeats, on its search page only.
-THEME_REPEATS = {"search.html": {"search-input"}}
+# Ids that the theme repeats on its search page, and sphinx-exercise in each exercise: nothing refers to them.
+REPEATED = {"search-input", "exercise-content", "solution-content"}
 
 
 def missing(what):
@@ -86,7 +87,7 @@ def test_nothing_is_loaded_from_elsewhere(files):
 
 
 def test_ids_are_unique(files):
-    repeated = {n: {i for i in p.ids if p.ids.count(i) > 1} - THEME_REPEATS.get(n, set()) for n, p in files.items()}
+    repeated = {name: {i for i, n in Counter(page.ids).items() if n > 1} - REPEATED for name, page in files.items()}
     assert not {name: ids for name, ids in repeated.items() if ids}
 
 
@@ -127,8 +128,7 @@ def contexts(browser):
     made = {}
     for view, width in VIEWS.items():
         made[view] = browser.new_context(viewport={"width": width, "height": 900})
-        mode = "dark" if view == "dark" else "light"
-        made[view].add_init_script(f"localStorage.setItem('mode', '{mode}'); localStorage.setItem('theme', '{mode}')")
+        made[view].add_init_script("localStorage.setItem('mode', 'light'); localStorage.setItem('theme', 'light')")
     return made
 
 
@@ -137,7 +137,7 @@ def visit(contexts, base):
     """Open a page in a view and wait for its maths; what went wrong is in `page.trouble`."""
     pages = []
 
-    def open_page(name, view="light"):
+    def open_page(name, view="wide"):
         page, trouble = contexts[view].new_page(), []
         pages.append(page)
         page.trouble = trouble
@@ -160,8 +160,8 @@ def visit(contexts, base):
         page.close()
 
 
-# What holds in every view, as a list of complaints. Folded proofs and cells are opened first: they have no size.
-LOOK = r"""([view, width]) => {
+# What holds on every page, as a list of complaints. Folded proofs and cells are opened first: they have no size.
+LOOK = r"""(width) => {
   document.querySelectorAll("details").forEach((d) => { d.open = true; });
   document.querySelectorAll(".toggle-hidden").forEach((d) => d.classList.remove("toggle-hidden"));
   const bad = [], all = (s) => [...document.querySelectorAll(s)], short = (e) => e.textContent.trim().slice(0, 60);
@@ -190,17 +190,21 @@ LOOK = r"""([view, width]) => {
   const fields = all("input[type=search], .search-button-field").filter(seen).length;
   if (width >= 1280 && fields !== 1) bad.push(`${fields} search fields`);
 
-  const theme = document.documentElement.dataset.theme;
-  if (theme !== (view === "dark" ? "dark" : "light")) bad.push("theme is " + theme);
+  return bad;
+}"""
+
+# Figures take the colour of the text; a page that forgets its dark theme shows dark ink on dark paper, or the reverse.
+INK = r"""() => {
   const light = (color) => { // from 0, black, to 1, white; null where the paper behind shines through
-    const [r, g, b, a] = color.match(/[\d.]+/g).map(Number);
-    return a === 0 ? null : (r + g + b) / 765;
+    const [r, g, b, a = 1] = color.match(/[\d.]+/g).map(Number);
+    return a < 0.5 ? null : (r + g + b) / 765;
   };
-  for (const e of all(".bk-fig, .bk-explorable, .bk-samples, .bk-map")) {
+  const bad = [];
+  for (const e of document.querySelectorAll("p, .bk-fig, .bk-explorable, .bk-samples, .bk-map")) {
     const ink = light(getComputedStyle(e).color);
     let paper = null;
     for (let n = e; n && paper === null; n = n.parentElement) paper = light(getComputedStyle(n).backgroundColor);
-    if (Math.abs(ink - (paper ?? 1)) < 0.5) bad.push("ink and paper are too alike: " + e.getAttribute("class"));
+    if (Math.abs(ink - (paper ?? 1)) < 0.3) bad.push("ink and paper are too alike: " + e.outerHTML.slice(0, 60));
   }
   return bad;
 }"""
@@ -210,28 +214,35 @@ LOOK = r"""([view, width]) => {
 @pytest.mark.parametrize("name", TOC)
 def test_page(name, view, visit):
     page = visit(f"{name}.html", view)
+    shot = f"{Path(name).name}-{view}"
+    look_at(page, shot)
+    bad = page.evaluate(LOOK, VIEWS[view]) + page.evaluate(INK)
+    if view == "wide":
+        page.evaluate("document.documentElement.dataset.theme = 'dark'")  # as the theme's own switch does
+        look_at(page, f"{shot}-dark")
+        bad += page.evaluate(INK) + move_sliders(page)
+    assert page.trouble + bad == []
+
+
+def look_at(page, name):
     SHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SHOTS / f"{Path(name).name}-{view}.png", full_page=True)
-    assert page.trouble + page.evaluate(LOOK, [view, VIEWS[view]]) == []
+    page.screenshot(path=SHOTS / f"{name}.jpg", type="jpeg", quality=80, full_page=True)
 
 
-def test_sliders_work_from_the_keyboard(visit):
+def move_sliders(page):
+    """Press a key on each slider; complain where it has no name or nothing is said to change."""
     state = """e => [e.closest(".bk-explorable, .bk-slider").querySelector("output").textContent,
                      e.getAttribute("aria-valuetext")]"""
-    moved = 0
-    for name in TOC:
-        if not re.search("bk-(explorable|slider)", (HTML / f"{name}.html").read_text("utf-8")):
-            continue
-        page = visit(f"{name}.html")
-        for slider in page.query_selector_all("input[type=range]"):
-            assert slider.evaluate("e => e.labels[0]?.textContent.trim() || e.getAttribute('aria-label')")
-            before = slider.evaluate(state)
-            slider.press("ArrowRight")
-            after = slider.evaluate(state)
-            assert before[0] != after[0] and before[1] != after[1], before
-            moved += 1
-        assert page.trouble == []
-    assert moved
+    bad = []
+    for slider in page.query_selector_all("input[type=range]"):
+        before = slider.evaluate(state)
+        slider.press("ArrowRight")
+        after = slider.evaluate(state)
+        if before[0] == after[0] or before[1] == after[1]:
+            bad.append(f"slider changes nothing: {before}")
+        if not slider.evaluate("e => e.labels[0]?.textContent.trim() || e.getAttribute('aria-label')"):
+            bad.append(f"slider without a name: {before}")
+    return bad
 
 
 def test_search_finds_a_word(visit):
@@ -240,25 +251,19 @@ def test_search_finds_a_word(visit):
     assert page.trouble == []
 
 
-@pytest.fixture
-def interactive(visit):
-    name = next((n for n in TOC if 'data-name="soft-best-of-n"' in (HTML / f"{n}.html").read_text("utf-8")), None)
-    assert name, "no page holds the soft best-of-N interactive"
-    return visit(f"{name}.html")
-
-
 CASES = [([0.5, 0.3, 0.2], [0, 1, 2], n, beta) for n in (1, 2, 4, 1000, 10**6) for beta in (0.05, 1, 10)]
 CASES += [([0.7, 0.1, 0.1, 0.1], [-3, 5, 5, 0], 7, 0.3), ([1.0], [2], 5, 1)]
 
 
-def test_the_page_computes_the_law_that_tiltlib_computes(interactive):
+def test_the_page_computes_the_law_that_tiltlib_computes(visit):
     from tiltlib.categorical import tilt, total_variation
     from tiltlib.selection import soft_best_of_n_law
 
+    page = visit("search.html")  # the script is on every page, and this one is light
     for p, rewards, n, beta in CASES:
         logps, r = torch.tensor(p, dtype=torch.float64).log(), torch.tensor(rewards, dtype=torch.float64)
         law, goal = soft_best_of_n_law(logps, r, n, beta), tilt(logps, r, beta)
-        ours, our_goal, tv = interactive.evaluate(
+        ours, our_goal, tv = page.evaluate(
             """([p, r, n, beta]) => {
               const law = bookjs.softBestOfN(p, r, n, beta), goal = bookjs.tilt(p, r, beta);
               return [law, goal, bookjs.totalVariation(law, goal)];
@@ -270,11 +275,13 @@ def test_the_page_computes_the_law_that_tiltlib_computes(interactive):
         assert tv == pytest.approx(total_variation(law, goal).item(), rel=1e-6, abs=1e-13)
 
 
-def test_the_page_shows_what_it_computes(interactive):
+def test_the_page_shows_what_it_computes(visit):
     from tiltlib.categorical import kl, tilt, total_variation
     from tiltlib.selection import soft_best_of_n_law
 
-    box = interactive.query_selector('.bk-explorable[data-name="soft-best-of-n"]')
+    name = next((n for n in TOC if 'data-name="soft-best-of-n"' in (HTML / f"{n}.html").read_text("utf-8")), None)
+    assert name, "no page holds the soft best-of-N interactive"
+    box = visit(f"{name}.html").query_selector('.bk-explorable[data-name="soft-best-of-n"]')
     options = box.evaluate("e => JSON.parse(e.dataset.options)")
     n, beta = (float(s.get_attribute("aria-valuetext").split(" = ")[1]) for s in box.query_selector_all("input"))
     logps = torch.tensor(options.get("p", [0.5, 0.3, 0.2]), dtype=torch.float64).log()

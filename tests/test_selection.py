@@ -100,8 +100,10 @@ def test_laws_sum_to_one(k, spread, n, rng):
         assert abs(math.fsum(logps.exp().tolist()) - 1) <= 1e-13
 
 
-@pytest.mark.parametrize(("rare", "n"), [(1e-3, 40), (1e-6, 10**6), (1e-10, 10**9), (1e-13, 10**12)])
-def test_best_of_n_law_keeps_its_digits_for_large_n(rare, n):
+@pytest.mark.parametrize(
+    ("rare", "n"), [(1e-13, 2), (1e-9, 40), (1e-3, 40), (1e-6, 10**6), (1e-10, 10**9), (1e-13, 10**12)]
+)
+def test_best_of_n_law_keeps_its_digits(rare, n):
     # p = (.3, .7 - rare, rare), rewards 0, 1, 2. The top outcome has 1 - (1 - rare)^N; the others share the rest:
     # (1 - rare)^N - .3^N and .3^N, written with log1p(-rare) so that the expected value has all its digits.
     ref = torch.log_softmax(torch.cat([law(0.3, 0.7 - rare), vector(rare).log()]), -1)
@@ -111,6 +113,13 @@ def test_best_of_n_law_keeps_its_digits_for_large_n(rare, n):
     logps = best_of_n_law(ref, S0_REWARDS, n)
     assert (logps - expected)[1:].abs().max().item() <= 1e-12
     assert (logps - expected)[0].abs().item() <= 1e-15 * abs(low) + 1e-12
+
+
+@pytest.mark.parametrize("spread", [i / 4 for i in range(20)])
+def test_soft_law_integrates_far_enough(spread):
+    # A likely outcome of low weight is the last to be settled as s grows; its integral must not end too early.
+    ref, rewards = law(0.99, 0.01), vector(0, spread)
+    assert relative_error(soft_best_of_n_law(ref, rewards, 2, 1.0), enumerated_soft_law(ref, rewards, 2, 1.0)) <= 1e-14
 
 
 def test_laws_of_an_outcome_too_rare_for_float64():

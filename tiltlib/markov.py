@@ -119,15 +119,22 @@ class MarkovChain:
         return len(self.alphabet)
 
     def table(self, step: int) -> Tensor:
-        """Return the next-symbol log-probabilities at a step; here the same at every step.
+        """Return the next-symbol log-probabilities at a step: the same at every step, except for a tilted chain.
 
         Args:
-            step: Position in the string, from 0.
+            step: Position in the string, from 0; for a tilted chain below its length.
 
         Returns:
             Log-probabilities, shape (V^order, V).
+
+        Raises:
+            ValueError: `step` outside 0..length-1 of a tilted chain.
         """
-        return self._logps
+        return self._rows(step, torch.arange(self._v**self.order, device=self._logps.device))
+
+    def _rows(self, step: int, contexts: Tensor) -> Tensor:
+        """Return next-symbol log-probabilities in some contexts, shape (*contexts.shape, V)."""
+        return self._logps[contexts]
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Turn strings of one length into symbol numbers.
@@ -187,9 +194,12 @@ class MarkovChain:
         Raises:
             ValueError: not integers in 0..V-1, or nothing there.
         """
-        contexts = self._steps(tokens)
-        steps = range(tokens.shape[-1])
-        return torch.stack([self.table(t)[contexts[..., t], tokens[..., t]] for t in steps], -1).sum(-1)
+        steps = zip(self._steps(tokens).unbind(-1), tokens.unbind(-1), strict=True)
+        per_symbol = [
+            self._rows(t, context).gather(-1, symbol[..., None]).squeeze(-1)
+            for t, (context, symbol) in enumerate(steps)
+        ]
+        return torch.stack(per_symbol, -1).sum(-1)
 
     def total_reward(self, tokens: Tensor, rewards: Tensor) -> Tensor:
         """Sum an additive reward over strings.
@@ -226,8 +236,11 @@ class MarkovChain:
         context = torch.full((n,), self.start, device=self._logps.device)
         drawn = []
         for t in range(length):
-            cdf = self.table(t).double().exp().cumsum(-1)
-            cdf = (cdf / cdf[:, -1:])[context]
+            # Many strings share a context: beyond one string per context, turn the whole table into CDFs once.
+            whole = n > self._v**self.order
+            cdf = (self.table(t) if whole else self._rows(t, context)).double().exp().cumsum(-1)
+            cdf = cdf / cdf[:, -1:]
+            cdf = cdf[context] if whole else cdf
             u = torch.rand(n, 1, generator=generator, device=cdf.device, dtype=torch.float64)
             symbol = torch.searchsorted(cdf, u, right=True).squeeze(-1)
             drawn.append(symbol)
@@ -352,27 +365,20 @@ class TiltedChain(MarkovChain):
     """
 
     def __init__(self, ref: MarkovChain, rewards: Tensor, beta: float, length: int) -> None:
-        super().__init__(ref.table(0), ref.alphabet)
+        super().__init__(ref._logps, ref.alphabet)
         self.ref, self.length = ref, length
         self.values = ref.soft_values(rewards, beta, length)
         self.log_partition = self.values[0, self.start]
         self._log_weights = ref._reward_table(rewards) / beta
 
-    def table(self, step: int) -> Tensor:
-        """Return the next-symbol log-probabilities at a step.
-
-        Args:
-            step: Position in the string, in 0..length-1.
-
-        Returns:
-            Log-probabilities, shape (V^order, V).
-
-        Raises:
-            ValueError: `step` outside 0..length-1.
-        """
+    def _rows(self, step: int, contexts: Tensor) -> Tensor:
         if not 0 <= step < self.length:
             raise ValueError(f"step must lie in 0..{self.length - 1}, got {step}")
-        ahead = self.ref.table(step) + self._log_weights + self._lookahead(self.values[step + 1])
-        here = self.values[step].unsqueeze(-1)
+        following = (
+            contexts[..., None] * self._v + torch.arange(self._v, device=contexts.device)
+        ) % self._v**self.order
+        ref = self.ref._rows(step, contexts)
+        here = self.values[step, contexts].unsqueeze(-1)
+        tilted = ref + self._log_weights[contexts] + self.values[step + 1, following] - here
         # A context from which every continuation is excluded is never reached; it keeps the row of the reference.
-        return torch.where(here > -math.inf, ahead - here, self.ref.table(step))
+        return torch.where(here > -math.inf, tilted, ref)
