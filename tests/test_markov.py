@@ -299,6 +299,12 @@ def test_sample_never_draws_what_is_excluded(rng):
     assert tokens.unique().tolist() == [0, 2]
 
 
+def test_sample_at_the_edges_of_the_uniform(monkeypatch):
+    chain = MarkovChain(law(0, 0.5, 0.5).expand(3, 3), "ab ")
+    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: vector(0, 0.5, 1 - 2**-53)[:, None])
+    assert chain.sample(3, 1, generator=torch.Generator()).flatten().tolist() == [1, 2, 2]
+
+
 def test_sample_avoids_dead_ends(rng):
     # After a nothing may follow: the tilt puts a at the end or nowhere. Strings: bbb, bba.
     rewards = torch.tensor([[-math.inf] * 2, [0, 0]], dtype=F64)

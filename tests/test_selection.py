@@ -432,6 +432,14 @@ def test_pick_probabilities_are_the_normalised_weights(n, dtype, rng, monkeypatc
         assert torch.equal(soft_best_of_n_stream([one_chunk], 1.0, generator=rng).winner, drawn)
 
 
+def test_pick_at_the_edges(monkeypatch):
+    # Uniforms may be exactly 0: an excluded first candidate must not be chosen. On a boundary the next one is.
+    rewards = vector(-math.inf, 0, -math.inf, 0, -math.inf)
+    for u, expected in ((0.0, 1), (0.5, 3), (1 - 2**-53, 3)):
+        monkeypatch.setattr(torch, "rand", lambda *size, u=u, **kwargs: vector(u))
+        assert soft_best_of_n(rewards, 1.0, generator=torch.Generator()).item() == expected
+
+
 def test_stream_replaces_by_the_share_of_the_chunk(monkeypatch):
     # Weights 3 and 1, then 4, then 8: the winner is replaced with probability 4/8, then 8/16.
     chunks = [

@@ -309,6 +309,16 @@ def test_within_rarely_errs_in_either_direction(tier, rng):
     assert max(too_low, too_high) <= scipy.stats.binom.ppf(1 - RARE, runs, delta)
 
 
+def test_within_does_not_mistake_noise_for_a_distance(rng):
+    # 200 outcomes, 200 samples of the very target: every event that looks too frequent was learnt from noise.
+    runs, delta = 100, 0.1
+    target = random_law(200, rng)
+    alarms = sum(
+        within(sample(target, 200, generator=rng), target, 0.5, claim="c", delta=delta).tv_lo > 0 for _ in range(runs)
+    )
+    assert alarms <= scipy.stats.binom.ppf(1 - RARE, runs, delta)
+
+
 # --- exact and bound -------------------------------------------------------------------------------------------------
 
 
