@@ -87,7 +87,7 @@ def test_false_alarms_stay_within_the_markov_bound(versus, rng):
     target = random_law(8, rng)
     wrong = [tilt(target, torch.arange(8).double(), 20.0)] if versus else []
     alarms = sum(log_e_value(c, target, wrong) >= -math.log(alpha) for c in drawn_counts(target, 300, runs, rng))
-    assert 0 < alarms <= scipy.stats.binom.ppf(1 - RARE, runs, alpha)
+    assert alarms <= scipy.stats.binom.ppf(1 - RARE, runs, alpha)
 
 
 @pytest.mark.parametrize("k", [8, 64])

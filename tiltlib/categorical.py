@@ -30,14 +30,24 @@ __all__ = [
 
 
 class Frontier(NamedTuple):
-    """Points of the reward-KL frontier, one per temperature, each of shape (..., number of temperatures)."""
+    """Points of the reward-KL frontier, one per temperature.
+
+    Attributes:
+        kl: KL of each tilt from the reference in nats, shape (..., number of temperatures).
+        reward: Mean reward under each tilt, same shape.
+    """
 
     kl: Tensor
     reward: Tensor
 
 
 class AliasTable(NamedTuple):
-    """Walker's alias table: column k is kept with probability `threshold[k]`, else replaced by `other[k]`."""
+    """Walker's alias table: column k holds outcome k up to a threshold and another outcome above it.
+
+    Attributes:
+        threshold: Share of column k that belongs to outcome k, in [0, 1], float64, shape (K,).
+        other: Outcome that has the rest of column k, int64, shape (K,).
+    """
 
     threshold: Tensor
     other: Tensor

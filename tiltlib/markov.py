@@ -21,7 +21,12 @@ LETTERS_AND_SPACE = "abcdefghijklmnopqrstuvwxyz "
 
 
 class RewardLaw(NamedTuple):
-    """Law of the total reward of a string: `values` in ascending order and their log-probabilities, both shape (S,)."""
+    """Law of the total reward of a string.
+
+    Attributes:
+        values: Possible totals in ascending order, float64, shape (S,).
+        logps: Their log-probabilities, shape (S,).
+    """
 
     values: Tensor
     logps: Tensor

@@ -33,7 +33,13 @@ _LEFT_TAIL = 38.0
 
 
 class Streamed(NamedTuple):
-    """What `soft_best_of_n_stream` returns."""
+    """What `soft_best_of_n_stream` returns.
+
+    Attributes:
+        winner: The kept candidate, shape (...) or (..., L).
+        log_mean_weight: Log of the mean of exp(reward / beta) over all candidates, shape (...): an estimate of log Z.
+        n: Number of candidates per row.
+    """
 
     winner: Tensor
     log_mean_weight: Tensor

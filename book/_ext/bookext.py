@@ -210,6 +210,11 @@ def process_docstring(app: Sphinx, what, name, obj, options, lines: list[str]) -
     lines[:] = rst_docstring(lines, *app.env.book_names)
 
 
+def skip_fields(app: Sphinx, what, name, obj, skip: bool, options) -> bool | None:
+    """Leave out the fields of named tuples: the class docstring says what they hold, autodoc only their number."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
 def read_names(app: Sphinx, env: BuildEnvironment, docnames: list[str] | None = None, *rest) -> list[str]:
     """Keep the labels and citation keys that docstrings may name; when they change, the API pages are stale."""
     root = Path(app.srcdir)
@@ -301,6 +306,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("env-get-outdated", read_names)
     app.connect("source-read", note_run)
     app.connect("autodoc-process-docstring", process_docstring, priority=400)  # before napoleon, at 500
+    app.connect("autodoc-skip-member", skip_fields)
     app.connect("html-page-context", drop_thebe, priority=900)  # after thebe has added its own
     app.connect("build-finished", copy_static)
     app.connect("build-finished", prune_mathjax, priority=900)  # after MathJax has been copied
