@@ -123,6 +123,8 @@ def expectation(logps: Tensor, values: Tensor) -> Tensor:
 
         E f = sum_y p(y) f(y),    outcomes of probability 0 do not count, whatever f says there
 
+    Differentiable.
+
     Args:
         logps: Log-probabilities, shape (..., K), normalised.
         values: Values of the function, shape (..., K), floating.
@@ -137,7 +139,8 @@ def expectation(logps: Tensor, values: Tensor) -> Tensor:
     _checks.logps("logps", logps)
     _checks.tensor("values", values)
     _checks.same_outcomes("logps", logps, "values", values)
-    return torch.where(logps > -math.inf, logps.exp() * values, 0).sum(-1)
+    # Mask before the product: a masked product of 0 and inf would still have gradient NaN.
+    return (logps.exp() * torch.where(logps > -math.inf, values, 0)).sum(-1)
 
 
 def frontier(ref_logps: Tensor, rewards: Tensor, betas: Sequence[float]) -> Frontier:
@@ -179,6 +182,8 @@ def kl(logps_p: Tensor, logps_q: Tensor) -> Tensor:
 
         KL(p || q) = sum_y p(y) log(p(y) / q(y)),    0 log 0 = 0;  +inf if p has mass where q has none
 
+    Differentiable.
+
     Args:
         logps_p: Log-probabilities of p, shape (..., K), normalised.
         logps_q: Log-probabilities of q, shape (..., K), normalised.
@@ -191,7 +196,8 @@ def kl(logps_p: Tensor, logps_q: Tensor) -> Tensor:
         ValueError: a law that is not normalised, or shapes that do not fit.
     """
     _pair(logps_p, logps_q)
-    return torch.where(logps_p > -math.inf, logps_p.exp() * (logps_p - logps_q), 0).sum(-1)
+    # Mask before the product: a masked product of 0 and inf would still have gradient NaN.
+    return (logps_p.exp() * torch.where(logps_p > -math.inf, logps_p - logps_q, 0)).sum(-1)
 
 
 def total_variation(logps_p: Tensor, logps_q: Tensor) -> Tensor:
@@ -301,10 +307,10 @@ def alias_table(logps: Tensor) -> AliasTable:
         short, long = small.pop(), large[-1]
         other[short] = long
         threshold[long] -= 1 - threshold[short]
-        # The last full column never leaves: else rounding could strand an outcome of probability 0 as a full column.
-        if threshold[long] < 1 and len(large) > 1:
+        if threshold[long] < 1:
             small.append(large.pop())
-    for i in large:
+    # The columns left add up to their number, so each differs from a full one by rounding only.
+    for i in small + large:
         threshold[i] = 1.0
     return AliasTable(
         torch.tensor(threshold, dtype=torch.float64, device=logps.device), torch.tensor(other, device=logps.device)

@@ -169,21 +169,28 @@ class MarkovChain:
 
         Returns:
             n strings of length L.
+
+        Raises:
+            ValueError: not integers in 0..V-1, or nothing there.
         """
+        self._check_tokens(tokens)
         return ["".join(self.alphabet[i] for i in row) for row in tokens.tolist()]
 
     def _steps(self, tokens: Tensor) -> Tensor:
         """Return the context before each symbol, shape of `tokens`."""
-        if tokens.is_floating_point() or tokens.numel() == 0:
-            raise ValueError(f"tokens must be a non-empty integer tensor, got {tokens.dtype} of {tuple(tokens.shape)}")
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self._v:
-            raise ValueError(f"tokens must lie in 0..{self._v - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+        self._check_tokens(tokens)
         context = torch.full(tokens.shape[:-1], self.start, device=tokens.device)
         contexts = []
         for symbol in tokens.unbind(-1):
             contexts.append(context)
             context = (context * self._v + symbol) % self._v**self.order
         return torch.stack(contexts, -1)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if tokens.is_floating_point() or tokens.numel() == 0:
+            raise ValueError(f"tokens must be a non-empty integer tensor, got {tokens.dtype} of {tuple(tokens.shape)}")
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self._v:
+            raise ValueError(f"tokens must lie in 0..{self._v - 1}, got {int(tokens.min())} to {int(tokens.max())}")
 
     def logps(self, tokens: Tensor) -> Tensor:
         """Compute the log-probability of strings.

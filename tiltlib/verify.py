@@ -222,8 +222,8 @@ def match(
         REJECT iff E >= 1 / alpha,    E from `log_e_value`
 
     A correct sampler is rejected with probability at most `alpha`; a sampler whose law is one of `versus` is missed
-    with probability at most `miss`, or the verdict is INCONCLUSIVE because n is below `plan`. The samples must be
-    independent: one per pool of candidates, one per chain. Cost O(n + K).
+    with probability at most `miss`, or the verdict is INCONCLUSIVE because n is below `plan`. Without `versus` a PASS
+    has no stated power. The samples must be independent: one per pool of candidates, one per chain. Cost O(n + K).
 
     Args:
         samples: Outcome indices in 0..K-1, integer tensor of any shape, n entries.

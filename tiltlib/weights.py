@@ -73,7 +73,7 @@ def ess(log_weights: Tensor) -> Tensor:
         log_weights: Unnormalised natural-log weights, shape (..., N), floating; -inf counts as weight 0.
 
     Returns:
-        Effective sample size per row, shape (...), in 1..N.
+        Effective sample size per row, shape (...), in [1, N].
 
     Raises:
         TypeError: `log_weights` is not a floating tensor.

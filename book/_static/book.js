@@ -155,8 +155,8 @@
       root.querySelector("output").innerHTML = draw(Math.max(240, panels[0].clientWidth), 250, panels);
     };
     root.addEventListener("input", update);
-    window.addEventListener("resize", update);
-    update();
+    // Follows the box, not the window: on a window event the box may still have its old width.
+    new ResizeObserver(update).observe(root.querySelector(".bk-panels"));
   }
   window.bookjs = { tilt, softBestOfN, totalVariation, kl, bound };
   const ready = () => document.querySelectorAll(".bk-explorable").forEach(start);
