@@ -87,14 +87,16 @@ class Proof(SphinxDirective):
 
 
 class DropRepeatedIds(SphinxPostTransform):
-    """Sphinx-proof gives the content of all its blocks the same id."""
+    """Keep ids unique: sphinx-proof gives all its blocks one id, each `eval-rst` block numbers citations from 1."""
 
     default_priority = 5
 
     def run(self, **kwargs):
-        for section in self.document.findall(nodes.section):
-            if section["ids"] == ["proof-content"]:
-                section["ids"] = []
+        seen = set()
+        for node in self.document.findall(nodes.Element):
+            automatic = {i for i in node["ids"] if re.fullmatch(r"id\d+|proof-content", i)}
+            node["ids"] = [i for i in node["ids"] if i not in automatic & seen and i != "proof-content"]
+            seen |= automatic
 
 
 # --- the claims page -----------------------------------------------------------------------------------------------
