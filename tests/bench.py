@@ -145,13 +145,13 @@ def counts(g: Generator) -> tuple[Call, ...]:
     return ours, *naive(ref_logps, rewards, 10_000, 1000, g)
 
 
-def stream(k: int, m: int, n: int, g: Generator) -> tuple[Call, ...]:
+def stream(k: int, m: int, n: int, g: Generator, chunk: int = CHUNK) -> tuple[Call, ...]:
     ref_logps, rewards = instance(k, 6, g)
     table = categorical.alias_table(ref_logps)
 
     def chunks() -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, n, CHUNK // m):
-            size = min(CHUNK // m, n - start)
+        for start in range(0, n, chunk // m):
+            size = min(chunk // m, n - start)
             candidates = categorical.sample_alias(table, m * size, generator=g).view(m, size)
             yield candidates, rewards.take(candidates)
 
@@ -164,7 +164,8 @@ def peak_memory() -> float:
 
 
 def stream_peak(n: int) -> float:
-    stream(4096, 1, n, verify.rng("bench", "memory"))[0]()
+    # Small chunks, so that also the smaller N goes through several and what grows afterwards grows with N.
+    stream(4096, 1, n, verify.rng("bench", "memory"), chunk=2**14)[0]()
     return peak_memory()
 
 

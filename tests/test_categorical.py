@@ -398,3 +398,12 @@ def test_bad_divergences(function, p, q, error, text):
 def test_bad_inputs(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_gradients_stay_finite_at_an_excluded_outcome():
+    rewards = torch.tensor([0.0, 1.0, -math.inf], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    law = categorical.tilt(ref, rewards, 1.0)
+    for value in (categorical.expectation(law, rewards), categorical.kl(law, ref)):
+        (gradient,) = torch.autograd.grad(value, rewards, retain_graph=True)
+        assert gradient[:2].isfinite().all() and gradient[2] == 0

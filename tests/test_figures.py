@@ -204,3 +204,15 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     with pytest.raises(ImportError, match="pip install matplotlib"):
         figures.figure()
     figures.samples({"x": ["a"]}, "a", "needs no matplotlib")
+
+
+def test_table_is_readable_as_text_and_escaped_as_html():
+    shown = figures.table({"beta": ["1", "0.5"], "<kl>": ["1.2", "8.3"]}, "Two temperatures.")
+    assert repr(shown).splitlines() == ["[table] Two temperatures.", "beta  <kl>", "1     1.2", "0.5   8.3"]
+    assert "&lt;kl&gt;" in shown.html and "<kl>" not in shown.html
+
+
+@pytest.mark.parametrize("columns", [{}, {"a": ["1"], "b": []}])
+def test_table_refuses_ragged_columns(columns):
+    with pytest.raises(ValueError, match="columns must hold at least one column, all of one length"):
+        figures.table(columns, "Bad.")

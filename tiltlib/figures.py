@@ -40,6 +40,7 @@ __all__ = [
     "samples",
     "show",
     "slider",
+    "table",
 ]
 
 # Contrast of each at least 3.3 on white and 4.6 on #121212, the dark page: enough for lines, bars and large text.
@@ -249,6 +250,33 @@ def samples(columns: Mapping[str, Sequence[str]], mark: str, alt: str) -> Html:
     for title, strings in columns.items():
         lines += [f"{title}:", *(f"  {string}" for string in strings)]
     return Html(f'<figure class="bk-samples" aria-label="{escape(alt)}">{html}</figure>', "\n".join(lines))
+
+
+def table(columns: Mapping[str, Sequence[str]], alt: str) -> Html:
+    """Show a small table that scrolls in its own box on a narrow screen.
+
+    Args:
+        columns: Heading of each column and its entries, already formatted; columns of one length.
+        alt: What the table shows; plain text, not empty.
+
+    Returns:
+        The table; printed, `[table]` and `alt`, then the rows in aligned columns.
+
+    Raises:
+        ValueError: `alt` is empty, there is no column, or the columns differ in length.
+    """
+    alt = _alt(alt)
+    if not columns or len({len(entries) for entries in columns.values()}) != 1:
+        raise ValueError(f"columns must hold at least one column, all of one length, got {dict(columns)!r}")
+    rows = list(zip(*columns.values(), strict=True))
+    cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in columns)
+    html = (
+        f'<table class="table" aria-label="{escape(alt)}"><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>'
+    )
+    widths = [max(map(len, (title, *entries))) for title, entries in columns.items()]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)]
+    return Html(f'<div class="bk-table">{html}</div>', "\n".join([f"[table] {alt}", *map(str.rstrip, lines)]))
 
 
 def _need_matplotlib() -> None:
