@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 from docutils import nodes
 from docutils.parsers.rst import directives
+from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.transforms.post_transforms import SphinxPostTransform
@@ -130,6 +132,9 @@ class Claims(SphinxDirective):
         head = self.paragraph(f"{{prf:ref}}`{label}` {title} ", "claim-head")
         head += badge(entry.statement.status or "no status")
         box = nodes.container("", head, ids=[f"claim-{label}"], classes=["claim"], is_div=True)
+        fence = "`" * 6  # longer than any fence inside a statement
+        folded = f"{fence}{{dropdown}} Statement\n{entry.statement.text}\n{fence}"
+        self.state.nested_parse(StringList(folded.splitlines()), self.content_offset, box)
         if not entry.verdicts:
             box += self.paragraph(
                 "No verdict: a question, not a claim." if entry.statement.status == "open" else "**No verdict.**"
@@ -312,4 +317,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("html-page-context", drop_thebe, priority=900)  # after thebe has added its own
     app.connect("build-finished", copy_static)
     app.connect("build-finished", prune_mathjax, priority=900)  # after MathJax has been copied
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
+    # Pages depend on this code: when it changes, Sphinx reads all of them again.
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return {"env_version": zlib.crc32(code), "parallel_read_safe": True, "parallel_write_safe": True}

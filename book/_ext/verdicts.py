@@ -86,6 +86,7 @@ class Page(NamedTuple):
                 b.argument,
                 status(b.body),
                 self.name,
+                _STATUS.sub("", b.body).strip(),
             )
             for b in blocks(self.prose)
             if b.name.removeprefix("prf:") in STATEMENTS and b.name.startswith("prf:")
@@ -107,6 +108,7 @@ class Statement(NamedTuple):
     title: str
     status: str
     page: str
+    text: str = ""  # MyST source, without the status
 
 
 def parse_verdict(line: str) -> Verdict | None:
