@@ -599,16 +599,13 @@ def report(verdict: Verdict) -> None:
     print(verdict.line())
 
 
-def falsify(check: Callable[[Any], Verdict], wrong: Any, *, claim: str) -> Verdict:
+def falsify(check: Callable[[Any], Verdict], wrong: Any, *, claim: str) -> None:
     """Run a check on something wrong and print its rejection, or raise when it was not rejected.
 
     Args:
         check: Function of one argument that returns a verdict, the same check that the true claim passed.
         wrong: The wrong law, samples or number that it must reject.
         claim: Id of the falsifier: claim id, "!", a short name of what is wrong.
-
-    Returns:
-        The verdict, with decision REJECT.
 
     Raises:
         ClaimFailed: the check did not reject, or (kind "exact") the wrong value misses by less than 100 eps and is no
@@ -627,7 +624,6 @@ def falsify(check: Callable[[Any], Verdict], wrong: Any, *, claim: str) -> Verdi
             raise ClaimFailed(f"falsifier misses by less than {_CLEAR_MISS} eps: {verdict.line()}")
     _record(claim)
     print(verdict.line())
-    return verdict
 
 
 def rng(claim: str, salt: str = "") -> torch.Generator:
