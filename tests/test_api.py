@@ -157,8 +157,7 @@ def test_docstring_sections_of_functions(name):
 def test_docstring_arguments_of_methods(name):
     parameters = [p for p in inspect.signature(PUBLIC[name]).parameters if p not in ("self", "cls")]
     _, found = sections(PUBLIC[name].__doc__)
-    if "Args" in found:
-        assert re.findall(r"^ {4}(\w+):", found["Args"], flags=re.MULTILINE) == parameters, f"{name}: Args"
+    assert re.findall(r"^ {4}(\w+):", found.get("Args", ""), flags=re.MULTILINE) == parameters, f"{name}: Args"
 
 
 # --- randomness ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The book's source keeps its promises; and each check fails on a book that does not."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -66,14 +67,23 @@ def test_notebook_is_stored_normalised_and_with_outputs(path):
 
 def test_every_notebook_of_the_folder_is_in_the_table_of_contents():
     listed = {Path(page.name).name for page in PAGES}
-    assert {path.stem for path in NOTEBOOKS} <= listed
+    written = {path.stem for path in [*NOTEBOOKS, *(ROOT / "book").glob("*.md")]}
+    assert written <= listed
 
 
 def test_launch_and_edit_links_lead_to_files_in_git():
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     paths = [verdicts.source_of(ROOT, page.name).relative_to(ROOT).as_posix() for page in PAGES]
+    assert not set(paths) - set(tracked), "pages that git does not have"
     nothing(checks.links(config, set(tracked), paths))
+
+
+def test_the_example_of_the_readme_prints_what_the_readme_says(capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    program, shown = (re.search(rf"```{kind}\n(.*?)```", readme, re.S)[1] for kind in ("python", "text"))
+    exec(compile(program, "README.md", "exec"), {})
+    assert capsys.readouterr().out == shown
 
 
 # --- the checks can fail -------------------------------------------------------------------------------------------

@@ -356,11 +356,32 @@ def test_bad_chains(logps, alphabet, error, text):
         (["a"], [1.0], 1, "ab ", TypeError, "weights must be a floating-point torch.Tensor"),
         (["a"], vector(1), 1.0, "ab ", TypeError, "order must be an int, got float"),
         (["a"], vector(1), 0, "ab ", ValueError, "order must be an integer >= 1, got 0"),
-        ([], torch.zeros(0), 1, "ab ", ValueError, "weights must have a last dimension of size >= 1"),
-        (["a"], vector(1, 2), 1, "ab ", ValueError, r"weights must be 1 finite numbers >= 0 .* got shape \(2,\)"),
-        (["a"], vector(-1), 1, "ab ", ValueError, "weights must be 1 finite numbers >= 0 with a positive sum"),
-        (["a"], vector(0), 1, "ab ", ValueError, "weights must be 1 finite numbers >= 0 with a positive sum"),
-        (["a"], vector(math.nan), 1, "ab ", ValueError, "weights must be 1 finite numbers >= 0"),
+        ([], torch.zeros(0), 1, "ab ", ValueError, "words must hold at least one word, got none"),
+        (["a"], vector(1, 2), 1, "ab ", ValueError, "weights must have shape .*one per word, got"),
+        (
+            ["a"],
+            vector(-1),
+            1,
+            "ab ",
+            ValueError,
+            "weights must be finite and >= 0 with a positive sum, got values from",
+        ),
+        (
+            ["a"],
+            vector(0),
+            1,
+            "ab ",
+            ValueError,
+            "weights must be finite and >= 0 with a positive sum, got values from",
+        ),
+        (
+            ["a"],
+            vector(math.nan),
+            1,
+            "ab ",
+            ValueError,
+            "weights must be finite and >= 0 with a positive sum, got values from",
+        ),
         (["a", "ax"], vector(1, 1), 1, "ab ", ValueError, "words must be non-empty strings over 'ab', got 'ax'"),
         (["a b"], vector(1), 1, "ab ", ValueError, "words must be non-empty strings over 'ab', got 'a b'"),
         ([""], vector(1), 1, "ab ", ValueError, "words must be non-empty strings over 'ab', got ''"),
@@ -400,12 +421,29 @@ def test_bad_tilts(method, rewards, beta, length, error, text):
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: CHAIN.encode([]), ValueError, "texts must be non-empty strings of one length"),
-        (lambda: CHAIN.encode([""]), ValueError, "texts must be non-empty strings of one length"),
-        (lambda: CHAIN.encode(["a", "ab"]), ValueError, "texts must be non-empty strings of one length"),
+        (lambda: CHAIN.encode([]), ValueError, "texts must be a list of non-empty strings of one length"),
+        (lambda: CHAIN.encode([""]), ValueError, "texts must be a list of non-empty strings of one length"),
+        (lambda: CHAIN.encode(["a", "ab"]), ValueError, "texts must be a list of non-empty strings of one length"),
         (lambda: CHAIN.encode(["ax"]), ValueError, r"texts must use the alphabet 'ab ' only, got \['x'\]"),
-        (lambda: CHAIN.logps(torch.tensor([0.0])), ValueError, "tokens must be a non-empty integer tensor"),
-        (lambda: CHAIN.logps(torch.zeros(0, dtype=torch.int64)), ValueError, "tokens must be a non-empty integer"),
+        (
+            lambda: CHAIN.logps(torch.tensor([True])),
+            TypeError,
+            "tokens must be an integer torch.Tensor, got a torch.bool",
+        ),
+        (lambda: CHAIN.logps("ab"), TypeError, "tokens must be an integer torch.Tensor, got str"),
+        (lambda: CHAIN.logps(torch.tensor(0)), ValueError, "tokens must have a last dimension"),
+        (lambda: CHAIN.decode(torch.tensor([0, 1])), ValueError, r"tokens must have shape \(n, L\), got \(2,\)"),
+        (lambda: CHAIN.encode("ab"), ValueError, "texts must be a list of .*, got one string"),
+        (
+            lambda: CHAIN.logps(torch.tensor([0.0])),
+            TypeError,
+            "tokens must be an integer torch.Tensor, got a torch.float32 tensor",
+        ),
+        (
+            lambda: CHAIN.logps(torch.zeros(0, dtype=torch.int64)),
+            ValueError,
+            "tokens must hold at least one number, got shape",
+        ),
         (lambda: CHAIN.logps(torch.tensor([0, 3])), ValueError, r"tokens must lie in 0\.\.2, got 0 to 3"),
         (lambda: CHAIN.logps(torch.tensor([-1, 1])), ValueError, r"tokens must lie in 0\.\.2, got -1 to 1"),
         (lambda: CHAIN.total_reward(torch.tensor([3]), RIGHT), ValueError, r"tokens must lie in 0\.\.2"),
@@ -428,3 +466,9 @@ def test_bad_tilts(method, rewards, beta, length, error, text):
 def test_bad_inputs(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_tokens_of_every_integer_type_are_understood():
+    wide = CHAIN.encode(["ab", "ba"])
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        assert torch.equal(CHAIN.logps(wide.to(dtype)), CHAIN.logps(wide))

@@ -12,17 +12,19 @@ import re
 import shutil
 import threading
 from collections import Counter
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
 import torch
+import verdicts
 
 ROOT = Path(__file__).parents[1]
 HTML = ROOT / "_build/html"
 SHOTS = ROOT / "_build/screenshots"
-TOC = [name for name in re.findall(r"(?:root|file): *(\S+)", (ROOT / "_toc.yml").read_text(encoding="utf-8"))]
+TOC = verdicts.toc_names_of(ROOT)
 VIEWS = {"wide": 1280, "phone": 390}
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -46,6 +48,13 @@ def files():
         missing("there is no _build/html to test: run `make book` first")
     paths = [path for path in HTML.rglob("*.html") if "_static" not in path.parts]
     return {path.relative_to(HTML).as_posix(): Page(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def test_the_claims_page_shows_every_claim(files):
+    shown = unescape(re.sub(r"<[^>]+>", "", (HTML / "book/claims.html").read_text(encoding="utf-8")))
+    for page in verdicts.read_book(ROOT):
+        assert {f"claim-{s.label}" for s in page.statements} <= set(files["book/claims.html"].ids)
+        assert [v.id for v in page.verdicts if v.id not in shown] == []
 
 
 class Page(HTMLParser):

@@ -644,3 +644,10 @@ Y = torch.arange(3)
 def test_bad_streams(chunks, error, text):
     with pytest.raises(error, match=text):
         soft_best_of_n_stream(chunks, 1.0, generator=G)
+
+
+@pytest.mark.parametrize("shapes", [((3, 1), (3, 4)), ((3, 2), (3, 4)), ((3,), (3, 4))])
+def test_stream_refuses_candidates_whose_shape_changes(rng, shapes):
+    chunks = [(torch.zeros(shape), torch.zeros(3)) for shape in shapes]
+    with pytest.raises(ValueError, match="candidates must keep the event shape .* of the first chunk, got"):
+        soft_best_of_n_stream(chunks, 1.0, generator=rng)

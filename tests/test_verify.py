@@ -426,10 +426,13 @@ def test_report_refuses_falsifiers():
 
 
 def test_a_claim_id_belongs_to_one_place():
-    for _ in range(2):  # running a cell again is fine
-        report(passing("same-place"))
-    report(passing("first"))
-    with pytest.raises(ValueError, match="claim must be a new id, got 'first', already reported from another place"):
+    for claim in ("first", "loop", "loop"):
+        if claim == "loop" and claim in verify._reported:
+            with pytest.raises(ValueError, match="claim must be a new id, got 'loop', already reported"):
+                report(passing(claim))
+        else:
+            report(passing(claim))
+    with pytest.raises(ValueError, match="claim must be a new id, got 'first', already reported"):
         report(passing("first"))
     falsify(lambda x: exact(x, 1.0, claim="first"), 2.0, claim="first!two")
     with pytest.raises(ValueError, match="claim must be a new id, got 'first!two'"):
@@ -439,12 +442,16 @@ def test_a_claim_id_belongs_to_one_place():
     report(passing("failed"))
 
 
-def test_a_claim_id_belongs_to_one_cell():
-    # Notebook cells: every one starts at line 1, of a file of its own.
-    program = "from tiltlib import verify as v; v.report(v.exact(1, 1, claim='c'))"
-    exec(compile(program, "<cell 1>", "exec"))
-    exec(compile(program, "<cell 1>", "exec"))
-    with pytest.raises(ValueError, match="claim must be a new id, got 'c'"):
+def test_a_notebook_cell_may_run_again_but_not_report_twice(monkeypatch):
+    # Notebook cells: every one starts at line 1, of a file of its own; each run has a number.
+    program = "from tiltlib import verify as v; v.report(v.exact(1, 1, claim='cell'))"
+    for run, file in ((1, "<cell 1>"), (2, "<cell 1>"), (7, "<cell 1>")):
+        monkeypatch.setattr(verify, "_cell_run", lambda run=run: run)
+        exec(compile(program, file, "exec"))
+    with pytest.raises(ValueError, match="claim must be a new id, got 'cell'"):  # the same run: a loop
+        exec(compile(program, "<cell 1>", "exec"))
+    monkeypatch.setattr(verify, "_cell_run", lambda: 8)
+    with pytest.raises(ValueError, match="claim must be a new id, got 'cell'"):  # another cell
         exec(compile(program, "<cell 2>", "exec"))
 
 
@@ -521,9 +528,9 @@ def test_malformed_ids(call, claim):
 @pytest.mark.parametrize(
     ("samples", "target", "error", "text"),
     [
-        (Y.double(), S0, TypeError, "samples must be an integer tensor of outcome indices, got a torch.float64 tensor"),
-        ([0, 1], S0, TypeError, "samples must be an integer tensor of outcome indices, got list"),
-        (Y[:0], S0, ValueError, "samples must hold at least one outcome, got n = 0"),
+        (Y.double(), S0, TypeError, "samples must be an integer torch.Tensor, got a torch.float64 tensor"),
+        ([0, 1], S0, TypeError, "samples must be an integer torch.Tensor, got list"),
+        (Y[:0], S0, ValueError, "samples must hold at least one number, got shape"),
         (Y + 1, S0, ValueError, r"samples must lie in 0\.\.2, got values from 1 to 3"),
         (Y - 1, S0, ValueError, r"samples must lie in 0\.\.2, got values from -1 to 1"),
         (Y, S0 + 0.01, ValueError, "target must be log-probabilities that sum to 1"),
@@ -586,7 +593,7 @@ WIDE = torch.full((2000,), -math.log(2000), dtype=F64)
             ValueError,
             "wrong must be declared here: .* below the 5",
         ),
-        (lambda: verify.tv_upper_bound([]), ValueError, r"x must hold at least one value, each in \[0, 1\], got n = 0"),
+        (lambda: verify.tv_upper_bound([]), ValueError, r"x must hold at least one value, each in \[0, 1\], got none"),
         (lambda: verify.tv_upper_bound([0.5, 1.1]), ValueError, r"x must hold at least one value, each in \[0, 1\]"),
         (lambda: verify.tv_upper_bound([-0.1]), ValueError, "x must hold at least one value"),
         (lambda: verify.tv_upper_bound([math.nan]), ValueError, "x must hold at least one value"),
@@ -597,7 +604,13 @@ WIDE = torch.full((2000,), -math.log(2000), dtype=F64)
             ValueError,
             r"cells must be .* of shape \(3,\)",
         ),
-        (lambda: within(Y, S0, 0.1, claim="c", cells=S0), ValueError, "cells must be "),
+        (lambda: within(Y, S0, 0.1, claim="c", cells=S0), TypeError, "cells must be an integer torch.Tensor"),
+        (
+            lambda: within(Y, S0, 0.1, claim="c", cells=Y, log_q=S0),
+            ValueError,
+            "cells must be None when log_q is given",
+        ),
+        (lambda: bound([1.0, 2.0], [1.0, 2.0, 3.0], claim="c"), ValueError, r"lhs and rhs must broadcast, got .*2,"),
         (lambda: within(Y, WIDE, 0.1, claim="c", cells=torch.arange(2000)), ValueError, "at most 1024 outcomes"),
         (lambda: within(Y + 1, S0, 0.1, claim="c", log_q=S0), ValueError, r"samples must lie in 0\.\.2"),
         (lambda: within(Y, S0, 0.1, claim="c", log_q=S0 + 1), ValueError, "log_q must be log-probabilities"),

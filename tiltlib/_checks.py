@@ -1,24 +1,36 @@
 """Argument checks with uniform messages: each names the argument, the legal range and what was received."""
 
 import math
-from typing import TypeGuard
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-def tensor(name: str, value: object) -> TypeGuard[Tensor]:
+
+def described(value: object) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+
+
+def tensor(name: str, value: object) -> None:
     """Require a floating tensor with at least one dimension and one outcome."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {got}")
+        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {described(value)}")
     if value.ndim == 0 or value.shape[-1] == 0:
         raise ValueError(f"{name} must have a last dimension of size >= 1, got shape {tuple(value.shape)}")
-    return True
 
 
-def logps(name: str, value: Tensor) -> Tensor:
-    """Require normalised log-probabilities along the last dimension and return them."""
+def integers(name: str, value: object) -> None:
+    """Require a non-empty tensor of an integer dtype."""
+    if not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must be an integer torch.Tensor, got {described(value)}")
+    if value.numel() == 0:
+        raise ValueError(f"{name} must hold at least one number, got shape {tuple(value.shape)}")
+
+
+def logps(name: str, value: Tensor) -> None:
+    """Require normalised log-probabilities along the last dimension."""
     tensor(name, value)
     total = torch.logsumexp(value, -1)
     # Half of the digits of the dtype: rounding over any realistic support stays far below, a lost factor far above.
@@ -28,17 +40,13 @@ def logps(name: str, value: Tensor) -> Tensor:
         raise ValueError(
             f"{name} must be log-probabilities that sum to 1 over the last dimension, got logsumexp = {worst:.6g}"
         )
-    return value
 
 
-def rewards(name: str, value: Tensor, *, excluded: bool = True) -> Tensor:
-    """Require rewards that are finite, or -inf where `excluded` allows it, and return them."""
+def rewards(name: str, value: Tensor) -> None:
+    """Require rewards that are finite or -inf, which excludes."""
     tensor(name, value)
     if bool(value.isnan().any()) or bool((value == math.inf).any()):
         raise ValueError(f"{name} must be finite or -inf (excluded), got NaN or +inf")
-    if not excluded and bool((value == -math.inf).any()):
-        raise ValueError(f"{name} must be finite, got -inf")
-    return value
 
 
 def same_outcomes(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -52,8 +60,9 @@ def same_outcomes(name: str, value: Tensor, other_name: str, other: Tensor) -> N
 
 def positive(name: str, value: object) -> None:
     """Require a finite number > 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+    # Real covers numpy's scalars; True is a number to Python and a mistake here.
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise ValueError(f"{name} must be finite and > 0, got {_short(value)}")
 
 
 def positive_per_row(name: str, value: float | Tensor, batch: torch.Size) -> None:
@@ -62,11 +71,17 @@ def positive_per_row(name: str, value: float | Tensor, batch: torch.Size) -> Non
         positive(name, value)
         return
     if not bool((torch.isfinite(value) & (value > 0)).all()):
-        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+        raise ValueError(f"{name} must be finite and > 0, got {_short(value)}")
     if not _broadcast(value.shape, batch):
         raise ValueError(
             f"{name} must broadcast against the batch dimensions {tuple(batch)}, got shape {tuple(value.shape)}"
         )
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Tensor) and value.numel() > 1:
+        return f"a tensor with {int((~(value > 0) | value.isinf()).sum())} illegal entries of {value.numel()}"
+    return repr(value)
 
 
 def _broadcast(*shapes: torch.Size) -> bool:
@@ -77,13 +92,12 @@ def _broadcast(*shapes: torch.Size) -> bool:
     return True
 
 
-def count(name: str, value: int, *, least: int = 1) -> int:
+def count(name: str, value: int, *, least: int = 1) -> None:
     """Require an integer >= `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value}")
-    return value
 
 
 def some_left(name: str, log_total: Tensor) -> None:

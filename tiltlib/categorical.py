@@ -150,7 +150,7 @@ def frontier(ref_logps: Tensor, rewards: Tensor, betas: Sequence[float]) -> Fron
 
     Args:
         ref_logps: Reference log-probabilities, shape (..., K), normalised.
-        rewards: Finite reward of each outcome, shape (..., K).
+        rewards: Reward of each outcome, shape (..., K), floating; -inf excludes an outcome.
         betas: Temperatures, each > 0.
 
     Returns:

@@ -87,12 +87,15 @@ class MarkovChain:
         Source: [shannon1948], section 3; book chapter 2, `chain-tilt`.
         """
         _checks.count("order", order)
+        if not words:
+            raise ValueError("words must hold at least one word, got none")
         _checks.tensor("weights", weights)
-        legal = weights.shape == (len(words),) and bool((weights.isfinite() & (weights >= 0)).all())
-        if not legal or weights.sum() == 0:
+        if weights.shape != (len(words),):
+            raise ValueError(f"weights must have shape ({len(words)},), one per word, got {tuple(weights.shape)}")
+        if not bool((weights.isfinite() & (weights >= 0)).all()) or weights.sum() == 0:
             raise ValueError(
-                f"weights must be {len(words)} finite numbers >= 0 with a positive sum, one per word, "
-                f"got shape {tuple(weights.shape)}"
+                f"weights must be finite and >= 0 with a positive sum, "
+                f"got values from {weights.min().item():g} to {weights.max().item():g}"
             )
         v, separator = _alphabet_size(alphabet), alphabet[-1]
         code = {symbol: i for i, symbol in enumerate(alphabet)}
@@ -153,8 +156,10 @@ class MarkovChain:
         Raises:
             ValueError: no strings, different lengths, or a symbol outside the alphabet.
         """
-        if not texts or len({len(text) for text in texts}) != 1 or not texts[0]:
-            raise ValueError("texts must be non-empty strings of one length")
+        lengths = sorted({len(text) for text in texts})
+        if isinstance(texts, str) or len(lengths) != 1 or lengths[0] == 0:
+            got = "one string" if isinstance(texts, str) else f"lengths {lengths}"
+            raise ValueError(f"texts must be a list of non-empty strings of one length, got {got}")
         code = {symbol: i for i, symbol in enumerate(self.alphabet)}
         unknown = {symbol for text in texts for symbol in text} - code.keys()
         if unknown:
@@ -171,14 +176,18 @@ class MarkovChain:
             n strings of length L.
 
         Raises:
-            ValueError: not integers in 0..V-1, or nothing there.
+            TypeError: `tokens` is not an integer tensor.
+            ValueError: `tokens` outside 0..V-1, empty, or not of shape (n, L).
         """
         self._check_tokens(tokens)
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must have shape (n, L), got {tuple(tokens.shape)}")
         return ["".join(self.alphabet[i] for i in row) for row in tokens.tolist()]
 
     def _steps(self, tokens: Tensor) -> Tensor:
         """Return the context before each symbol, shape of `tokens`."""
         self._check_tokens(tokens)
+        tokens = tokens.long()
         context = torch.full(tokens.shape[:-1], self.start, device=tokens.device)
         contexts = []
         for symbol in tokens.unbind(-1):
@@ -187,8 +196,9 @@ class MarkovChain:
         return torch.stack(contexts, -1)
 
     def _check_tokens(self, tokens: Tensor) -> None:
-        if tokens.is_floating_point() or tokens.numel() == 0:
-            raise ValueError(f"tokens must be a non-empty integer tensor, got {tokens.dtype} of {tuple(tokens.shape)}")
+        _checks.integers("tokens", tokens)
+        if tokens.ndim == 0:
+            raise ValueError("tokens must have a last dimension, the positions of a string, got a single number")
         if int(tokens.min()) < 0 or int(tokens.max()) >= self._v:
             raise ValueError(f"tokens must lie in 0..{self._v - 1}, got {int(tokens.min())} to {int(tokens.max())}")
 
@@ -204,9 +214,10 @@ class MarkovChain:
             Log-probabilities, shape (...).
 
         Raises:
-            ValueError: not integers in 0..V-1, or nothing there.
+            TypeError: `tokens` is not an integer tensor.
+            ValueError: `tokens` outside 0..V-1 or empty.
         """
-        steps = zip(self._steps(tokens).unbind(-1), tokens.unbind(-1), strict=True)
+        steps = zip(self._steps(tokens).unbind(-1), tokens.long().unbind(-1), strict=True)
         per_symbol = [
             self._rows(t, context).gather(-1, symbol[..., None]).squeeze(-1)
             for t, (context, symbol) in enumerate(steps)
@@ -224,9 +235,10 @@ class MarkovChain:
             Total reward, shape (...).
 
         Raises:
+            TypeError: `tokens` is not an integer tensor, or `rewards` not a floating one.
             ValueError: `tokens` out of range, or `rewards` of another shape.
         """
-        return self._reward_table(rewards)[self._steps(tokens), tokens].sum(-1)
+        return self._reward_table(rewards)[self._steps(tokens), tokens.long()].sum(-1)
 
     def sample(self, n: int, length: int, *, generator: torch.Generator) -> Tensor:
         """Draw independent strings, symbol by symbol, by inverting each conditional CDF in float64.
@@ -349,8 +361,9 @@ class MarkovChain:
         """
         table = self._reward_table(rewards)
         _checks.count("length", length)
-        if not bool((table == table.floor()).all()) or bool((table == -math.inf).any()):
-            raise ValueError("rewards must be finite whole numbers here, got others")
+        broken = table[(table != table.floor()) | table.isinf()]
+        if len(broken):
+            raise ValueError(f"rewards must be finite whole numbers here, got {broken[0].item():g}")
         v, low = self._v, int(table.min())
         distinct = [int(r) for r in table.unique().tolist()]
         size = length * (distinct[-1] - low) + 1

@@ -401,10 +401,15 @@ def soft_best_of_n_stream(
         # A chunk that is all -inf has weight 0; shifting by 0 there keeps it from becoming NaN.
         shift = torch.where(top > -math.inf, top, 0)
         index, total = _pick((rewards - shift).div_(beta).exp_(), generator)
-        index = index.clamp(max=rewards.shape[-1] - 1)
+        index = index.clamp(max=rewards.shape[-1] - 1)  # a chunk of weight 0 ends the search past its last entry
         log_chunk = total.log() + shift.squeeze(-1).double() / beta
         where = index.reshape(index.shape + (1,) * (candidates.ndim - index.ndim))
         picked = torch.take_along_dim(candidates, where, index.ndim).squeeze(index.ndim)
+        if winner is not None and picked.shape != winner.shape:
+            raise ValueError(
+                f"candidates must keep the event shape {tuple(winner.shape[index.ndim :])} of the first chunk, "
+                f"got {tuple(picked.shape[index.ndim :])}"
+            )
         if winner is None or log_total is None:
             winner, log_total = picked, log_chunk
         else:

@@ -45,7 +45,6 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LogLaw = Tensor | Callable[[Tensor], Tensor]
 
 # Concentrations of the Dirichlet mixture in units of n: from "nearly any other law" to "a law very near the target".
@@ -53,7 +52,8 @@ _GRID = np.array([1 / 64, 1 / 16, 1 / 4, 1, 4, 16, 64, 256])
 # A wrong value counts as a near miss that was really told apart only when it misses by this many tolerances.
 _CLEAR_MISS = 100
 
-_reported: dict[str, tuple[str, int]] = {}
+# Claim id -> where it was reported, and in which run of a notebook cell.
+_reported: dict[str, tuple[str, int, int | None]] = {}
 
 
 class ClaimFailed(AssertionError):
@@ -102,11 +102,12 @@ class Verdict:
             fields += [f"tv_lo={low}" if expected else f"plan={self.plan}  tv_hi={high}"]
             fields += [f"eps={self.eps:g}", f"delta={self.delta:.0e}", f"tier={self.method}"]
         elif self.kind == "exact":
-            fields += [f"error={self.error:.1e}"] * expected + [f"eps={self.eps:.0e}"]
+            error = [f"error={self.error:.1e}"] if expected else []
+            fields += [*error, f"eps={self.eps:.0e}"]
         elif expected:
             fields += [f"excess={self.error:.1e}"]
         line = "  ".join([f"{self.decision:<6} {self.kind:<6}  {self.claim}", *fields])
-        return line + "  [falsifier, expected]" * (expected and self.decision == "REJECT")
+        return line + ("  [falsifier, expected]" if expected and self.decision == "REJECT" else "")
 
 
 def _floor(x: float) -> str:
@@ -136,19 +137,12 @@ def _law(name: str, logps: Tensor) -> Floats:
 
 def _counts(samples: Tensor, k: int) -> NDArray[np.int64]:
     """Check outcome indices and count them."""
-    if not isinstance(samples, Tensor) or samples.dtype not in _INTEGERS:
-        raise TypeError(f"samples must be an integer tensor of outcome indices, got {_described(samples)}")
-    if samples.numel() == 0:
-        raise ValueError("samples must hold at least one outcome, got n = 0")
+    _checks.integers("samples", samples)
     low, high = int(samples.min()), int(samples.max())
     if low < 0 or high >= k:
         raise ValueError(f"samples must lie in 0..{k - 1}, got values from {low} to {high}")
     counts: NDArray[np.int64] = torch.bincount(samples.flatten().cpu(), minlength=k).numpy()
     return counts
-
-
-def _described(value: object) -> str:
-    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _probability(name: str, value: float) -> None:
@@ -294,7 +288,7 @@ def plan(target: Tensor, wrong: Tensor, *, alpha: float = 1e-8, miss: float = 1e
     p, q = _law("target", target), _law("wrong", wrong)
     if p.shape != q.shape:
         raise ValueError(f"wrong must have {len(p)} outcomes as target does, got {len(q)}")
-    if np.abs(np.exp(p) - np.exp(q)).max() < 1e-12:
+    if np.array_equal(p, q):
         raise ValueError("wrong must differ from target, got the same law: no number of samples tells them apart")
     if declared is not None:
         _checks.count("declared", declared)
@@ -353,8 +347,9 @@ def tv_upper_bound(x: ArrayLike, *, delta: float = 1e-8) -> float:
     """
     _probability("delta", delta)
     v = np.asarray(x, dtype=np.float64).ravel()
-    if len(v) == 0 or not (v >= 0).all() or not (v <= 1).all():
-        raise ValueError(f"x must hold at least one value, each in [0, 1], got n = {len(v)}")
+    if len(v) == 0 or not ((v >= 0) & (v <= 1)).all():
+        got = "none" if len(v) == 0 else f"values from {v.min():g} to {v.max():g}"
+        raise ValueError(f"x must hold at least one value, each in [0, 1], got {got}")
     n, t = len(v), np.arange(1, len(v) + 1)
     mean = (0.5 + np.cumsum(v)) / (t + 1)
     variance = np.concatenate([[0.25], ((0.25 + np.cumsum((v - mean) ** 2)) / (t + 1))[:-1]])
@@ -416,6 +411,8 @@ def within(
     _probability("eps", eps)
     _probability("delta", delta)
     if log_q is not None:
+        if cells is not None:
+            raise ValueError("cells must be None when log_q is given: the ratio tier needs no partition")
         x = _ratio_terms(samples, target, log_q)
         n = len(x)
         upper, lower = tv_upper_bound(x, delta=delta), 1 - tv_upper_bound(1 - x, delta=delta)
@@ -429,8 +426,12 @@ def within(
         method = "counts"
         if cells is not None:
             _counts(samples, len(p))
-            if cells.dtype not in _INTEGERS or cells.shape != target.shape or int(cells.min()) < 0:
-                raise ValueError(f"cells must be integers >= 0 of shape {tuple(target.shape)}, one per outcome")
+            _checks.integers("cells", cells)
+            if cells.shape != target.shape or int(cells.min()) < 0:
+                raise ValueError(
+                    f"cells must be numbers >= 0 of shape {tuple(target.shape)}, one per outcome, "
+                    f"got shape {tuple(cells.shape)} and least value {int(cells.min())}"
+                )
             p = np.bincount(cells.cpu().numpy(), weights=p)
             indices = cells[samples]
             method = f"cells({len(p)})"
@@ -570,15 +571,23 @@ def _claim_id(claim: str) -> str:
     return claim
 
 
+def _cell_run() -> int | None:
+    """Return the number of the notebook cell run that is going on, or None in a plain program."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return None if shell is None else int(shell.execution_count)
+
+
 def _record(claim: str, depth: int = 2) -> None:
-    """Refuse an id that another place of the same program has used; running the same cell again is fine."""
+    """Refuse an id that was reported before, except by the same place in an earlier run of its notebook cell."""
     frame = sys._getframe(depth)
-    site = (frame.f_code.co_filename, frame.f_lineno)
-    if _reported.setdefault(claim, site) != site:
+    file, line, run = frame.f_code.co_filename, frame.f_lineno, _cell_run()
+    before = _reported.get(claim)
+    if before is not None and (run is None or before[:2] != (file, line) or before[2] == run):
         raise ValueError(
-            f"claim must be a new id, got {claim!r}, already reported from another place; "
-            "after editing a claim cell, restart the kernel"
+            f"claim must be a new id, got {claim!r}, already reported; "
+            "after editing a claim cell of a notebook, restart the kernel"
         )
+    _reported[claim] = file, line, run
 
 
 def report(verdict: Verdict) -> None:
@@ -589,7 +598,7 @@ def report(verdict: Verdict) -> None:
 
     Raises:
         ClaimFailed: the decision is not PASS; the message is the verdict line.
-        ValueError: the claim id was already reported from another place, or is that of a falsifier.
+        ValueError: the claim id was already reported, or is that of a falsifier. Running a notebook cell again is fine.
     """
     if "!" in verdict.claim:
         raise ValueError(f"claim must not contain '!', which marks falsifiers, got {verdict.claim!r}")
@@ -610,7 +619,7 @@ def falsify(check: Callable[[Any], Verdict], wrong: Any, *, claim: str) -> None:
     Raises:
         ClaimFailed: the check did not reject, or (kind "exact") the wrong value misses by less than 100 eps and is no
             clear miss.
-        ValueError: the id has no "!", or was already used from another place.
+        ValueError: the id has no "!", or was already used. Running a notebook cell again is fine.
     """
     base, mark, slug = _claim_id(claim).partition("!")
     if not (base and mark and slug):

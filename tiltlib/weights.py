@@ -13,11 +13,11 @@ from tiltlib import _checks
 __all__ = ["beta_for_ess", "ess", "log_mean", "normalize"]
 
 
-def _checked(log_weights: Tensor) -> Tensor:
+def _checked(log_weights: Tensor, name: str = "log_weights") -> Tensor:
     """Check log weights and return them shifted so that the largest of each row is 0."""
-    _checks.rewards("log_weights", log_weights)
+    _checks.rewards(name, log_weights)
     top = log_weights.amax(-1, keepdim=True)
-    _checks.some_left("log_weights", top)
+    _checks.some_left(name, top)
     return log_weights - top
 
 
@@ -73,7 +73,7 @@ def ess(log_weights: Tensor) -> Tensor:
         log_weights: Unnormalised natural-log weights, shape (..., N), floating; -inf counts as weight 0.
 
     Returns:
-        Effective sample size per row, shape (...), in [1, N].
+        Effective sample size per row, shape (...), in [1, N] up to rounding.
 
     Raises:
         TypeError: `log_weights` is not a floating tensor.
@@ -108,20 +108,23 @@ def beta_for_ess(rewards: Tensor, fraction: float) -> Tensor:
 
     Source: book chapter 1, `tilt-path`.
     """
-    shifted = _checked(_checks.rewards("rewards", rewards)).double()
+    shifted = _checked(rewards, "rewards").double()
     n = shifted.shape[-1]
-    low = (shifted == 0).sum(-1) / n
-    high = (shifted > -math.inf).sum(-1) / n
+    low = (shifted == 0).sum(-1).double() / n
+    high = (shifted > -math.inf).sum(-1).double() / n
     if not bool(((low < fraction) & (fraction < high)).all()):
         raise ValueError(
-            f"fraction must lie strictly between {low.max().item():.6g} (only maximal rewards kept) and "
-            f"{high.min().item():.6g} (all rewards kept), got {fraction}"
+            f"fraction must lie strictly between {low.max().item()!r} (only maximal rewards kept) and "
+            f"{high.min().item()!r} (all rewards kept), got {fraction!r}"
         )
-    # Work in units of the largest gap: eta * gap then lies within e^-80 .. e^80 for every fraction in float64 reach.
-    gap = -shifted.masked_fill(shifted == -math.inf, 0).amin(-1, keepdim=True)
+    # In units of the largest gap, eta lies between e^-80, where all weights are equal to rounding, and e^80 over the
+    # smallest gap, where all but the maximal ones have underflowed.
+    below = torch.where((shifted < 0) & (shifted > -math.inf), shifted, math.nan)
+    gap = -below.nan_to_num(nan=0.0).amin(-1, keepdim=True)
+    smallest = -below.nan_to_num(nan=-math.inf).amax(-1, keepdim=True)
     scaled = shifted / gap
-    lower, upper = torch.full_like(gap, -80.0), torch.full_like(gap, 80.0)
-    for _ in range(80):  # 160 / 2^80 is far below one ulp of the exponent
+    lower, upper = torch.full_like(gap, -80.0), 80.0 + (gap / smallest).log()
+    for _ in range(100):  # the interval is below 1600 wide, and 1600 / 2^100 is far below one ulp of the exponent
         middle = (lower + upper) / 2
         keeps_more = (ess(scaled * middle.exp()) / n > fraction).unsqueeze(-1)
         lower, upper = torch.where(keeps_more, middle, lower), torch.where(keeps_more, upper, middle)

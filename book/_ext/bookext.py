@@ -96,9 +96,10 @@ class DropRepeatedIds(SphinxPostTransform):
     def run(self, **kwargs):
         seen = set()
         for node in self.document.findall(nodes.Element):
-            automatic = {i for i in node["ids"] if re.fullmatch(r"id\d+|proof-content", i)}
-            node["ids"] = [i for i in node["ids"] if i not in automatic & seen and i != "proof-content"]
-            seen |= automatic
+            numbered = {i for i in node["ids"] if re.fullmatch(r"id\d+", i)}
+            drop = {"proof-content"} | (numbered & seen)
+            node["ids"] = [i for i in node["ids"] if i not in drop]
+            seen |= numbered
 
 
 # --- the claims page -----------------------------------------------------------------------------------------------
