@@ -92,12 +92,12 @@ def _broadcast(*shapes: torch.Size) -> bool:
     return True
 
 
-def count(name: str, value: int, *, least: int = 1) -> None:
-    """Require an integer >= `least`."""
+def count(name: str, value: int) -> None:
+    """Require an integer >= 1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value}")
+    if value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value}")
 
 
 def some_left(name: str, log_total: Tensor) -> None:

@@ -577,9 +577,9 @@ def _cell_run() -> int | None:
     return None if shell is None else int(shell.execution_count)
 
 
-def _record(claim: str, depth: int = 2) -> None:
+def _record(claim: str) -> None:
     """Refuse an id that was reported before, except by the same place in an earlier run of its notebook cell."""
-    frame = sys._getframe(depth)
+    frame = sys._getframe(2)  # who called report or falsify
     file, line, run = frame.f_code.co_filename, frame.f_lineno, _cell_run()
     before = _reported.get(claim)
     if before is not None and (run is None or before[:2] != (file, line) or before[2] == run):
