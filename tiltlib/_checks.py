@@ -29,6 +29,15 @@ def integers(name: str, value: object) -> None:
         raise ValueError(f"{name} must hold at least one number, got shape {tuple(value.shape)}")
 
 
+def indices(name: str, value: object, k: int) -> None:
+    """Require a non-empty integer tensor with entries in 0..k-1."""
+    integers(name, value)
+    assert isinstance(value, Tensor)
+    low, high = int(value.min()), int(value.max())
+    if low < 0 or high >= k:
+        raise ValueError(f"{name} must lie in 0..{k - 1}, got values from {low} to {high}")
+
+
 def logps(name: str, value: Tensor) -> None:
     """Require normalised log-probabilities along the last dimension."""
     tensor(name, value)
@@ -104,3 +113,54 @@ def some_left(name: str, log_total: Tensor) -> None:
     """Require that no row has lost its whole support."""
     if bool((log_total == -math.inf).any()):
         raise ValueError(f"{name} must leave at least one outcome of positive mass per row, got a row that is all -inf")
+
+
+def finite(name: str, value: object) -> None:
+    """Require a floating tensor of finite numbers; a single number is fine."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {described(value)}")
+    bad = int((~value.isfinite()).sum())
+    if bad:
+        raise ValueError(f"{name} must be finite, got {bad} of {value.numel()} entries NaN or infinite")
+
+
+def log_values(name: str, value: object) -> None:
+    """Require log-probabilities of outcomes that did occur: finite and <= 0, up to rounding."""
+    finite(name, value)
+    assert isinstance(value, Tensor)
+    above = value[value > math.sqrt(torch.finfo(value.dtype).eps)]
+    if len(above):
+        raise ValueError(f"{name} must be log-probabilities, <= 0, got {above[0].item():.6g}")
+
+
+def same_shape(**values: Tensor) -> None:
+    """Require tensors of one shape; the names of the arguments are the names in the message."""
+    if len({tuple(value.shape) for value in values.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in values.items())
+        raise ValueError(f"{' and '.join(values)} must have one shape, got {shapes}")
+
+
+def probabilities(name: str, value: object) -> None:
+    """Require a floating tensor with entries in [0, 1]."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {described(value)}")
+    outside = value[~((value >= 0) & (value <= 1))]
+    if len(outside):
+        raise ValueError(f"{name} must lie in [0, 1], got {outside[0].item():g}")
+
+
+def some_tokens(mask: Tensor, shape: torch.Size) -> None:
+    """Require a boolean mask of the given shape that keeps at least one token per sequence."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a boolean torch.Tensor, got {described(mask)}")
+    if mask.shape != shape:
+        raise ValueError(f"mask must have shape {tuple(shape)}, one entry per token, got {tuple(mask.shape)}")
+    empty = int((~mask.any(-1)).sum())
+    if empty:
+        raise ValueError(f"mask must keep at least one token per sequence, got {empty} sequences with none")
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Require one of a few words."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -18,11 +18,13 @@ import hashlib
 import io
 import json
 import re
+import sys
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,6 +39,7 @@ __all__ = [
     "Html",
     "explorable",
     "figure",
+    "progress",
     "samples",
     "show",
     "slider",
@@ -54,6 +57,8 @@ DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 SCALE = 0.75
 
 MAX_FRAMES = 15  # every frame is in the page: 15 light ones are about 250 kB
+
+T = TypeVar("T")
 
 _shown: Counter[str] = Counter()
 
@@ -277,6 +282,48 @@ def table(columns: Mapping[str, Sequence[str]], alt: str) -> Html:
     widths = [max(map(len, (title, *entries))) for title, entries in columns.items()]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)]
     return Html(f'<div class="bk-table">{html}</div>', "\n".join([f"[table] {alt}", *map(str.rstrip, lines)]))
+
+
+def progress(steps: Iterable[T], label: str) -> Iterator[T]:
+    """Pass items through and show how far a long loop is, in a notebook.
+
+    One line is updated in place about twice a second. What a notebook stores, and what it shows when the loop has
+    ended, is the label alone: progress never makes a notebook differ from its last run. Outside IPython nothing is shown.
+
+    Args:
+        steps: The items to pass through; without a length only their number so far is shown.
+        label: What is going on, not empty, for example `"policy gradient"`.
+
+    Returns:
+        The items, one by one.
+
+    Raises:
+        ValueError: `label` is empty.
+    """
+    if not label:
+        raise ValueError(f"label must not be empty, got {label!r}")
+    return _shown_progress(steps, label)
+
+
+def _shown_progress(steps: Iterable[T], label: str) -> Iterator[T]:
+    at_rest = Html(f'<p class="bk-progress">{escape(label)}</p>', f"[progress] {label}")
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is None:
+        yield from steps
+        return
+    from IPython.display import display
+
+    handle = display(at_rest, display_id=True)
+    total, last = (len(steps) if isinstance(steps, Sized) else None), time.monotonic()
+    try:
+        for count, item in enumerate(steps):
+            if time.monotonic() - last > 0.5:
+                last = time.monotonic()
+                so_far = f"{label}: {count}" + ("" if total is None else f" of {total}")
+                handle.update(Html(f'<p class="bk-progress">{escape(so_far)}</p>', so_far))
+            yield item
+    finally:
+        handle.update(at_rest)
 
 
 def _need_matplotlib() -> None:

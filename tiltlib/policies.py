@@ -1,0 +1,299 @@
+"""Policies: laws with parameters, which training moves and which can say the probability of what they drew.
+
+`TabularPolicy` has one free logit per outcome: every law on K outcomes is in its class, and every divergence is a sum.
+`TransformerPolicy` writes strings symbol by symbol. Its logits are those of a reference Markov chain plus a network
+whose last layer starts at zero: training starts exactly at the reference, and what the network learns is the tilt. For
+an additive reward the target is `MarkovChain.tilt`, whose log-probabilities are exact. So the divergence of the policy
+from it is `losses.kl_estimators(policy.logps(y), tilted.logps(y)).k3.mean()` over draws y of the policy, unbiased and
+with a variance that vanishes at the target.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from tiltlib import _checks, categorical
+from tiltlib.markov import MarkovChain
+
+__all__ = ["TabularPolicy", "TransformerPolicy", "natural_step"]
+
+
+class TabularPolicy(nn.Module):
+    """A law on K outcomes with one free logit each, pi(y) proportional to exp(logits(y)).
+
+    Args:
+        logits: Where to start, shape (K,), floating; copied. Log-probabilities of the reference will do. -inf excludes
+            an outcome for good.
+
+    Raises:
+        TypeError: `logits` is not a floating tensor.
+        ValueError: `logits` with NaN or +inf, all -inf, or not of shape (K,).
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        _checks.rewards("logits", logits)
+        if logits.ndim != 1:
+            raise ValueError(f"logits must have shape (K,), got {tuple(logits.shape)}")
+        _checks.some_left("logits", logits.amax(-1))
+        super().__init__()
+        self.logits = nn.Parameter(logits.detach().clone())
+
+    def law(self) -> Tensor:
+        """Compute the whole law, differentiable in the logits: log-probabilities of shape (K,)."""
+        if bool(self.logits.isnan().any()):
+            raise ValueError("logits must be finite, got NaN: training has diverged, lower the learning rate")
+        return torch.log_softmax(self.logits, -1)
+
+    def logps(self, outcomes: Tensor) -> Tensor:
+        """Compute the log-probability of outcomes, differentiable in the logits.
+
+        Args:
+            outcomes: Outcome indices in 0..K-1, integer tensor of any shape.
+
+        Returns:
+            Log-probabilities, shape of `outcomes`.
+
+        Raises:
+            TypeError: `outcomes` is not an integer tensor.
+            ValueError: `outcomes` outside 0..K-1 or empty.
+        """
+        _checks.indices("outcomes", outcomes, len(self.logits))
+        return self.law()[outcomes.long()]
+
+    def sample(self, n: int, *, generator: torch.Generator) -> Tensor:
+        """Draw independent outcomes; see `categorical.sample`.
+
+        Args:
+            n: Number of draws, >= 1.
+            generator: Source of randomness, on the device of the logits.
+
+        Returns:
+            Outcome indices, int64, shape (n,).
+
+        Raises:
+            TypeError: `n` is not an int.
+            ValueError: `n` < 1.
+        """
+        return categorical.sample(self.law().detach(), n, generator=generator)
+
+
+def natural_step(
+    logits: Tensor, outcomes: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float, step: float
+) -> Tensor:
+    """Take one natural gradient step on E r - beta KL(pi || p) at the outcomes that were drawn.
+
+        theta(y) <- theta(y) + step (r(y) - beta (theta(y) - log p(y)))    for each distinct drawn y
+
+    With every outcome drawn this is the exact natural gradient step, up to a constant that the softmax ignores. A drawn
+    entry moves toward log p + r / beta by the factor 1 - step beta, free of noise, so a constant step converges.
+
+    Args:
+        logits: Logits theta of the policy, shape (K,).
+        outcomes: Outcomes drawn from it, integer tensor of any shape; a repeated one counts once.
+        ref_logps: Reference log-probabilities, shape (K,), normalised.
+        rewards: Finite reward of each outcome, shape (K,). Only those of drawn outcomes are used.
+        beta: KL coefficient in reward units, > 0.
+        step: Step size h with 0 < h < 2 / beta; h = 1 / beta moves a drawn entry all the way.
+
+    Returns:
+        New logits, shape (K,).
+
+    Raises:
+        TypeError: a tensor of the wrong dtype.
+        ValueError: tensors not finite, not of one shape or indices outside 0..K-1; `beta` not finite and > 0; or `step`
+            outside (0, 2 / beta).
+
+    Source: book chapter 1, `natural-gradient-path`; book chapter 3, `policy-gradient-tilt`.
+    """
+    _checks.finite("logits", logits)
+    _checks.finite("rewards", rewards)
+    _checks.logps("ref_logps", ref_logps)
+    _checks.finite("ref_logps", ref_logps)
+    _checks.same_shape(logits=logits, ref_logps=ref_logps, rewards=rewards)
+    _checks.indices("outcomes", outcomes, logits.shape[-1])
+    _checks.positive("beta", beta)
+    if not 0 < step < 2 / beta:
+        raise ValueError(f"step must lie in (0, 2 / beta) = (0, {2 / beta:g}), got {step!r}")
+    y = outcomes.flatten().long()
+    moved = logits[y] + step * (rewards[y] - beta * (logits[y] - ref_logps[y]))
+    return logits.index_copy(0, y, moved)  # a repeated outcome is written twice with one value
+
+
+class _Block(nn.Module):
+    """Causal self-attention and a feed-forward layer, each on normalised input and added to it."""
+
+    def __init__(self, width: int, heads: int, device: torch.device, generator: torch.Generator) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before_attention = nn.LayerNorm(width, device=device)
+        self.qkv = _linear(width, 3 * width, device, generator)
+        self.out = _linear(width, width, device, generator)
+        self.before_mlp = nn.LayerNorm(width, device=device)
+        self.up = _linear(width, 4 * width, device, generator)
+        self.down = _linear(4 * width, width, device, generator)
+
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        q, k, v = self.qkv(self.before_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if past is not None:  # one new position, which may look at everything before it
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        seen = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        x = x + self.out(seen.transpose(1, 2).flatten(2))
+        return x + self.down(nn.functional.gelu(self.up(self.before_mlp(x)))), (k, v)
+
+
+def _linear(inputs: int, outputs: int, device: torch.device, generator: torch.Generator) -> nn.Linear:
+    """Make a linear layer from the given generator; the constructor itself would use the global one."""
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, device=device)
+    nn.init.xavier_uniform_(layer.weight, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class TransformerPolicy(nn.Module):
+    """A small autoregressive transformer that starts at a reference chain.
+
+        pi(y_t | y_<t) = softmax(log p(y_t | context) + f(y_<t))(y_t),    f = 0 before training
+
+    The network is float32; log-probabilities have the dtype of the reference. Symbols that the reference excludes
+    stay excluded.
+
+    Args:
+        ref: Reference chain, with V symbols. Its rows are fixed; only the network has parameters.
+        length: Longest string, >= 1: the context of the network.
+        generator: Source of the first weights, on the device of the chain.
+        layers: Number of transformer blocks, >= 1.
+        width: Size of the hidden state, >= 1, a multiple of `heads`.
+        heads: Number of attention heads, >= 1.
+
+    Raises:
+        TypeError: a size that is not an int.
+        ValueError: a size below 1, or `width` no multiple of `heads`.
+
+    Source: [vaswani2017]; book chapter 3, `policy-gradient-tilt`.
+    """
+
+    def __init__(
+        self,
+        ref: MarkovChain,
+        length: int,
+        *,
+        generator: torch.Generator,
+        layers: int = 2,
+        width: int = 64,
+        heads: int = 4,
+    ) -> None:
+        for name, value in (("length", length), ("layers", layers), ("width", width), ("heads", heads)):
+            _checks.count(name, value)
+        if width % heads:
+            raise ValueError(f"width must be a multiple of heads = {heads}, got {width}")
+        super().__init__()
+        self.ref, self.length = ref, length
+        device, v = ref._logps.device, len(ref.alphabet)
+        # Entry V stands for "no symbol yet".
+        self.symbols = nn.Parameter(torch.randn(v + 1, width, generator=generator, device=device) / math.sqrt(width))
+        self.places = nn.Parameter(torch.randn(length, width, generator=generator, device=device) / math.sqrt(width))
+        self.blocks = nn.ModuleList(_Block(width, heads, device, generator) for _ in range(layers))
+        self.last = nn.LayerNorm(width, device=device)
+        self.head = nn.utils.skip_init(nn.Linear, width, v, device=device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def _network(
+        self, previous: Tensor, start: int, past: list[tuple[Tensor, Tensor] | None]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Compute what the network adds to the reference, for the symbols before positions start, start + 1, ..."""
+        x = self.symbols[previous] + self.places[start : start + previous.shape[-1]]
+        now = []
+        for block, before in zip(self.blocks, past, strict=True):
+            x, keys_values = block(x, before)
+            now.append(keys_values)
+        added = self.head(self.last(x))
+        if not bool(added.isfinite().all()):
+            raise ValueError("logits must be finite, got NaN or inf: training has diverged, lower the learning rate")
+        return added, now
+
+    def conditionals(self, tokens: Tensor) -> Tensor:
+        """Compute the law of every symbol given those before it, in one pass. Differentiable.
+
+        Args:
+            tokens: Symbol numbers in 0..V-1, integer tensor, shape (..., L) with L at most `length`.
+
+        Returns:
+            Log-probabilities, shape (..., L, V); entry (t, a) is log pi(a | y_<t).
+
+        Raises:
+            TypeError: `tokens` is not an integer tensor.
+            ValueError: `tokens` outside 0..V-1, empty, or longer than the context of the policy; or parameters that are
+                no longer finite.
+        """
+        contexts = self.ref._steps(tokens)
+        if tokens.shape[-1] > self.length:
+            raise ValueError(f"tokens must have at most {self.length} positions, got shape {tuple(tokens.shape)}")
+        flat = tokens.reshape(-1, tokens.shape[-1]).long()
+        none_yet = torch.full_like(flat[:, :1], len(self.ref.alphabet))
+        added, _ = self._network(torch.cat([none_yet, flat[:, :-1]], -1), 0, [None] * len(self.blocks))
+        rows = [self.ref._rows(t, context) for t, context in enumerate(contexts.unbind(-1))]
+        return torch.log_softmax(torch.stack(rows, -2) + added.view(*tokens.shape, -1), -1)
+
+    def token_logps(self, tokens: Tensor) -> Tensor:
+        """Compute log pi(y_t | y_<t) of each symbol. Differentiable.
+
+        Args:
+            tokens: As for `conditionals`.
+
+        Returns:
+            Log-probabilities, shape (..., L).
+
+        Raises:
+            TypeError: as for `conditionals`.
+            ValueError: as for `conditionals`.
+        """
+        return self.conditionals(tokens).gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+
+    def logps(self, tokens: Tensor) -> Tensor:
+        """Compute log pi(y), the sum of `token_logps`. Differentiable.
+
+        Args:
+            tokens: As for `conditionals`.
+
+        Returns:
+            Log-probabilities, shape (...).
+
+        Raises:
+            TypeError: as for `conditionals`.
+            ValueError: as for `conditionals`.
+        """
+        return self.token_logps(tokens).sum(-1)
+
+    @torch.no_grad()
+    def sample(self, n: int, *, generator: torch.Generator) -> Tensor:
+        """Draw independent strings of full length by inverting each conditional CDF in float64.
+
+        Keys and values of earlier positions are kept, so a string costs one pass of the network, not one per symbol.
+
+        Args:
+            n: Number of strings, >= 1.
+            generator: Source of randomness, on the device of the policy.
+
+        Returns:
+            Symbol numbers, int64, shape (n, length).
+
+        Raises:
+            TypeError: `n` is not an int.
+            ValueError: `n` < 1, or parameters that are no longer finite.
+        """
+        _checks.count("n", n)
+        device, v = self.symbols.device, len(self.ref.alphabet)
+        symbol = torch.full((n,), v, device=device)
+        context = torch.full((n,), self.ref.start, device=device)
+        past: list[tuple[Tensor, Tensor] | None] = [None] * len(self.blocks)
+        drawn = []
+        for t in range(self.length):
+            added, now = self._network(symbol[:, None], t, past)
+            past = list(now)
+            logps = torch.log_softmax(self.ref._rows(t, context) + added[:, 0], -1)
+            symbol = categorical.sample(logps, 1, generator=generator)[:, 0]
+            drawn.append(symbol)
+            context = (context * v + symbol) % v**self.ref.order
+        return torch.stack(drawn, -1)
