@@ -190,8 +190,8 @@ def grpo(
         kl: Where KL enters. "k1", "k2", "k3": that term in the loss, differentiated. "reward": -beta log(pi / p) of the
             sequence is added to its reward before baseline and scale.
         baseline: "group": the mean over the group, the own draw included. "leave-one-out": the mean of the others.
-        scale: "group": divide by the standard deviation over the group (over G, not G - 1); where it is 0, A = 0.
-            "none": do not.
+        scale: "group": divide by the standard deviation over the group (over G, not G - 1); where that is 0 up to
+            rounding, A = 0. "none": do not.
         mask: True at tokens that count, boolean, shape (..., G, L); None counts all.
         old_logps: log-probabilities under the policy that drew, shape (..., G, L); None when drawn just now.
         clip: Range c of the clipped ratio, > 0; without effect when `old_logps` is None.
@@ -228,7 +228,9 @@ def grpo(
     advantages = _leave_one_out(rewards) if baseline == "leave-one-out" else centred
     if scale == "group":
         sd = centred.square().mean(-1, keepdim=True).sqrt()
-        advantages = torch.where(sd > 0, advantages / torch.where(sd > 0, sd, 1), 0)
+        # Equal rewards may differ by rounding; dividing that by itself would turn it into advantages of size 1.
+        rounding = 16 * torch.finfo(sd.dtype).eps * rewards.abs().amax(-1, keepdim=True)
+        advantages = torch.where(sd > rounding, advantages / torch.where(sd > rounding, sd, 1), 0)
     advantages = advantages.detach().unsqueeze(-1)
     ratios = torch.exp(logps - old)
     gain = torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
