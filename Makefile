@@ -53,12 +53,14 @@ test: .venv/.stamp
 quick: .venv/.stamp
 	$(BIN)/pytest --nbval $(NBVAL) --ignore tests/test_pages.py tests $(firstword $(NOTEBOOKS))
 
-bench: .venv/.stamp
-	@# Peers get an environment of their own, so that they cannot change a version the book was checked with.
-	if grep -q '^[^#]' requirements-bench.txt; then \
-	  $(PYTHON) -m venv .venv-bench && .venv-bench/bin/pip install --quiet -r requirements.txt -r requirements-bench.txt -e . && \
-	  .venv-bench/bin/python tests/bench.py; \
-	else $(BIN)/python tests/bench.py; fi
+.venv-bench/.stamp: requirements-bench.txt pyproject.toml
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r requirements-bench.txt -e .
+	touch $@
+
+# Peers get an environment of their own, so that they cannot change a version the book was checked with.
+bench: .venv-bench/.stamp
+	.venv-bench/bin/python tests/bench.py
 
 accept: .venv/.stamp
 	$(BIN)/pytest --nbval-lax $(NBVAL) $(NOTEBOOKS)

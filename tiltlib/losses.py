@@ -489,7 +489,7 @@ def weighted_likelihood(logps: Tensor, log_weights: Tensor, *, self_normalized: 
         ValueError: log-probabilities not finite or above 0, weights with NaN or +inf, shapes that differ, or a pool
             whose weights are all 0.
 
-    Source: [peters2007]; book chapter 5, `rlhf-soft-bon`.
+    Source: [peters2007]; book chapter 2, `soft-bon-law`.
     """
     _checks.log_values("logps", logps)
     _checks.rewards("log_weights", log_weights)

@@ -1,0 +1,1152 @@
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import F64, S0, S0_REWARDS, law, random_law, vector
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import brentq
+
+from tiltlib import categorical, losses
+from tiltlib.categorical import tilt
+from tiltlib.selection import soft_best_of_n_law
+
+
+def close(a, b, tolerance=1e-12):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def is_zero(gradient, tolerance=1e-12):
+    return gradient.abs().max().item() <= tolerance
+
+
+# --- exact expected gradients: every group of draws with its probability --------------------------------------------
+
+
+def all_groups(k, size):
+    return torch.cartesian_prod(*[torch.arange(k)] * size).view(-1, size)
+
+
+def softmax_law(theta):
+    return torch.log_softmax(theta, -1)
+
+
+def two_tokens(theta):
+    """Token log-probabilities of the strings 00, 01, 10, 11 from three binary logit pairs: first, after 0, after 1."""
+    first, after = torch.log_softmax(theta.view(3, 2), -1).split([1, 2])
+    return torch.stack([first[0].repeat_interleave(2), after.flatten()], -1)
+
+
+def expected_gradient(loss, theta, size, policy=softmax_law):
+    """Mean gradient of a loss at groups of fresh draws. `loss` takes log-probabilities and outcomes of all groups."""
+    theta = theta.clone().requires_grad_()
+    logps = policy(theta)
+    groups = all_groups(len(logps), size)
+    chance = logps.detach().view(len(logps), -1).sum(-1)[groups].sum(-1).exp()
+    return torch.autograd.grad((chance * loss(logps[groups], groups)).sum(), theta)[0]
+
+
+def objective_gradient(theta, ref, rewards, beta):
+    """Gradient of J = E r - beta KL(pi || p), by autograd."""
+    theta = theta.clone().requires_grad_()
+    logps = softmax_law(theta)
+    return torch.autograd.grad(categorical.expectation(logps, rewards) - beta * categorical.kl(logps, ref), theta)[0]
+
+
+def grpo_sequence(beta=1.0, ref=S0, rewards=S0_REWARDS, **flags):
+    """GRPO with one token per sequence, as a loss for `expected_gradient`."""
+    return lambda logps, y: losses.grpo(logps[..., None], ref[y][..., None], rewards[y], beta, **flags)
+
+
+THETA = vector(0.3, -0.2, 0.1)
+GRAD_J = vector(-0.280688, 0.077136, 0.203552)
+PRINTED = 5e-7  # the theory notes print six digits
+
+
+def k3_fixed_point(ref, rewards, beta):
+    """The law beta p / (mu - r), with mu above the largest reward such that it sums to one."""
+    p, r = ref.exp(), rewards
+    top = r.max().item()
+    mu = brentq(lambda m: (beta * p / (m - r)).sum().item() - 1, top + 1e-9, top + beta + 1e-9, xtol=1e-15)
+    return (beta * p / (mu - r)).log(), mu
+
+
+def test_gradient_of_the_objective_is_that_of_the_theory():
+    close(objective_gradient(THETA, S0, S0_REWARDS, 1.0), GRAD_J, PRINTED)
+    assert is_zero(objective_gradient(tilt(S0, S0_REWARDS, 0.7), S0, S0_REWARDS, 0.7))
+
+
+# --- policy_gradient and rloo ----------------------------------------------------------------------------------------
+
+
+def test_policy_gradient_by_hand():
+    # pi = 1/4, p = 1/2: log(pi / p) = -log 2. Bracket: 3 + 2 log 2 - 1. Loss: log 4 (2 + 2 log 2).
+    out = losses.policy_gradient(law(0.25), law(0.5), vector(3), 2.0, baseline=1.0)
+    close(out, vector(math.log(4) * (2 + 2 * math.log(2))))
+
+
+def test_rloo_by_hand():
+    # pi = 1/4, 1/2, 1/4 and p = 1/4: log(pi / p) = 0, log 2, 0, so R = 1, 6 - 2 log 2, 5 at beta = 2.
+    # Minus the mean of the others: 1 - (11 - 2 log 2)/2, 6 - 2 log 2 - 3, 5 - (7 - 2 log 2)/2.
+    a = vector(1 - (11 - 2 * math.log(2)) / 2, 3 - 2 * math.log(2), 5 - (7 - 2 * math.log(2)) / 2)
+    logps = law(0.25, 0.5, 0.25)
+    out = losses.rloo(logps, law(0.25, 0.25, 0.25), vector(1, 6, 5), 2.0)
+    close(out, -(logps * a).sum() / 3)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.4])
+@pytest.mark.parametrize("baseline", [0.0, 3.0])
+def test_policy_gradient_is_the_gradient_of_the_objective(beta, baseline):
+    def loss(logps, y):
+        return losses.policy_gradient(logps, S0[y], S0_REWARDS[y], beta, baseline=baseline).mean(-1)
+
+    close(expected_gradient(loss, THETA, 1), -objective_gradient(THETA, S0, S0_REWARDS, beta))
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.4])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_rloo_is_the_gradient_of_the_objective(size, beta):
+    def loss(logps, y):
+        return losses.rloo(logps, S0[y], S0_REWARDS[y], beta)
+
+    close(expected_gradient(loss, THETA, size), -objective_gradient(THETA, S0, S0_REWARDS, beta))
+    if beta == 1.0:
+        close(-expected_gradient(loss, THETA, size), GRAD_J, PRINTED)
+
+
+def test_at_the_tilt_every_single_gradient_vanishes():
+    logps = tilt(S0, S0_REWARDS, 0.7).requires_grad_()
+    y = all_groups(3, 4)
+    out = losses.rloo(logps[y], S0[y], S0_REWARDS[y], 0.7)
+    for one in out:
+        assert is_zero(torch.autograd.grad(one, logps, retain_graph=True)[0])
+    # With the constant value of the bracket, beta log Z, as baseline the same holds draw by draw.
+    constant = 0.7 * categorical.log_partition(S0, S0_REWARDS, 0.7)
+    assert is_zero(losses.policy_gradient(logps, S0, S0_REWARDS, 0.7, baseline=constant))
+    assert not is_zero(losses.policy_gradient(logps, S0, S0_REWARDS, 0.77, baseline=constant), 1e-2)
+
+
+def test_baseline_broadcasts(rng):
+    logps, ref = (-torch.rand(2, 3, generator=rng, dtype=F64) for _ in range(2))
+    rewards, baseline = (torch.rand(size, generator=rng, dtype=F64) for size in ((2, 3), (2, 1)))
+    out = losses.policy_gradient(logps, ref, rewards, 0.5, baseline=baseline)
+    for i in range(2):
+        close(out[i], losses.policy_gradient(logps[i], ref[i], rewards[i], 0.5, baseline=baseline[i].item()))
+
+
+def test_gradient_flows_through_the_likelihood_alone(rng):
+    """The bracket is a constant: derivative -A per log-probability, none in the reference, reward or baseline."""
+    logps, ref = (-torch.rand(4, generator=rng, dtype=F64) for _ in range(2))
+    rewards, baseline = torch.rand(4, generator=rng, dtype=F64), torch.rand(4, generator=rng, dtype=F64)
+    for x in (logps, ref, rewards, baseline):
+        x.requires_grad_()
+    returns = (rewards - 0.7 * (logps - ref)).detach()
+    out = losses.policy_gradient(logps, ref, rewards, 0.7, baseline=baseline).sum()
+    found = torch.autograd.grad(out, (logps, ref, rewards, baseline), allow_unused=True)
+    close(found[0], baseline.detach() - returns)
+    assert found[1:] == (None, None, None)
+    found = torch.autograd.grad(losses.rloo(logps, ref, rewards, 0.7), (logps, ref, rewards), allow_unused=True)
+    others = vector(*[returns[torch.arange(4) != i].mean() for i in range(4)])
+    close(found[0], (others - returns) / 4)
+    assert found[1:] == (None, None)
+
+
+# --- KL estimators ---------------------------------------------------------------------------------------------------
+
+
+def test_kl_estimators_by_hand():
+    # pi = 1/4, p = 1/2: rho = 2.
+    k1, k2, k3 = losses.kl_estimators(law(0.25), law(0.5))
+    close(k1, vector(-math.log(2)))
+    close(k2, vector(math.log(2) ** 2 / 2))
+    close(k3, vector(2 - 1 - math.log(2)))
+
+
+def test_kl_estimators_have_the_moments_of_the_theory():
+    logps = softmax_law(THETA)
+    estimates = losses.kl_estimators(logps, S0)
+    mean = [categorical.expectation(logps, k).item() for k in estimates]
+    spread = [categorical.expectation(logps, k**2).item() - m**2 for k, m in zip(estimates, mean, strict=True)]
+    assert mean == pytest.approx([0.051724, 0.058061, 0.051724], abs=PRINTED)
+    assert spread == pytest.approx([0.113447, 0.003178, 0.002103], abs=PRINTED)
+    assert mean[0] == pytest.approx(categorical.kl(logps, S0).item(), abs=1e-14)
+    swapped = categorical.expectation(logps, losses.kl_estimators(S0, logps).k3).item()
+    assert swapped == pytest.approx(0.066601, abs=PRINTED)
+    assert swapped == pytest.approx((categorical.chi_square(logps, S0) - categorical.kl(logps, S0)).item(), abs=1e-14)
+
+
+def test_pathwise_gradients_of_kl_estimators():
+    def pathwise(name):
+        return expected_gradient(lambda logps, y: getattr(losses.kl_estimators(logps, S0[y]), name).mean(-1), THETA, 1)
+
+    def gradient(divergence):
+        theta = THETA.clone().requires_grad_()
+        return torch.autograd.grad(divergence(softmax_law(theta)), theta)[0]
+
+    assert is_zero(pathwise("k1"))
+    close(pathwise("k2"), vector(-0.100820, -0.058443, 0.159264), PRINTED)
+    close(pathwise("k2"), gradient(lambda logps: categorical.kl(logps, S0)))
+    close(pathwise("k3"), vector(-0.087673, -0.049911, 0.137585), PRINTED)
+    close(pathwise("k3"), gradient(lambda logps: categorical.kl(S0, logps)))
+
+
+def test_k3_is_precise_near_zero_and_never_negative(rng):
+    # log rho = -1e-9: k3 = e^x - 1 - x = x^2 / 2 = 5e-19, below the rounding of e^x - 1.
+    out = losses.kl_estimators(vector(-1.0), vector(-1.0 - 1e-9)).k3
+    assert 0 <= out.item() <= 1e-15
+    logps, ref = (-10 * torch.rand(1000, generator=rng, dtype=F64) for _ in range(2))
+    assert bool((losses.kl_estimators(logps, ref).k3 >= 0).all())
+    # expm1, not exp - 1: float32 would show a negative k3 at small ratios.
+    small = 1e-3 * torch.rand(1000, generator=rng) - 0.5
+    assert losses.kl_estimators(small, small + 1e-4).k3.min().item() >= -1e-10
+
+
+# --- grpo: the definition --------------------------------------------------------------------------------------------
+
+
+def slow_grpo(logps, ref, rewards, beta, kl, baseline, scale, mask, old, clip):
+    """The definition, number by number, for one group; floats are constants, tensors are differentiated."""
+    g, length = logps.shape
+    keep = torch.ones(g, length, dtype=torch.bool) if mask is None else mask
+    returns = rewards.tolist()
+    if kl == "reward":
+        for i, t in itertools.product(range(g), range(length)):
+            returns[i] -= beta * (logps[i, t] - ref[i, t]).item() * keep[i, t].item()
+    mean = sum(returns) / g
+    sd = math.sqrt(sum((x - mean) ** 2 for x in returns) / g)
+    total = 0.0
+    for i in range(g):
+        others = [returns[j] for j in range(g) if j != i]
+        a = returns[i] - (mean if baseline == "group" else sum(others) / (g - 1))
+        a = a / sd if scale == "group" else a
+        for t in range(length):
+            if not keep[i, t]:
+                continue
+            ratio = torch.exp(logps[i, t] - (logps if old is None else old)[i, t].item())
+            low, high = ratio * a, min(max(ratio.item(), 1 - clip), 1 + clip) * a
+            gain = low if low.item() <= high else high
+            log_rho = ref[i, t] - logps[i, t]
+            penalty = {"k1": -log_rho, "k2": log_rho**2 / 2, "k3": log_rho.exp() - 1 - log_rho}.get(kl, 0.0)
+            total = total - (gain - beta * penalty)
+    return total / g
+
+
+def grpo_inputs(rng, g=4, length=3, spread=0.3):
+    logps = -1 - torch.rand(g, length, generator=rng, dtype=F64)
+    ref = logps + spread * torch.randn(g, length, generator=rng, dtype=F64)
+    old = logps + spread * torch.randn(g, length, generator=rng, dtype=F64)
+    mask = torch.rand(g, length, generator=rng) < 0.6
+    mask[:, 0] = True
+    return logps.requires_grad_(), ref.clamp(max=-0.01), 3 * torch.randn(g, generator=rng, dtype=F64), mask, old
+
+
+@pytest.mark.parametrize("drawn", ["now", "before"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", ["group", "none"])
+@pytest.mark.parametrize("baseline", ["group", "leave-one-out"])
+@pytest.mark.parametrize("kl", ["reward", "k1", "k2", "k3"])
+def test_grpo_equals_its_definition(kl, baseline, scale, masked, drawn, rng):
+    logps, ref, rewards, mask, old = grpo_inputs(rng)
+    mask, old = mask if masked else None, old.clamp(max=-0.01) if drawn == "before" else None
+    out = losses.grpo(
+        logps, ref, rewards, 0.6, kl=kl, baseline=baseline, scale=scale, mask=mask, old_logps=old, clip=0.15
+    )
+    expected = slow_grpo(logps, ref, rewards, 0.6, kl, baseline, scale, mask, old, 0.15)
+    close(out, expected)
+    close(torch.autograd.grad(out, logps)[0], torch.autograd.grad(expected, logps)[0])
+
+
+def test_grpo_defaults_are_those_of_the_paper(rng):
+    logps, ref, rewards, _, old = grpo_inputs(rng)
+    close(
+        losses.grpo(logps, ref, rewards, 0.6, old_logps=old.clamp(max=-0.01)),
+        slow_grpo(logps, ref, rewards, 0.6, "k3", "group", "group", None, old.clamp(max=-0.01), 0.2),
+    )
+
+
+def test_every_flag_of_grpo_changes_the_gradient(rng):
+    logps, ref, rewards, mask, old = grpo_inputs(rng)
+    changes = [
+        {},
+        *({"kl": kl} for kl in ("reward", "k1", "k2")),
+        {"baseline": "leave-one-out"},
+        {"scale": "none"},
+        {"mask": mask},
+        {"old_logps": old.clamp(max=-0.01)},
+        {"old_logps": old.clamp(max=-0.01), "clip": 0.05},
+        {"beta": 1.1},
+    ]
+    found = [
+        torch.autograd.grad(losses.grpo(logps, ref, rewards, **{"beta": 1.0, **change}), logps)[0] for change in changes
+    ]
+    for a, b in itertools.combinations(found, 2):
+        assert not is_zero(a - b, 1e-3)
+
+
+def test_advantages_and_old_policy_are_constants(rng):
+    logps, ref, rewards, _, old = grpo_inputs(rng)
+    old = old.clamp(max=-0.01)
+    for x in (ref, rewards, old):
+        x.requires_grad_()
+    out = losses.grpo(logps, ref, rewards, 0.6, kl="reward", old_logps=old)
+    found = torch.autograd.grad(out, (logps, ref, rewards, old), allow_unused=True)
+    assert not is_zero(found[0], 1e-3) and found[1:] == (None, None, None)
+
+
+# Ratio of one token, sign of its advantage, and whether its gradient survives the clip at 1 - .2 and 1 + .2.
+CLIPS = [(1.5, 1, False), (1.5, -1, True), (0.5, 1, True), (0.5, -1, False), (1.1, 1, True), (0.9, -1, True)]
+
+
+@pytest.mark.parametrize(("ratio", "sign", "passes"), CLIPS)
+def test_clipping_stops_what_has_gone_far_enough(ratio, sign, passes):
+    old = law(0.4, 0.4)[:, None]
+    logps = torch.stack([old[0] + math.log(ratio), old[1]]).requires_grad_()
+    out = losses.grpo(logps, old, vector(sign, -sign), 1.0, kl="reward", scale="none", old_logps=old)
+    # R = r - log(pi / p): (sign - log ratio, -sign), so the advantages are +-a with a = sign - log(ratio) / 2.
+    a = sign - math.log(ratio) / 2
+    assert a * sign > 0
+    found = torch.autograd.grad(out, logps)[0].flatten()
+    close(found, vector(-ratio * a / 2 if passes else 0, a / 2))
+    clipped = min(max(ratio, 0.8), 1.2)
+    close(out, -vector(min(ratio * a, clipped * a) - a).squeeze() / 2)
+
+
+def test_clip_has_no_effect_on_fresh_draws(rng):
+    logps, ref, rewards, _, _ = grpo_inputs(rng)
+    wide, narrow = (losses.grpo(logps, ref, rewards, 0.6, clip=c) for c in (10.0, 1e-9))
+    close(wide, narrow)
+    close(torch.autograd.grad(wide, logps)[0], torch.autograd.grad(narrow, logps)[0])
+    same = losses.grpo(logps, ref, rewards, 0.6, old_logps=logps.detach())
+    close(torch.autograd.grad(same, logps)[0], torch.autograd.grad(losses.grpo(logps, ref, rewards, 0.6), logps)[0])
+
+
+@pytest.mark.parametrize("kl", ["reward", "k1", "k2", "k3"])
+def test_masked_tokens_change_nothing(kl, rng):
+    logps, ref, rewards, mask, old = grpo_inputs(rng)
+    old = old.clamp(max=-0.01)
+    out = losses.grpo(logps, ref, rewards, 0.6, kl=kl, mask=mask, old_logps=old)
+    gradient = torch.autograd.grad(out, logps)[0]
+    assert not bool(gradient[~mask].any())
+    noise = [torch.where(mask, x.detach(), -3 * torch.rand(4, 3, generator=rng, dtype=F64)) for x in (logps, ref, old)]
+    noise[0].requires_grad_()
+    other = losses.grpo(noise[0], noise[1], rewards, 0.6, kl=kl, mask=mask, old_logps=noise[2])
+    close(other, out)
+    close(torch.autograd.grad(other, noise[0])[0], gradient)
+    # A sequence that is cut by the mask is a shorter sequence.
+    prefix = torch.tensor([True, True, False]).expand(4, 3)
+    close(
+        losses.grpo(logps, ref, rewards, 0.6, kl=kl, mask=prefix),
+        losses.grpo(logps[:, :2], ref[:, :2], rewards, 0.6, kl=kl),
+    )
+
+
+@pytest.mark.parametrize("kl", ["reward", "k1", "k2", "k3"])
+def test_padding_may_be_as_unlikely_as_it_likes(kl):
+    # log rho = 1000 at the masked tokens: its exponential is infinite, and 0 times that is no number.
+    logps = torch.stack([vector(-1, -1000), vector(-2, -1000)]).requires_grad_()
+    ref, mask = vector(-1, 0).expand(2, 2), torch.tensor([True, False]).expand(2, 2)
+    for old in (None, torch.stack([vector(-1, -2000), vector(-2, -2000)])):
+        out = losses.grpo(logps, ref, vector(0, 1), 0.6, kl=kl, mask=mask, old_logps=old)
+        short = losses.grpo(
+            logps[:, :1], ref[:, :1], vector(0, 1), 0.6, kl=kl, old_logps=None if old is None else old[:, :1]
+        )
+        close(out, short)
+        close(torch.autograd.grad(out, logps, retain_graph=True)[0], torch.autograd.grad(short, logps)[0])
+
+
+@pytest.mark.parametrize("baseline", ["group", "leave-one-out"])
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.7, 1e6 + 0.1, -1 / 3])
+@pytest.mark.parametrize("size", [3, 7])
+def test_equal_rewards_have_no_advantage(reward, size, baseline):
+    """Without a difference there is nothing to scale; the rounding of the mean is not a difference."""
+    for dtype in (F64, torch.float32):
+        logps = torch.full((size, 1), -1.0, dtype=dtype, requires_grad=True)
+        rewards = torch.full((size,), reward, dtype=dtype)
+        out = losses.grpo(logps, logps.detach(), rewards, 1.0, kl="k2", baseline=baseline)
+        assert is_zero(torch.autograd.grad(out, logps)[0])
+
+
+# --- grpo: where its expected gradient vanishes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_grpo_with_the_mean_of_the_whole_group_shrinks_the_gradient(size):
+    flags = {"kl": "reward", "scale": "none"}
+    shrunk = expected_gradient(grpo_sequence(baseline="group", **flags), THETA, size)
+    close(shrunk, -(1 - 1 / size) * objective_gradient(THETA, S0, S0_REWARDS, 1.0))
+    full = expected_gradient(grpo_sequence(baseline="leave-one-out", **flags), THETA, size)
+    close(full, -objective_gradient(THETA, S0, S0_REWARDS, 1.0))
+
+
+def test_grpo_values_of_the_theory():
+    mean_of_all = -expected_gradient(grpo_sequence(kl="reward", scale="none"), THETA, 2)
+    close(mean_of_all, vector(-0.140344, 0.038568, 0.101776), PRINTED)
+    scaled = -expected_gradient(grpo_sequence(kl="reward"), THETA, 2)
+    close(scaled, vector(-0.242313, 0.018692, 0.223622), PRINTED)
+    assert torch.cosine_similarity(scaled, GRAD_J, 0).item() < 0.98  # not parallel to the gradient of J
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_k2_on_the_sequence_ratio_aims_at_the_tilt(size):
+    loss = grpo_sequence(kl="k2", scale="none", baseline="leave-one-out", beta=0.6)
+    close(expected_gradient(loss, THETA, size), -objective_gradient(THETA, S0, S0_REWARDS, 0.6))
+    assert is_zero(expected_gradient(loss, tilt(S0, S0_REWARDS, 0.6), size))
+    assert not is_zero(expected_gradient(loss, tilt(S0, S0_REWARDS, 0.66), size), 1e-2)
+    # With the mean of the whole group the reward counts (1 - 1/G), so the temperature is beta G / (G - 1).
+    loss = grpo_sequence(kl="k2", scale="none", beta=0.6)
+    assert is_zero(expected_gradient(loss, tilt(S0, S0_REWARDS, 0.6 * size / (size - 1)), size))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_k3_on_the_sequence_ratio_aims_elsewhere(size):
+    stationary, mu = k3_fixed_point(S0, S0_REWARDS, 1.0)
+    assert mu == pytest.approx(2.353429, abs=PRINTED)
+    close(stationary.exp(), vector(0.212456, 0.221659, 0.565885), PRINTED)
+    target = tilt(S0, S0_REWARDS, 1.0)
+    assert categorical.total_variation(stationary, target).item() == pytest.approx(0.070284, abs=PRINTED)
+    loss = grpo_sequence(kl="k3", scale="none", baseline="leave-one-out")
+    assert is_zero(expected_gradient(loss, stationary, size))
+    assert not is_zero(expected_gradient(loss, target, size), 1e-2)
+    loss = grpo_sequence(kl="k3", scale="none")
+    assert is_zero(expected_gradient(loss, k3_fixed_point(S0, S0_REWARDS, size / (size - 1))[0], size))
+
+
+def test_k1_in_the_loss_does_not_hold_the_policy_back():
+    with_k1 = expected_gradient(grpo_sequence(kl="k1", scale="none", baseline="leave-one-out"), THETA, 2)
+    theta = THETA.clone().requires_grad_()
+    reward_alone = torch.autograd.grad(categorical.expectation(softmax_law(theta), S0_REWARDS), theta)[0]
+    close(with_k1, -reward_alone)
+
+
+@pytest.mark.parametrize("scale", ["group", "none"])
+@pytest.mark.parametrize("baseline", ["group", "leave-one-out"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_normalised_together_the_tilt_stays(size, baseline, scale):
+    loss = grpo_sequence(kl="reward", baseline=baseline, scale=scale)
+    assert is_zero(expected_gradient(loss, tilt(S0, S0_REWARDS, 1.0), size))
+    assert not is_zero(expected_gradient(loss, tilt(S0, S0_REWARDS, 1.1), size), 1e-3)
+
+
+S1_REF = torch.stack([law(0.6, 0.4).repeat_interleave(2), torch.cat([law(0.7, 0.3), law(0.2, 0.8)])], -1)
+S1_REWARDS = vector(0, 1, 2, 0.5)  # of 00, 01, 10, 11
+
+
+def s1_tilt():
+    return tilt(S1_REF.sum(-1), S1_REWARDS, 1.0)
+
+
+def s1_token_law(step):
+    """Fixed point of a token-wise KL term, backwards: each token as if Q, the mean reward after it, were its reward."""
+    second = [step(law(*p), S1_REWARDS[2 * i : 2 * i + 2]) for i, p in enumerate([(0.7, 0.3), (0.2, 0.8)])]
+    q = torch.stack([categorical.expectation(s, S1_REWARDS[2 * i : 2 * i + 2]) for i, s in enumerate(second)])
+    first = step(law(0.6, 0.4), q)
+    return torch.cat([first, *second])
+
+
+TOKEN_LAWS = {
+    "k2": (lambda p, q: tilt(p, q, 1.0), (0.191050, 0.222569, 0.309842, 0.276540)),
+    "k3": (lambda p, q: k3_fixed_point(p, q, 1.0)[0], (0.183632, 0.222384, 0.337415, 0.256570)),
+}
+
+
+@pytest.mark.parametrize("kl", TOKEN_LAWS)
+def test_token_level_kl_has_another_fixed_point(kl):
+    step, printed = TOKEN_LAWS[kl]
+    theta = s1_token_law(step)
+    close(two_tokens(theta).sum(-1).exp(), vector(*printed), PRINTED)
+
+    def loss(logps, y):
+        return losses.grpo(logps, S1_REF[y], S1_REWARDS[y], 1.0, kl=kl, baseline="leave-one-out", scale="none")
+
+    target = s1_tilt()
+    close(target.exp(), vector(0.207100, 0.241267, 0.291481, 0.260152), PRINTED)
+    first = target.view(2, 2).logsumexp(-1)
+    theta_target = torch.cat([first, (target.view(2, 2) - first[:, None]).flatten()])
+    close(two_tokens(theta_target).sum(-1), target)
+    for size in (2, 3):
+        assert is_zero(expected_gradient(loss, theta, size, two_tokens))
+        assert not is_zero(expected_gradient(loss, theta_target, size, two_tokens), 1e-2)
+
+
+def test_kl_in_the_reward_is_that_of_the_sequence():
+    target = s1_tilt()
+    first = target.view(2, 2).logsumexp(-1)
+    theta = torch.cat([first, (target.view(2, 2) - first[:, None]).flatten()])
+
+    def loss(logps, y):
+        return losses.grpo(logps, S1_REF[y], S1_REWARDS[y], 1.0, kl="reward", baseline="leave-one-out", scale="none")
+
+    assert is_zero(expected_gradient(loss, theta, 2, two_tokens))
+    # At any policy it is RLOO on whole sequences, times nothing.
+    theta = vector(0.3, -0.2, 0.1, 0.5, -0.4, 0)
+    whole = expected_gradient(
+        lambda logps, y: losses.rloo(logps.sum(-1), S1_REF.sum(-1)[y], S1_REWARDS[y], 1.0), theta, 2, two_tokens
+    )
+    close(expected_gradient(loss, theta, 2, two_tokens), whole)
+
+
+def binary_force(q, size):
+    """D_G(q) = E sqrt(X (1 - X)) / (q (1 - q)) with G X binomial."""
+    shares = [k / size for k in range(size + 1)]
+    chance = [math.comb(size, k) * q**k * (1 - q) ** (size - k) for k in range(size + 1)]
+    return sum(c * math.sqrt(x * (1 - x)) for c, x in zip(chance, shares, strict=True)) / (q * (1 - q))
+
+
+@pytest.mark.parametrize(("size", "printed"), [(2, 0.731059), (4, 0.841600), (8, 0.914236)])
+def test_scaled_binary_rewards_have_the_fixed_point_of_the_theory(size, printed):
+    q = brentq(lambda q: math.log(q / (1 - q)) - binary_force(q, size), 0.55, 0.9999, xtol=1e-14)
+    assert q == pytest.approx(printed, abs=PRINTED)
+    loss = grpo_sequence(ref=law(0.5, 0.5), rewards=vector(0, 1), kl="k2")
+    assert is_zero(expected_gradient(loss, law(1 - q, q), size))
+    if size > 2:  # with two draws the scaled reward is a rank, and of a binary reward the rank is the reward itself
+        assert not is_zero(expected_gradient(loss, tilt(law(0.5, 0.5), vector(0, 1), 1.0), size), 1e-2)
+
+
+# --- comparisons -----------------------------------------------------------------------------------------------------
+
+
+def test_bradley_terry_by_hand():
+    # d = log 3: sigma(d) = 3/4, so -log(3/4), -log(1/4), and half of each.
+    d = math.log(3)
+    close(losses.bradley_terry(vector(d, 1), vector(0, 1)), -law(3 / 4, 1 / 2))
+    close(losses.bradley_terry(vector(d), vector(0), 0.0), -law(1 / 4))
+    close(losses.bradley_terry(vector(d), vector(0), 0.5), -(law(3 / 4) + law(1 / 4)) / 2)
+    close(losses.bradley_terry(vector(d), vector(0), 1), -law(3 / 4))  # an int is a number too
+    # A certain comparison costs its margin, not infinity.
+    close(losses.bradley_terry(vector(-1e4, 1e4), vector(0, 0)), vector(1e4, 0))
+
+
+def test_bradley_terry_gradient(rng):
+    chosen, rejected = (torch.randn(5, generator=rng, dtype=F64, requires_grad=True) for _ in range(2))
+    labels = torch.rand(5, generator=rng, dtype=F64)
+    found = torch.autograd.grad(losses.bradley_terry(chosen, rejected, labels).sum(), (chosen, rejected))
+    expected = (torch.sigmoid(chosen - rejected) - labels).detach()  # d/dd [-l log sigma(d) - (1-l) log sigma(-d)]
+    close(found[0], expected)
+    close(found[1], -expected)
+
+
+def test_dpo_by_hand():
+    # pi = (1/2, 1/4), p = (1/4, 1/2), beta = 2: d = 2 log 2 - 2 log(1/2) = 4 log 2 = log 16, sigma(d) = 16/17.
+    out = losses.dpo(law(0.5), law(0.25), law(0.25), law(0.5), 2.0)
+    close(out, -law(16 / 17))
+    # At the reference the margin is 0 whatever the pair: log 2.
+    close(losses.dpo(law(0.5, 0.2), law(0.2, 0.5), law(0.5, 0.2), law(0.2, 0.5), 0.3), vector(2, 2).log())
+
+
+@pytest.mark.parametrize("labels", ["none", "number", "tensor"])
+def test_dpo_is_bradley_terry_with_implied_rewards(labels, rng):
+    chosen, rejected, ref_chosen, ref_rejected = (-3 * torch.rand(6, generator=rng, dtype=F64) for _ in range(4))
+    for x in (chosen, rejected):
+        x.requires_grad_()
+    extra = {"none": (), "number": (0.3,), "tensor": (torch.rand(6, generator=rng, dtype=F64),)}[labels]
+    out = losses.dpo(chosen, rejected, ref_chosen, ref_rejected, 0.7, *extra)
+    implied = losses.bradley_terry(0.7 * (chosen - ref_chosen), 0.7 * (rejected - ref_rejected), *extra)
+    close(out, implied)
+    found, expected = (torch.autograd.grad(x.sum(), (chosen, rejected)) for x in (out, implied))
+    close(torch.stack(found), torch.stack(expected))
+    # Turning the pair around is turning the label around.
+    label = extra[0] if extra else 1.0
+    close(out, losses.dpo(rejected, chosen, ref_rejected, ref_chosen, 0.7, 1 - label))
+
+
+@pytest.mark.parametrize("label", [0.0, 0.2, 0.5, 1.0])
+def test_soft_label_is_a_mixture_of_hard_ones(label, rng):
+    d = torch.randn(4, generator=rng, dtype=F64)
+    hard = [losses.bradley_terry(d, torch.zeros_like(d), x) for x in (1.0, 0.0)]
+    close(losses.bradley_terry(d, torch.zeros_like(d), label), label * hard[0] + (1 - label) * hard[1])
+    close(losses.bradley_terry(d, torch.zeros_like(d), torch.tensor(label)), label * hard[0] + (1 - label) * hard[1])
+
+
+FIRST, SECOND, SHARE = torch.tensor([0, 1]), torch.tensor([1, 2]), vector(0.9, 0.1)
+
+
+def population_dpo_gradient(theta, beta, ref=S0):
+    theta = theta.clone().requires_grad_()
+    logps = softmax_law(theta)
+    labels = torch.sigmoid(S0_REWARDS[FIRST] - S0_REWARDS[SECOND])
+    out = losses.dpo(logps[FIRST], logps[SECOND], ref[FIRST], ref[SECOND], beta, labels)
+    return torch.autograd.grad((SHARE * out).sum(), theta)[0]
+
+
+def test_dpo_is_least_at_the_tilt_whatever_the_pairs():
+    target = tilt(S0, S0_REWARDS, 0.5)
+    close(target.exp(), vector(0.036667, 0.162559, 0.800774), PRINTED)
+    assert is_zero(population_dpo_gradient(target, 0.5))
+    assert not is_zero(population_dpo_gradient(tilt(S0, S0_REWARDS, 1.0), 0.5), 1e-3)
+    assert not is_zero(population_dpo_gradient(target, 0.55), 1e-3)
+    # From the reference, the first step raises what wins: the gradient of the loss is negative at the best outcome.
+    start = population_dpo_gradient(S0, 0.5)
+    assert start[2] < 0 < start[0]
+
+
+def test_count_wins_by_hand():
+    first, second = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([1, 1, 0, 1, 0], dtype=torch.int32)
+    expected = torch.tensor([[0, 1, 1], [2, 0, 0], [0, 1, 0]], dtype=F64)
+    # 0 beats 1; 1 beats 0; 1 beats 0; 2 beats 1; 0 beats 2.
+    for labels in (torch.tensor([1, 0, 1, 1, 0]), vector(1, 0, 1, 1, 0), torch.tensor([1, 0, 1, 1, 0]).bool()):
+        table = losses.count_wins(first, second, labels, 3)
+        assert table.dtype == F64 and torch.equal(table, expected)
+    assert losses.count_wins(first, second, torch.ones(5), 5).shape == (5, 5)
+    assert losses.count_wins(first, second, torch.ones(5), 3).sum() == 5
+
+
+def expected_wins(rewards, games):
+    return games * torch.sigmoid(rewards[:, None] - rewards)
+
+
+def test_fit_on_the_tree_of_the_theory():
+    # 0 beats 1 three to one and 1 beats 2 two to one: log-odds log 3 and log 2, law (6, 2, 1) / 9.
+    wins = torch.tensor([[0, 3, 0], [1, 0, 2], [0, 1, 0]], dtype=F64)
+    rewards = losses.fit_bradley_terry(wins)
+    close(rewards.diff(), -vector(math.log(3), math.log(2)))
+    close(rewards.diff(), -vector(1.098612, 0.693147), PRINTED)
+    close(torch.softmax(rewards, 0), vector(6, 2, 1) / 9)
+    assert abs(rewards.sum().item()) <= 1e-12 and rewards.dtype == F64
+    assert not torch.allclose(rewards.diff()[0], vector(-0.5), atol=0.1)  # not the gap of the win rates, 3/4 - 1/4
+
+
+@st.composite
+def tournaments(draw):
+    """Rewards and a connected graph of games: a tree, and some more pairs."""
+    k = draw(st.integers(2, 7))
+    rewards = vector(*draw(st.lists(st.floats(-4, 4), min_size=k, max_size=k)))
+    games = torch.zeros(k, k, dtype=F64)
+    for i in range(1, k):
+        games[i, draw(st.integers(0, i - 1))] = draw(st.sampled_from([0.01, 1.0, 30.0]))
+    for i, j in draw(st.lists(st.tuples(st.integers(0, k - 1), st.integers(0, k - 1)), max_size=6)):
+        games[i, j] += 1.0
+    return rewards - rewards.mean(), games + games.T, draw(st.permutations(range(k)))
+
+
+@given(tournaments())
+def test_fit_recovers_the_rewards_from_expected_wins(tournament):
+    rewards, games, order = tournament
+    wins = expected_wins(rewards, games)
+    before = wins.clone()
+    close(losses.fit_bradley_terry(wins), rewards, 1e-8)
+    assert torch.equal(wins, before)
+    close(losses.fit_bradley_terry(wins[order][:, order]), rewards[order], 1e-8)  # names do not matter
+    close(losses.fit_bradley_terry(1e3 * wins), rewards, 1e-8)  # nor does the number of games
+
+
+def test_fit_solves_the_score_equations(rng):
+    """Real counts: each item wins as often as the fitted model says, and no other rewards are more likely."""
+    wins = torch.randint(1, 9, (5, 5), generator=rng).double()
+    rewards = losses.fit_bradley_terry(wins)
+    games = (wins + wins.T).fill_diagonal_(0)
+    close(expected_wins(rewards, games).sum(1), wins.clone().fill_diagonal_(0).sum(1), 1e-9)
+
+    def likelihood(r):
+        return (wins * torch.nn.functional.logsigmoid(r[:, None] - r)).sum()
+
+    for _ in range(20):
+        assert likelihood(rewards) > likelihood(rewards + 0.1 * torch.randn(5, generator=rng, dtype=F64))
+
+
+def test_fit_of_counted_comparisons(rng):
+    truth = vector(1, 0, -1)
+    pairs = torch.tensor([[0, 1], [1, 2], [2, 0]]).repeat(4000, 1)
+    won = torch.rand(len(pairs), generator=rng, dtype=F64) < torch.sigmoid(truth[pairs[:, 0]] - truth[pairs[:, 1]])
+    rewards = losses.fit_bradley_terry(losses.count_wins(pairs[:, 0], pairs[:, 1], won, 3))
+    # Fisher information of one reward gap is at least 4000 s (1 - s) at s = sigma(2): sd below .05. Six of them.
+    close(rewards, truth, 0.3)
+    assert rewards[0] > rewards[1] > rewards[2]
+
+
+def test_fit_ignores_the_diagonal_and_takes_float32():
+    wins = torch.tensor([[9, 3, 0], [1, 7, 2], [0, 1, 5]])
+    clean = losses.fit_bradley_terry(wins.double().fill_diagonal_(0))
+    assert torch.equal(losses.fit_bradley_terry(wins.double()), clean)
+    out = losses.fit_bradley_terry(wins.float().requires_grad_())
+    assert out.dtype == F64 and not out.requires_grad and torch.equal(out, clean)
+
+
+@pytest.mark.parametrize(("often", "rarely"), [(1e6, 1e-6), (1e6, 1.0), (1.0, 1e-6)])
+def test_fit_of_extreme_tables(often, rarely):
+    """A path of items, each far better or far worse than the next: all gaps are +-log(often / rarely)."""
+    gap = math.log(often / rarely)
+    for signs in ([1], [1, 1, 1], [1, -1, 1]):
+        k = len(signs) + 1
+        wins = torch.zeros(k, k, dtype=F64)
+        for i, sign in enumerate(signs):
+            wins[i, i + 1], wins[i + 1, i] = (often, rarely) if sign > 0 else (rarely, often)
+        close(losses.fit_bradley_terry(wins).diff(), -gap * vector(*signs), 1e-8)
+    # One pair compared very often and one almost never.
+    wins = torch.tensor([[0, often, 0], [often, 0, 2 * rarely], [0, rarely, 0]], dtype=F64)
+    close(losses.fit_bradley_terry(wins).diff(), vector(0, -math.log(2)), 1e-8)
+
+
+@pytest.mark.parametrize("chunk", [2, 9])
+def test_fit_names_the_items_that_were_never_compared(chunk):
+    wins = torch.zeros(chunk + 2, chunk + 2, dtype=F64)
+    wins[:chunk, :chunk] = 1
+    wins[chunk:, chunk:] = 1
+    group = r"items \[0, 1\]" if chunk == 2 else r"items \[0, 1, 2, 3, 4, 5, 6, 7\] and 1 more"
+    with pytest.raises(ValueError, match=f"wins must connect all items, got 2 groups .* one group is {group}$"):
+        losses.fit_bradley_terry(wins)
+
+
+@pytest.mark.parametrize(
+    ("table", "unbeaten"),
+    [
+        ([[0, 3], [0, 0]], "[0]"),
+        ([[0, 0], [3, 0]], "[1]"),
+        ([[0, 2, 0], [0, 0, 1], [0, 1, 0]], "[0]"),  # 0 beat 1; 1 and 2 beat each other
+        ([[0, 1, 1], [1, 0, 1], [0, 0, 0]], "[0, 1]"),  # 2 never won, so 0 and 1 never lost to the rest
+        ([[0, 1, 0], [0, 0, 1], [0, 0, 0]], "[0]"),
+    ],
+)
+def test_fit_names_the_items_that_never_lost(table, unbeaten):
+    with pytest.raises(ValueError, match="wins must let every group of items lose .* reward is infinite") as caught:
+        losses.fit_bradley_terry(torch.tensor(table, dtype=F64))
+    assert f"got items {unbeaten} unbeaten" in str(caught.value)
+
+
+# --- self-certainty --------------------------------------------------------------------------------------------------
+
+
+def test_self_certainty_by_hand():
+    # One position (3/4, 1/4): KL to uniform log 2 - H, KL from uniform -log 2 - (log 3/4 + log 1/4) / 2.
+    conditionals = law(3 / 4, 1 / 4)[None]
+    entropy = -(3 / 4 * math.log(3 / 4) + 1 / 4 * math.log(1 / 4))
+    close(losses.self_certainty(conditionals).item(), math.log(2) - entropy)
+    close(
+        losses.self_certainty(conditionals, direction="uniform").item(),
+        -math.log(2) - (math.log(3 / 4) + math.log(1 / 4)) / 2,
+    )
+
+
+@pytest.mark.parametrize("direction", ["policy", "uniform"])
+def test_self_certainty_is_the_mean_divergence(direction, rng):
+    conditionals = torch.log_softmax(2 * torch.randn(5, 3, 4, generator=rng, dtype=F64), -1).requires_grad_()
+    flat = torch.full((4,), -math.log(4), dtype=F64)
+    pair = (conditionals, flat) if direction == "policy" else (flat.expand_as(conditionals), conditionals)
+    expected = categorical.kl(*pair).mean(-1)
+    out = losses.self_certainty(conditionals, direction=direction)
+    close(out, expected)
+    found, wanted = (torch.autograd.grad(x.sum(), conditionals)[0] for x in (out, expected))
+    close(found, wanted)
+
+
+def test_self_certainty_directions_differ_and_default_to_the_policy_first():
+    conditionals = law(0.9, 0.1).expand(2, 2)
+    policy, uniform = (losses.self_certainty(conditionals, direction=d) for d in ("policy", "uniform"))
+    assert torch.equal(losses.self_certainty(conditionals), policy) and uniform - policy > 0.1
+    flat = torch.full((3, 5), -math.log(5), dtype=F64)
+    for direction in ("policy", "uniform"):
+        assert losses.self_certainty(flat, direction=direction).abs().item() <= 1e-15
+
+
+def test_self_certainty_is_log_v_minus_mean_entropy():
+    # First token (.7, .3), then (.9, .1) or (.4, .6): mean over strings of the mean over positions.
+    first, after = law(0.7, 0.3), torch.stack([law(0.9, 0.1), law(0.4, 0.6)])
+    strings = torch.stack([torch.stack([first, after[a]]) for a in (0, 0, 1, 1)])
+    logps = (first[:, None] + after).flatten()
+    u = losses.self_certainty(strings)
+    entropy = -categorical.expectation(logps, logps)
+    assert entropy.item() == pytest.approx(1.040326, abs=PRINTED)
+    close(categorical.expectation(logps, u), math.log(2) - entropy / 2)
+    assert categorical.expectation(logps, u).item() == pytest.approx(0.172984, abs=PRINTED)
+
+
+@pytest.mark.parametrize("direction", ["policy", "uniform"])
+def test_self_certainty_counts_unmasked_positions(direction, rng):
+    conditionals = torch.log_softmax(torch.randn(4, 5, 3, generator=rng, dtype=F64), -1).requires_grad_()
+    mask = torch.arange(5) < torch.tensor([1, 2, 4, 5])[:, None]
+    out = losses.self_certainty(conditionals, direction=direction, mask=mask)
+    for i, length in enumerate((1, 2, 4, 5)):
+        close(out[i], losses.self_certainty(conditionals[i, :length], direction=direction))
+    assert not bool(torch.autograd.grad(out.sum(), conditionals)[0][~mask].any())
+    full = torch.ones(4, 5, dtype=torch.bool)
+    close(
+        losses.self_certainty(conditionals, direction=direction, mask=full),
+        losses.self_certainty(conditionals, direction=direction),
+    )
+
+
+def test_self_certainty_where_a_symbol_is_excluded():
+    logits = torch.stack([vector(0.3, -math.inf, 1), vector(0, 1, 2)]).requires_grad_()
+    conditionals = torch.log_softmax(logits, -1)
+    out = losses.self_certainty(conditionals)
+    p = torch.softmax(vector(0.3, 1), 0)
+    flat = -math.log(3)
+    by_hand = (p * (p.log() - flat)).sum() + categorical.kl(conditionals[1], torch.full((3,), flat, dtype=F64))
+    close(out, by_hand / 2)
+    assert bool(torch.autograd.grad(out, logits)[0].isfinite().all())
+    # From uniform it is infinite, unless the position does not count.
+    conditionals = conditionals.detach()
+    assert losses.self_certainty(conditionals, direction="uniform").item() == math.inf
+    counted = losses.self_certainty(conditionals, direction="uniform", mask=torch.tensor([False, True]))
+    close(counted, losses.self_certainty(conditionals[1:], direction="uniform"))
+
+
+# --- weighted likelihood ---------------------------------------------------------------------------------------------
+
+
+def test_weighted_likelihood_by_hand():
+    # Weights 1, 3, 0: normalised 1/4, 3/4, 0; over N = 3 they are 1/3, 1, 0.
+    logps, log_weights = law(0.5, 0.25, 0.125), law(1, 3, 0)
+    close(losses.weighted_likelihood(logps, log_weights), vector(math.log(2) / 4 + 3 * math.log(4) / 4).squeeze())
+    out = losses.weighted_likelihood(logps, log_weights, self_normalized=False)
+    close(out, vector(math.log(2) / 3 + math.log(4)).squeeze())
+
+
+@pytest.mark.parametrize("self_normalized", [True, False])
+def test_weighted_likelihood_gradient(self_normalized, rng):
+    logps = (-torch.rand(2, 4, generator=rng, dtype=F64)).requires_grad_()
+    log_weights = torch.randn(2, 4, generator=rng, dtype=F64, requires_grad=True)
+    out = losses.weighted_likelihood(logps, log_weights, self_normalized=self_normalized).sum()
+    found = torch.autograd.grad(out, (logps, log_weights), allow_unused=True)
+    w = log_weights.detach().exp()
+    close(found[0], -(w / w.sum(-1, keepdim=True) if self_normalized else w / 4))
+    assert found[1] is None
+
+
+def test_weights_beyond_float64_are_normalised_in_log_space():
+    logps = law(0.5, 0.25)
+    for shift in (-2000.0, 2000.0):
+        close(losses.weighted_likelihood(logps, law(1, 3) + shift), losses.weighted_likelihood(logps, law(1, 3)))
+
+
+def pool_gradient(theta, n, self_normalized, beta=1.0):
+    """Mean gradient at fresh pools of N draws of the reference."""
+    theta = theta.clone().requires_grad_()
+    pools = all_groups(3, n)
+    out = losses.weighted_likelihood(
+        softmax_law(theta)[pools], (S0_REWARDS / beta)[pools], self_normalized=self_normalized
+    )
+    return torch.autograd.grad((S0[pools].sum(-1).exp() * out).sum(), theta)[0]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_what_weighted_likelihood_is_least_at(n):
+    target, selected = tilt(S0, S0_REWARDS, 1.0), soft_best_of_n_law(S0, S0_REWARDS, n, 1.0)
+    if n == 2:
+        close(selected.exp(), vector(0.354523, 0.341591, 0.303886), PRINTED)
+    assert is_zero(pool_gradient(target, n, False))
+    assert not is_zero(pool_gradient(selected, n, False), 1e-2)
+    assert is_zero(pool_gradient(selected, n, True))
+    assert not is_zero(pool_gradient(target, n, True), 1e-2)
+    assert not is_zero(pool_gradient(target, n, False, beta=1.1), 1e-2)
+
+
+# --- every loss: batches, dtypes, inputs -----------------------------------------------------------------------------
+
+LABELS = vector(0, 0.3, 0.5, 1, 0.8)
+MASK = torch.tensor([[True, True, False], [True, False, False], [True] * 3, [False, True, True]])
+
+# Name: a call, and the shapes of its arguments behind the batch dimension. "l" is a log-probability, "x" any number,
+# "c" conditionals.
+CALLS = {
+    "kl_estimators": (lambda a, b: torch.stack(losses.kl_estimators(a, b), -1), "l5 l5"),
+    "policy_gradient": (lambda a, b, r: losses.policy_gradient(a, b, r, 0.7, baseline=0.2), "l5 l5 x5"),
+    "rloo": (lambda a, b, r: losses.rloo(a, b, r, 0.7), "l5 l5 x5"),
+    "grpo": (lambda a, b, r: losses.grpo(a, b, r, 0.7), "l4,3 l4,3 x4"),
+    "grpo, other flags": (
+        lambda a, b, r, old: losses.grpo(
+            a,
+            b,
+            r,
+            0.7,
+            kl="reward",
+            baseline="leave-one-out",
+            scale="none",
+            mask=MASK.expand(a.shape),
+            old_logps=old,
+        ),
+        "l4,3 l4,3 x4 l4,3",
+    ),
+    "bradley_terry": (lambda a, b: losses.bradley_terry(a, b, LABELS.to(a.dtype)), "x5 x5"),
+    "dpo": (lambda a, b, c, d: losses.dpo(a, b, c, d, 0.7, LABELS.to(a.dtype)), "l5 l5 l5 l5"),
+    "self_certainty": (lambda c: losses.self_certainty(c), "c3,4"),
+    "self_certainty, other flags": (
+        lambda c: losses.self_certainty(c, direction="uniform", mask=MASK[0].expand(c.shape[:-1])),
+        "c3,4",
+    ),
+    "weighted_likelihood": (lambda a, w: losses.weighted_likelihood(a, w), "l5 x5"),
+    "weighted_likelihood, other flags": (
+        lambda a, w: losses.weighted_likelihood(a, w, self_normalized=False),
+        "l5 x5",
+    ),
+}
+
+
+def arguments(shapes, batch, rng):
+    made = []
+    for kind, *shape in ([s[0], *map(int, s[1:].split(","))] for s in shapes.split()):
+        x = torch.randn(*batch, *shape, generator=rng, dtype=F64)
+        made.append({"l": -x.abs(), "x": x, "c": torch.log_softmax(x, -1)}[kind])
+    return made
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_batch_equals_loop(name, rng):
+    call, shapes = CALLS[name]
+    inputs = arguments(shapes, (2, 3), rng)
+    before = [x.clone() for x in inputs]
+    out = call(*inputs)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+    for i, j in itertools.product(range(2), range(3)):
+        close(out[i, j], call(*(x[i, j] for x in inputs)), 1e-14)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_dtype_follows_the_inputs(name, rng):
+    call, shapes = CALLS[name]
+    inputs = arguments(shapes, (), rng)
+    out, small = call(*inputs), call(*(x.float() for x in inputs))
+    assert out.dtype == F64 and small.dtype == torch.float32
+    torch.testing.assert_close(small.double(), out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if "self_certainty" not in name])
+def test_a_tilt_does_not_depend_on_the_size_of_the_group_average(name, rng):
+    """Per-group results, not means over the batch: repeating a group repeats its number."""
+    call, shapes = CALLS[name]
+    inputs = arguments(shapes, (), rng)
+    out = call(*inputs)
+    again = call(*(x.expand(2, *x.shape) for x in inputs))
+    close(again, out.expand(2, *out.shape))
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+L3 = law(0.2, 0.3, 0.5)
+R3 = vector(0, 1, 2)
+TOKENS = L3[:, None]
+WORD = torch.tensor([1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a, b: losses.kl_estimators(a, b),
+        lambda a, b: losses.policy_gradient(a, b, R3, 1.0),
+        lambda a, b: losses.rloo(a, b, R3, 1.0),
+        lambda a, b: losses.grpo(
+            a[:, None] if isinstance(a, torch.Tensor) else a, b[:, None] if isinstance(b, torch.Tensor) else b, R3, 1.0
+        ),
+    ],
+    ids=["kl", "policy_gradient", "rloo", "grpo"],
+)
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(
+    ("bad", "error", "text"),
+    [
+        (WORD, TypeError, "must be a floating-point torch.Tensor, got a torch.int64 tensor"),
+        ([0.0], TypeError, "must be a floating-point torch.Tensor, got list"),
+        (vector(-1, math.nan, -1), ValueError, "must be finite, got 1 of 3 entries NaN or infinite"),
+        (vector(-1, -math.inf, -math.inf), ValueError, "must be finite, got 2 of 3 entries"),
+        (vector(-1, 0.5, -1), ValueError, "must be log-probabilities, <= 0, got 0.5"),
+        (L3[:2], ValueError, r"must have one shape, got logps \("),
+    ],
+)
+def test_bad_log_probabilities(call, swap, bad, error, text):
+    name = "" if "shape" in text else "^ref_logps " if swap else "^logps "
+    with pytest.raises(error, match=name + text):
+        call(*((L3, bad) if swap else (bad, L3)))
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, math.inf, math.nan, "1", True])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda beta: losses.policy_gradient(L3, L3, R3, beta),
+        lambda beta: losses.rloo(L3, L3, R3, beta),
+        lambda beta: losses.grpo(TOKENS, TOKENS, R3, beta),
+        lambda beta: losses.dpo(L3, L3, L3, L3, beta),
+    ],
+    ids=["policy_gradient", "rloo", "grpo", "dpo"],
+)
+def test_bad_temperatures(call, beta):
+    with pytest.raises(ValueError, match="^beta must be finite and > 0, got"):
+        call(beta)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda r: losses.policy_gradient(L3, L3, r, 1.0),
+        lambda r: losses.rloo(L3, L3, r, 1.0),
+        lambda r: losses.grpo(TOKENS, TOKENS, r, 1.0),
+    ],
+    ids=["policy_gradient", "rloo", "grpo"],
+)
+@pytest.mark.parametrize(
+    ("rewards", "error", "text"),
+    [
+        (WORD, TypeError, "^rewards must be a floating-point torch.Tensor, got a torch.int64 tensor"),
+        (vector(0, 1, math.inf), ValueError, "^rewards must be finite, got 1 of 3 entries"),
+        (vector(0, 1, -math.inf), ValueError, "^rewards must be finite, got 1 of 3 entries"),
+        (vector(0, 1), ValueError, r"rewards.* must have (one )?shape.* got .*\(2,\)"),
+    ],
+)
+def test_bad_rewards(call, rewards, error, text):
+    with pytest.raises(error, match=text):
+        call(rewards)
+
+
+def grpo_with(**flags):
+    return lambda: losses.grpo(TOKENS, TOKENS, R3, 1.0, **flags)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: losses.rloo(L3[:1], L3[:1], R3[:1], 1.0), ValueError, r"logps must hold groups of at least 2 .* \(1,"),
+        (
+            lambda: losses.rloo(L3.sum(), L3.sum(), R3.sum(), 1.0),
+            ValueError,
+            r"logps must hold groups of at least 2 draws, got shape \(\)",
+        ),
+        (lambda: losses.grpo(L3, L3, R3, 1.0), ValueError, r"logps must hold groups of at least 2 draws, got shape"),
+        (
+            lambda: losses.grpo(TOKENS[:1], TOKENS[:1], R3[:1], 1.0),
+            ValueError,
+            r"logps must hold groups of at least 2 draws, got shape \(1, 1\)",
+        ),
+        (
+            lambda: losses.grpo(TOKENS, TOKENS, R3[:, None], 1.0),
+            ValueError,
+            r"rewards must have shape \(3,\), got \(3, 1\)",
+        ),
+        (grpo_with(kl="k4"), ValueError, "kl must be one of 'reward', 'k1', 'k2', 'k3', got 'k4'"),
+        (grpo_with(baseline="mean"), ValueError, "baseline must be one of 'group', 'leave-one-out', got 'mean'"),
+        (grpo_with(scale="std"), ValueError, "scale must be one of 'group', 'none', got 'std'"),
+        (grpo_with(clip=0.0), ValueError, "clip must be finite and > 0, got 0.0"),
+        (grpo_with(clip=math.nan), ValueError, "clip must be finite and > 0, got nan"),
+        (grpo_with(mask=torch.ones(3, 1)), TypeError, "mask must be a boolean torch.Tensor, got a torch.float32"),
+        (
+            grpo_with(mask=torch.ones(3, dtype=torch.bool)),
+            ValueError,
+            r"mask must have shape \(3, 1\), one entry per token, got \(3,\)",
+        ),
+        (
+            grpo_with(mask=torch.tensor([[True], [False], [False]])),
+            ValueError,
+            "mask must keep at least one token per sequence, got 2 sequences with none",
+        ),
+        (grpo_with(old_logps=TOKENS[:2]), ValueError, "logps and old_logps must have one shape"),
+        (grpo_with(old_logps=-TOKENS), ValueError, "old_logps must be log-probabilities, <= 0, got 1.6"),
+        (grpo_with(old_logps=TOKENS - math.inf), ValueError, "old_logps must be finite, got 3 of 3"),
+        (grpo_with(old_logps=WORD[:, None]), TypeError, "old_logps must be a floating-point torch.Tensor"),
+    ],
+)
+def test_bad_groups(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: losses.bradley_terry(WORD, R3), TypeError, "chosen must be a floating-point torch.Tensor"),
+        (lambda: losses.bradley_terry(R3, WORD), TypeError, "rejected must be a floating-point torch.Tensor"),
+        (lambda: losses.bradley_terry(R3, R3 / 0), ValueError, "rejected must be finite, got 3 of 3"),
+        (lambda: losses.bradley_terry(R3, R3[:2]), ValueError, r"chosen and rejected must have one shape, got chosen"),
+        (lambda: losses.bradley_terry(R3, R3, 1.5), ValueError, r"labels must lie in \[0, 1\], got 1.5"),
+        (lambda: losses.bradley_terry(R3, R3, -0.5), ValueError, r"labels must lie in \[0, 1\], got -0.5"),
+        (lambda: losses.bradley_terry(R3, R3, R3 / 1.5), ValueError, r"labels must lie in \[0, 1\], got 1.33333"),
+        (lambda: losses.bradley_terry(R3, R3, math.nan), ValueError, r"labels must lie in \[0, 1\], got nan"),
+        (lambda: losses.bradley_terry(R3, R3, WORD), TypeError, "labels must be a floating-point torch.Tensor"),
+        (lambda: losses.dpo(R3, L3, L3, L3, 1.0), ValueError, "^chosen_logps must be log-probabilities, <= 0, got 1"),
+        (lambda: losses.dpo(L3, R3, L3, L3, 1.0), ValueError, "^rejected_logps must be log-probabilities"),
+        (lambda: losses.dpo(L3, L3, R3, L3, 1.0), ValueError, "^ref_chosen_logps must be log-probabilities"),
+        (lambda: losses.dpo(L3, L3, L3, R3, 1.0), ValueError, "^ref_rejected_logps must be log-probabilities"),
+        (lambda: losses.dpo(L3, L3, L3[:2], L3, 1.0), ValueError, r"must have one shape, .*ref_chosen_logps \(2,\)"),
+        (lambda: losses.dpo(L3, L3, L3, L3 - math.inf, 1.0), ValueError, "ref_rejected_logps must be finite"),
+        (lambda: losses.dpo(L3, L3, L3, L3, 1.0, 2.0), ValueError, r"labels must lie in \[0, 1\], got 2"),
+    ],
+)
+def test_bad_comparisons(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+I3 = torch.arange(3)
+ONES = torch.ones(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: losses.count_wins(R3, I3, I3, 3), TypeError, "first must be an integer torch.Tensor"),
+        (lambda: losses.count_wins(I3, R3, I3, 3), TypeError, "second must be an integer torch.Tensor"),
+        (lambda: losses.count_wins(WORD, I3, R3, 3), ValueError, "first must lie in 0..2, got values from 1 to 3"),
+        (lambda: losses.count_wins(I3, -I3, R3, 3), ValueError, "second must lie in 0..2, got values from -2 to 0"),
+        (lambda: losses.count_wins(I3, I3, R3[:2], 3), ValueError, "first and second and labels must have one shape"),
+        (lambda: losses.count_wins(I3, I3, vector(0, 1, 0.5), 3), ValueError, "labels must be 0 or 1, got 0.5"),
+        (lambda: losses.count_wins(I3, I3, vector(0, 1, math.nan), 3), ValueError, "labels must be 0 or 1, got nan"),
+        (lambda: losses.count_wins(I3, I3, -I3, 3), ValueError, "labels must be 0 or 1, got -1"),
+        (lambda: losses.count_wins(I3, I3, I3, 3.0), TypeError, "k must be an int, got float"),
+        (lambda: losses.count_wins(I3 * 0, I3 * 0, I3 * 0, 1), ValueError, "k must be .*2, got 1"),
+        (lambda: losses.fit_bradley_terry(I3), TypeError, "wins must be a floating-point torch.Tensor"),
+        (lambda: losses.fit_bradley_terry(ONES[:2]), ValueError, r"wins must have shape \(K, K\) .* got \(2, 3\)"),
+        (lambda: losses.fit_bradley_terry(ONES[0]), ValueError, r"wins must have shape \(K, K\) .* got \(3,\)"),
+        (lambda: losses.fit_bradley_terry(ONES[:1, :1]), ValueError, r"with K >= 2, got \(1, 1\)"),
+        (lambda: losses.fit_bradley_terry(ONES - 1.5), ValueError, "wins must be >= 0, got -0.5"),
+        (lambda: losses.fit_bradley_terry(ONES / 0), ValueError, "wins must be finite, got 9 of 9"),
+        (lambda: losses.self_certainty(I3), TypeError, "conditionals must be a floating-point torch.Tensor"),
+        (lambda: losses.self_certainty(L3), ValueError, r"conditionals must have shape \(..., L, V\), got \(3,\)"),
+        (lambda: losses.self_certainty(L3[None] + 0.1), ValueError, "conditionals must be log-probabilities that sum"),
+        (
+            lambda: losses.self_certainty(L3[None], direction="policies"),
+            ValueError,
+            "direction must be one of 'policy', 'uniform', got 'policies'",
+        ),
+        (
+            lambda: losses.self_certainty(L3.expand(2, 3), mask=torch.tensor([False, False])),
+            ValueError,
+            "mask must keep at least one token per sequence, got 1 sequences with none",
+        ),
+        (
+            lambda: losses.self_certainty(L3.expand(2, 3), mask=torch.tensor([True])),
+            ValueError,
+            r"mask must have shape \(2,\), one entry per token, got \(1,\)",
+        ),
+        (
+            lambda: losses.self_certainty(L3.expand(2, 3), mask=torch.tensor([1, 0])),
+            TypeError,
+            "mask must be a boolean torch.Tensor, got a torch.int64 tensor",
+        ),
+        (lambda: losses.weighted_likelihood(WORD, R3), TypeError, "^logps must be a floating-point torch.Tensor"),
+        (lambda: losses.weighted_likelihood(L3, WORD), TypeError, "log_weights must be a floating-point torch.Tensor"),
+        (lambda: losses.weighted_likelihood(R3, R3), ValueError, "^logps must be log-probabilities, <= 0, got 1"),
+        (lambda: losses.weighted_likelihood(L3 - math.inf, R3), ValueError, "^logps must be finite, got 3 of 3"),
+        (lambda: losses.weighted_likelihood(L3, R3 / 0), ValueError, "log_weights must be finite or -inf"),
+        (lambda: losses.weighted_likelihood(L3, R3[:2]), ValueError, "logps and log_weights must have one shape"),
+        (
+            lambda: losses.weighted_likelihood(L3, R3 - math.inf),
+            ValueError,
+            "log_weights must leave at least one outcome of positive mass per row",
+        ),
+    ],
+)
+def test_bad_tables_and_weights(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_rounding_above_zero_is_no_error():
+    for dtype in (torch.float32, F64):
+        above = torch.tensor([torch.finfo(dtype).eps, -1.0], dtype=dtype)
+        losses.kl_estimators(above, above)
+        losses.weighted_likelihood(above, above)
+
+
+# --- the definitions, drawn at random --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_rloo_on_random_laws(k, rng):
+    for _ in range(5):
+        ref, theta = random_law(k, rng), torch.randn(k, generator=rng, dtype=F64)
+        rewards = 3 * torch.randn(k, generator=rng, dtype=F64)
+
+        def loss(logps, y, ref=ref, rewards=rewards):
+            return losses.rloo(logps, ref[y], rewards[y], 0.8)
+
+        close(expected_gradient(loss, theta, 3), -objective_gradient(theta, ref, rewards, 0.8))
+        assert is_zero(expected_gradient(loss, tilt(ref, rewards, 0.8), 3))
+        assert not is_zero(expected_gradient(loss, tilt(ref, rewards, 0.88), 3), 1e-4)
