@@ -288,7 +288,7 @@ def progress(steps: Iterable[T], label: str) -> Iterator[T]:
     """Pass items through and show how far a long loop is, in a notebook.
 
     One line is updated in place about twice a second. What a notebook stores, and what it shows when the loop has
-    ended, is the label alone: progress never makes a notebook differ from its last run. Outside IPython nothing is shown.
+    ended, is the label alone, so it does not differ from its last run. Outside IPython nothing is shown.
 
     Args:
         steps: The items to pass through; without a length only their number so far is shown.

@@ -1,0 +1,616 @@
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import F64, S0, S0_REWARDS, check_sampler, draws_from, law, random_law, vector, without
+
+from tiltlib import categorical, losses, policies
+from tiltlib.categorical import kl, tilt
+from tiltlib.markov import MarkovChain
+from tiltlib.policies import TabularPolicy, TransformerPolicy, natural_step
+
+
+def close(a, b, tolerance=1e-12):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def all_strings(v, length):
+    return torch.tensor(list(itertools.product(range(v), repeat=length)))
+
+
+def string_number(tokens, v):
+    return (tokens * v ** torch.arange(tokens.shape[-1]).flip(0)).sum(-1)
+
+
+# --- tabular ---------------------------------------------------------------------------------------------------------
+
+LOGITS = vector(0.3, -0.2, 0.1)
+
+
+def test_tabular_starts_at_its_logits():
+    policy = TabularPolicy(LOGITS)
+    close(policy.law(), LOGITS - LOGITS.logsumexp(0))
+    close(TabularPolicy(S0).law(), S0)
+    outcomes = torch.tensor([[2, 0], [1, 1]], dtype=torch.int32)
+    close(policy.logps(outcomes), policy.law()[outcomes.long()])
+    assert policy.logps(torch.tensor(2)).shape == ()
+    assert policy.law().exp().sum().item() == pytest.approx(1)
+
+
+def test_tabular_copies_its_logits():
+    logits = LOGITS.clone().requires_grad_()
+    policy = TabularPolicy(logits)
+    with torch.no_grad():
+        policy.logits += 1
+    assert torch.equal(logits, LOGITS)
+    assert [name for name, _ in policy.named_parameters()] == ["logits"] and policy.logits.is_leaf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_tabular_keeps_the_dtype(dtype):
+    policy = TabularPolicy(LOGITS.to(dtype))
+    assert policy.law().dtype == policy.logps(torch.tensor([0])).dtype == dtype
+    torch.testing.assert_close(policy.law().double(), torch.log_softmax(LOGITS, 0), rtol=1e-6, atol=1e-6)
+
+
+def test_tabular_gradient():
+    # d log pi(2) / d theta = (0, 0, 1) - pi.
+    policy = TabularPolicy(LOGITS)
+    policy.logps(torch.tensor(2)).backward()
+    close(policy.logits.grad, vector(0, 0, 1) - torch.softmax(LOGITS, 0))
+
+
+def test_tabular_draws_follow_its_law(rng):
+    policy = TabularPolicy(LOGITS)
+    target = policy.law().detach()
+    state = rng.get_state()
+    drawn = policy.sample(50, generator=rng)
+    rng.set_state(state)
+    assert torch.equal(drawn, categorical.sample(target, 50, generator=rng))
+    assert drawn.dtype == torch.int64 and drawn.shape == (50,)
+    wrong = {
+        "another law": (draws_from(S0), S0),
+        "never the last": (draws_from(without(target, 2)), without(target, 2)),
+    }
+    check_sampler(lambda n, g: policy.sample(n, generator=g), target, wrong, rng)
+
+
+def test_tabular_excluded_outcomes(rng):
+    policy = TabularPolicy(vector(0, -math.inf, 1))
+    assert policy.sample(1000, generator=rng).unique().tolist() == [0, 2]
+    policy.logps(torch.tensor([0, 2, 2])).sum().backward()
+    assert bool(policy.logits.grad.isfinite().all()) and policy.logits.grad[1] == 0
+    assert policy.logps(torch.tensor(1)).item() == -math.inf
+
+
+@pytest.mark.parametrize(
+    ("logits", "error", "text"),
+    [
+        ([0.0], TypeError, "logits must be a floating-point torch.Tensor, got list"),
+        (torch.tensor([1]), TypeError, "logits must be .* got a torch.int64 tensor"),
+        (vector(0, math.nan), ValueError, "logits must be finite or -inf .* got NaN or [+]inf"),
+        (vector(0, math.inf), ValueError, "logits must be finite or -inf .* got NaN or [+]inf"),
+        (vector(-math.inf, -math.inf), ValueError, "logits must leave at least one outcome of positive mass"),
+        (torch.zeros(2, 3), ValueError, r"logits must have shape \(K,\), got \(2, 3\)"),
+        (torch.tensor(0.0), ValueError, "logits must have a last dimension of size >= 1"),
+    ],
+)
+def test_bad_logits(logits, error, text):
+    with pytest.raises(error, match=text):
+        TabularPolicy(logits)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "error", "text"),
+    [
+        (vector(0, 1), TypeError, "outcomes must be an integer torch.Tensor, got a torch.float64 tensor"),
+        ([0, 1], TypeError, "outcomes must be an integer torch.Tensor, got list"),
+        (torch.tensor([0, 3]), ValueError, "outcomes must lie in 0..2, got values from 0 to 3"),
+        (torch.tensor([-1, 2]), ValueError, "outcomes must lie in 0..2, got values from -1 to 2"),
+        (torch.zeros(0, dtype=torch.int64), ValueError, "outcomes must hold at least one number"),
+    ],
+)
+def test_bad_outcomes(outcomes, error, text):
+    with pytest.raises(error, match=text):
+        TabularPolicy(LOGITS).logps(outcomes)
+    with pytest.raises(error, match=text):
+        natural_step(LOGITS, outcomes, S0, S0_REWARDS, 1.0, 0.1)
+
+
+def test_tabular_says_that_training_has_diverged(rng):
+    policy = TabularPolicy(LOGITS)
+    with torch.no_grad():
+        policy.logits[1] = math.nan
+    text = "logits must be finite, got NaN: training has diverged, lower the learning rate"
+    for call in (policy.law, lambda: policy.logps(torch.tensor(0)), lambda: policy.sample(1, generator=rng)):
+        with pytest.raises(ValueError, match=text):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("n", "error", "text"), [(0, ValueError, "n must be an integer >= 1"), (2.0, TypeError, "n must be an int")]
+)
+def test_bad_numbers_of_draws(n, error, text, rng):
+    for policy in (TabularPolicy(LOGITS), TransformerPolicy(random_chain(2, 1, rng), 2, generator=rng, width=8)):
+        with pytest.raises(error, match=text):
+            policy.sample(n, generator=rng)
+
+
+# --- the natural gradient step ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_natural_step_is_the_natural_gradient(beta):
+    """theta + h F^+ grad J with the Fisher matrix F = diag(pi) - pi pi', up to a constant."""
+    theta = LOGITS.clone().requires_grad_()
+    logps = torch.log_softmax(theta, -1)
+    gradient = torch.autograd.grad(categorical.expectation(logps, S0_REWARDS) - beta * kl(logps, S0), theta)[0]
+    pi = logps.detach().exp()
+    expected = LOGITS + 0.3 * torch.linalg.pinv(torch.diag(pi) - torch.outer(pi, pi)) @ gradient
+    moved = natural_step(LOGITS, torch.arange(3), S0, S0_REWARDS, beta, 0.3)
+    close(moved - moved.mean(), expected - expected.mean())
+
+
+def test_natural_step_by_hand():
+    # theta(2) = .1 and log p(2) = log .2: .1 + .5 (2 - .8 (.1 - log .2)); the others stay.
+    moved = natural_step(LOGITS, torch.tensor([2]), S0, S0_REWARDS, 0.8, 0.5)
+    close(moved, vector(0.3, -0.2, 0.1 + 0.5 * (2 - 0.8 * (0.1 - math.log(0.2)))))
+
+
+def test_natural_step_counts_an_outcome_once_and_leaves_the_rest():
+    before = LOGITS.clone()
+    once = natural_step(LOGITS, torch.tensor([2, 0]), S0, S0_REWARDS, 1.0, 0.3)
+    often = natural_step(LOGITS, torch.tensor([[0, 2, 2], [2, 0, 2]], dtype=torch.int32), S0, S0_REWARDS, 1.0, 0.3)
+    assert torch.equal(once, often) and once[1] == LOGITS[1] and bool((once != LOGITS)[[0, 2]].all())
+    assert torch.equal(LOGITS, before)
+    # Rewards of outcomes that were not drawn play no part.
+    other = natural_step(LOGITS, torch.tensor([2, 0]), S0, vector(0, 99, 2), 1.0, 0.3)
+    assert torch.equal(once, other)
+
+
+def test_natural_steps_stay_on_the_tilt_path():
+    # From p with step h, after k steps: the tilt at inverse temperature (1 - (1 - h beta)^k) / beta.
+    theta = S0
+    for k in range(1, 14):
+        theta = natural_step(theta, torch.arange(3), S0, S0_REWARDS, 0.5, 0.1)
+        eta = (1 - (1 - 0.1 * 0.5) ** k) / 0.5
+        close(torch.log_softmax(theta, 0), tilt(S0, S0_REWARDS, 1 / eta))
+    assert eta == pytest.approx(0.973316, abs=5e-7)
+    close(torch.softmax(theta, 0), vector(0.185527, 0.294622, 0.519851), 5e-7)
+    at_once = natural_step(LOGITS, torch.arange(3), S0, S0_REWARDS, 0.5, 2.0)
+    close(torch.log_softmax(at_once, 0), tilt(S0, S0_REWARDS, 0.5))
+
+
+@pytest.mark.parametrize("step", [0.0, -0.1, 4.0, 5.0, math.nan, math.inf])
+def test_natural_step_refuses_steps_that_diverge(step):
+    with pytest.raises(ValueError, match=r"step must lie in \(0, 2 / beta\) = \(0, 4\), got"):
+        natural_step(LOGITS, torch.arange(3), S0, S0_REWARDS, 0.5, step)
+    natural_step(LOGITS, torch.arange(3), S0, S0_REWARDS, 0.5, 3.999)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"logits": [0.0]}, TypeError, "logits must be a floating-point torch.Tensor"),
+        ({"logits": vector(0, 1, -math.inf)}, ValueError, "logits must be finite, got 1 of 3"),
+        ({"rewards": vector(0, 1, math.nan)}, ValueError, "rewards must be finite, got 1 of 3"),
+        ({"rewards": torch.arange(3)}, TypeError, "rewards must be a floating-point torch.Tensor"),
+        ({"ref_logps": LOGITS}, ValueError, "ref_logps must be log-probabilities that sum to 1"),
+        ({"ref_logps": law(0.5, 0.5, 0)}, ValueError, "ref_logps must be finite, got 1 of 3"),
+        ({"rewards": vector(0, 1)}, ValueError, "logits and ref_logps and rewards must have one shape"),
+        ({"ref_logps": law(0.5, 0.5)}, ValueError, "logits and ref_logps and rewards must have one shape"),
+        ({"beta": 0.0}, ValueError, "beta must be finite and > 0, got 0.0"),
+        ({"beta": math.nan}, ValueError, "beta must be finite and > 0, got nan"),
+    ],
+)
+def test_bad_natural_steps(change, error, text):
+    arguments = {"logits": LOGITS, "ref_logps": S0, "rewards": S0_REWARDS, "beta": 1.0, **change}
+    with pytest.raises(error, match=text):
+        natural_step(outcomes=torch.arange(3), step=0.1, **arguments)
+
+
+# --- transformer: its law --------------------------------------------------------------------------------------------
+
+
+def random_chain(v, order, rng):
+    return MarkovChain(torch.stack([random_law(v, rng) for _ in range(v**order)]), "abcdef"[: v - 1] + " ")
+
+
+def perturbed(policy, rng, size=0.5):
+    """A policy that has learned something, no matter what: every parameter moves, none stays at its first value."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += size * torch.randn(parameter.shape, generator=rng) / math.sqrt(parameter.shape[-1])
+        policy.head.weight += size * torch.randn(policy.head.weight.shape, generator=rng)
+    return policy
+
+
+def small_policy(ref, length, rng, **options):
+    return TransformerPolicy(ref, length, generator=rng, **{"layers": 2, "width": 16, "heads": 2, **options})
+
+
+REFERENCES = {
+    "order 1": lambda rng: random_chain(3, 1, rng),
+    "order 2": lambda rng: random_chain(3, 2, rng),
+    "tilted": lambda rng: random_chain(3, 2, rng).tilt(torch.randn(9, 3, generator=rng, dtype=F64), 0.7, 4),
+}
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_transformer_starts_at_the_reference(kind, rng):
+    ref = REFERENCES[kind](rng)
+    policy = small_policy(ref, 4, rng)
+    strings = all_strings(3, 4)
+    close(policy.logps(strings), ref.logps(strings))
+    assert policy.logps(strings).dtype == F64 and {p.dtype for p in policy.parameters()} == {torch.float32}
+    # It can leave: the first gradient is not zero, and it is all in the last layer.
+    policy.logps(strings[5]).backward()
+    assert policy.head.weight.grad.abs().max() > 1e-3 and policy.head.bias.grad.abs().max() > 1e-3
+    # Equal logits is what the head starts with, not what it is forced to.
+    assert not torch.allclose(perturbed(policy, rng).logps(strings), ref.logps(strings), atol=0.05)
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_transformer_is_a_law(kind, rng):
+    ref = REFERENCES[kind](rng)
+    policy = perturbed(small_policy(ref, 4, rng), rng)
+    strings = all_strings(3, 4)
+    conditionals = policy.conditionals(strings)
+    assert conditionals.shape == (81, 4, 3) and conditionals.dtype == F64
+    close(conditionals.logsumexp(-1), torch.zeros(81, 4, dtype=F64))
+    close(policy.logps(strings).logsumexp(0).item(), 0.0, 1e-6)  # conditionals of one prefix agree to float32
+    tokens = policy.token_logps(strings)
+    close(tokens, conditionals.gather(-1, strings[..., None])[..., 0])
+    close(tokens.sum(-1), policy.logps(strings))
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_network_is_added_to_the_logits_of_the_reference(kind, rng):
+    """log pi - log p is the output of the network minus a constant per position, whatever the reference."""
+    ref = REFERENCES[kind](rng)
+    policy = perturbed(small_policy(ref, 4, rng), rng)
+    strings = all_strings(3, 4)
+    flat = TransformerPolicy(
+        MarkovChain(law(1 / 3, 1 / 3, 1 / 3).expand(3, 3), "ab "), 4, generator=rng, layers=2, width=16, heads=2
+    )
+    flat.load_state_dict(policy.state_dict())
+    of_ref = torch.stack([ref.table(t)[c] for t, c in enumerate(ref._steps(strings).unbind(-1))], 1)
+    expected = torch.log_softmax(of_ref + flat.conditionals(strings), -1)
+    close(policy.conditionals(strings), expected, 1e-6)
+
+
+def test_transformer_is_causal_and_looks_at_the_whole_prefix(rng):
+    """Changing symbol s changes the conditionals after it, all of them, and none up to it."""
+    policy = perturbed(small_policy(random_chain(3, 1, rng), 5, rng), rng)
+    strings = all_strings(3, 5)[::7]
+    before = policy.conditionals(strings)
+    for s in range(5):
+        other = strings.clone()
+        other[:, s] = (other[:, s] + 1) % 3
+        change = (policy.conditionals(other) - before).abs().amax((0, 2))
+        assert change[: s + 1].max().item() <= 1e-6
+        assert s == 4 or change[s + 1 :].min().item() >= 1e-3
+
+
+def test_transformer_knows_where_it_is(rng):
+    """The same symbols at every position, so that only the places differ; without them all positions agree."""
+    policy = perturbed(small_policy(MarkovChain(law(0.2, 0.8).expand(2, 2), "a "), 4, rng), rng)
+    with torch.no_grad():
+        policy.symbols[:] = policy.symbols[0]
+    string = torch.zeros(4, dtype=torch.int64)
+    rows = policy.conditionals(string)
+    assert (rows[1:] - rows[:-1]).abs().amax(-1).min().item() >= 1e-3
+    with torch.no_grad():
+        policy.places[:] = 0
+    rows = policy.conditionals(string)
+    close(rows, rows[:1].expand(4, 2), 1e-5)
+
+
+def test_every_parameter_is_used(rng):
+    policy = perturbed(small_policy(random_chain(3, 1, rng), 4, rng), rng)
+    policy.logps(all_strings(3, 4)).square().sum().backward()
+    for name, parameter in policy.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 1e-5, name
+    assert bool((policy.places.grad.abs().amax(-1) > 1e-4).all())  # one row per position
+    assert bool((policy.symbols.grad.abs().amax(-1) > 1e-4).all())  # one per symbol, and one for the start
+    assert policy.symbols.shape == (4, 16) and policy.places.shape == (4, 16)
+
+
+def test_sizes_are_what_they_say(rng):
+    policy = TransformerPolicy(random_chain(3, 1, rng), 7, generator=rng, layers=3, width=12, heads=4)
+    assert len(policy.blocks) == 3 and policy.symbols.shape == (4, 12) and policy.places.shape == (7, 12)
+    default = TransformerPolicy(random_chain(3, 1, rng), 2, generator=rng)
+    assert len(default.blocks) == 2 and default.symbols.shape == (4, 64)
+    # With one symbol seen twice, the number of heads changes the attention: same weights, other law.
+    one, two = (perturbed(small_policy(random_chain(3, 1, rng), 4, rng, heads=h), rng) for h in (1, 2))
+    two.ref = one.ref
+    two.load_state_dict(one.state_dict())
+    strings = all_strings(3, 4)
+    assert not torch.allclose(one.logps(strings), two.logps(strings), atol=1e-3)
+
+
+def test_gradient_of_the_transformer_is_that_of_its_law(rng):
+    """Sum of pi = 1: the mean of the score over all strings is zero. And a step along a gradient raises the value."""
+    policy = perturbed(small_policy(random_chain(3, 1, rng), 3, rng), rng)
+    strings = all_strings(3, 3)
+    logps = policy.logps(strings)
+    score = torch.autograd.grad((logps.detach().exp() * logps).sum(), list(policy.parameters()))
+    assert max(g.abs().max().item() for g in score) <= 1e-6
+    gradient = torch.autograd.grad(policy.logps(strings[5]), list(policy.parameters()))
+    with torch.no_grad():
+        before = policy.logps(strings[5])
+        for parameter, g in zip(policy.parameters(), gradient, strict=True):
+            parameter += 1e-3 * g
+        gain = (policy.logps(strings[5]) - before).item()
+    assert gain == pytest.approx(1e-3 * sum(g.square().sum().item() for g in gradient), rel=0.1)
+
+
+def test_float32_reference(rng):
+    ref = random_chain(3, 2, rng)
+    small = MarkovChain(ref.table(0).float(), ref.alphabet)
+    policy = perturbed(small_policy(ref, 3, rng), rng)
+    other = small_policy(small, 3, rng)
+    other.load_state_dict(policy.state_dict())
+    strings = all_strings(3, 3)
+    assert other.logps(strings).dtype == torch.float32
+    torch.testing.assert_close(other.logps(strings).double(), policy.logps(strings), rtol=1e-5, atol=1e-5)
+    assert other.sample(5, generator=rng).shape == (5, 3)
+
+
+def test_batch_shapes_and_prefixes(rng):
+    policy = perturbed(small_policy(random_chain(3, 2, rng), 4, rng), rng)
+    strings = torch.randint(3, (2, 5, 4), generator=rng)
+    before = strings.clone()
+    conditionals, tokens, whole = (f(strings) for f in (policy.conditionals, policy.token_logps, policy.logps))
+    assert conditionals.shape == (2, 5, 4, 3) and tokens.shape == (2, 5, 4) and whole.shape == (2, 5)
+    for i, j in itertools.product(range(2), range(5)):
+        close(policy.conditionals(strings[i, j]), conditionals[i, j], 1e-5)
+        close(policy.logps(strings[i, j]), whole[i, j], 1e-5)
+    for length in (1, 2, 3):
+        close(policy.conditionals(strings[..., :length]), conditionals[:, :, :length], 1e-5)
+        close(policy.logps(strings[..., :length]), tokens[..., :length].sum(-1), 1e-5)
+    for dtype in (torch.uint8, torch.int32):
+        close(policy.logps(strings.to(dtype)), whole, 1e-6)
+    close(policy.logps(strings.transpose(0, 1)), whole.transpose(0, 1), 1e-5)
+    assert torch.equal(strings, before)
+
+
+def test_excluded_symbols_stay_excluded(rng):
+    # After b never b, and a string never starts with the separator: 27 strings lose some.
+    ref = MarkovChain(torch.stack([law(0.2, 0.5, 0.3), law(0.6, 0, 0.4), law(0.5, 0.5, 0)]), "ab ")
+    policy = perturbed(small_policy(ref, 3, rng), rng)
+    strings = all_strings(3, 3)
+    gone = ref.logps(strings) == -math.inf
+    assert 0 < int(gone.sum()) < 27
+    logps = policy.logps(strings)
+    assert torch.equal(logps == -math.inf, gone)
+    close(logps[~gone].logsumexp(0).item(), 0.0, 1e-6)
+    drawn = policy.sample(3000, generator=rng)
+    assert not bool(gone[string_number(drawn, 3)].any())
+    assert len(string_number(drawn, 3).unique()) == int((~gone).sum())
+    logps[~gone].sum().backward()
+    for parameter in policy.parameters():
+        assert bool(parameter.grad.isfinite().all())
+    policy.zero_grad()
+    losses.self_certainty(policy.conditionals(drawn)).mean().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in policy.parameters())
+
+
+# --- transformer: its draws ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_draws_use_the_very_conditionals_of_a_full_pass(kind, rng, monkeypatch):
+    """Keys and values kept from earlier steps must give the logits of a pass over the whole string, at every step."""
+    policy = perturbed(small_policy(REFERENCES[kind](rng), 4, rng, layers=3), rng)
+    used = []
+
+    def spy(logps, n, *, generator):
+        used.append(logps)
+        return categorical_sample(logps, n, generator=generator)
+
+    categorical_sample = categorical.sample
+    monkeypatch.setattr(policies.categorical, "sample", spy)
+    drawn = policy.sample(200, generator=rng)
+    assert len(used) == 4
+    torch.testing.assert_close(torch.stack(used, 1), policy.conditionals(drawn), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_draws_from_the_same_uniforms_are_the_same_strings(kind, rng):
+    """Draw once more, with a full pass of the network at every step instead of what was kept."""
+    policy = perturbed(small_policy(REFERENCES[kind](rng), 4, rng), rng)
+    state = rng.get_state()
+    drawn = policy.sample(300, generator=rng)
+    rng.set_state(state)
+    again = torch.zeros(300, 0, dtype=torch.int64)
+    for t in range(4):
+        padded = torch.cat([again, torch.zeros(300, 1, dtype=torch.int64)], 1)
+        conditionals = policy.conditionals(padded)[:, t].detach()
+        again = torch.cat([again, categorical.sample(conditionals, 1, generator=rng)], 1)
+    assert torch.equal(again, drawn) and drawn.dtype == torch.int64 and not drawn.requires_grad
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_draws_follow_the_law(kind, rng):
+    ref = REFERENCES[kind](rng)
+    policy = perturbed(small_policy(ref, 3 if kind != "tilted" else 4, rng), rng)
+    strings = all_strings(3, policy.length)
+    target = policy.logps(strings).detach().double()
+    target = target - target.logsumexp(0)
+    start = ref.logps(strings)
+
+    def of_ref(n, generator):
+        return string_number(ref.sample(n, policy.length, generator=generator), 3)
+
+    wrong = {"reference": (of_ref, start - start.logsumexp(0))}
+    check_sampler(lambda n, g: string_number(policy.sample(n, generator=g), 3), target, wrong, rng)
+
+
+def test_a_copy_is_a_policy_of_its_own(rng):
+    policy = perturbed(small_policy(random_chain(3, 1, rng), 3, rng), rng)
+    frozen, strings = copy.deepcopy(policy), all_strings(3, 3)
+    before = policy.logps(strings).detach()
+    perturbed(policy, rng)
+    assert torch.equal(frozen.logps(strings), before) and not torch.allclose(policy.logps(strings), before, atol=0.01)
+
+
+# --- transformer: errors ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"length": 0}, ValueError, "length must be an integer >= 1, got 0"),
+        ({"length": 2.0}, TypeError, "length must be an int, got float"),
+        ({"layers": 0}, ValueError, "layers must be an integer >= 1, got 0"),
+        ({"layers": True}, TypeError, "layers must be an int, got bool"),
+        ({"width": 0}, ValueError, "width must be an integer >= 1, got 0"),
+        ({"heads": 0}, ValueError, "heads must be an integer >= 1, got 0"),
+        ({"width": 10, "heads": 4}, ValueError, "width must be a multiple of heads = 4, got 10"),
+    ],
+)
+def test_bad_sizes(change, error, text, rng):
+    with pytest.raises(error, match=text):
+        TransformerPolicy(random_chain(2, 1, rng), **{"length": 2, "generator": rng, **change})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "text"),
+    [
+        (torch.zeros(2, 4, dtype=torch.int64), ValueError, r"tokens must have at most 3 positions, got shape \(2, 4\)"),
+        (torch.tensor([0, 3]), ValueError, "tokens must lie in 0..2, got 0 to 3"),
+        (torch.tensor([-1, 0]), ValueError, "tokens must lie in 0..2, got -1 to 0"),
+        (vector(0, 1), TypeError, "tokens must be an integer torch.Tensor, got a torch.float64 tensor"),
+        ([0, 1], TypeError, "tokens must be an integer torch.Tensor, got list"),
+        (torch.zeros(2, 0, dtype=torch.int64), ValueError, "tokens must hold at least one number"),
+        (torch.tensor(0), ValueError, "tokens must have a last dimension, the positions of a string"),
+    ],
+)
+@pytest.mark.parametrize("name", ["conditionals", "token_logps", "logps"])
+def test_bad_tokens(name, tokens, error, text, rng):
+    with pytest.raises(error, match=text):
+        getattr(small_policy(random_chain(3, 1, rng), 3, rng), name)(tokens)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["symbols", "head.bias", "blocks.0.qkv.weight"])
+def test_transformer_says_that_training_has_diverged(where, value, rng):
+    policy = perturbed(small_policy(random_chain(3, 1, rng), 3, rng), rng)
+    with torch.no_grad():
+        dict(policy.named_parameters())[where].fill_(value)
+    text = "logits must be finite, got NaN or inf: training has diverged, lower the learning rate"
+    for call in (lambda: policy.conditionals(all_strings(3, 3)), lambda: policy.sample(2, generator=rng)):
+        with pytest.raises(ValueError, match=text):
+            call()
+
+
+# --- training to the target ------------------------------------------------------------------------------------------
+# Each run ends close to the tilt, and further than that from the tilt at a temperature that is 10 per cent off.
+
+K, BETA = 64, 0.8
+
+
+def arrives(logps, target, near_miss, tolerance):
+    logps = logps.detach()
+    assert kl(logps, target).item() <= tolerance
+    assert min(kl(logps, wrong).item() for wrong in near_miss) > 2 * tolerance
+
+
+def tabular_instance(rng):
+    ref = torch.log_softmax(torch.randn(K, generator=rng, dtype=F64), -1)
+    rewards = 1.6 * torch.randn(K, generator=rng, dtype=F64)
+    return ref, rewards, tilt(ref, rewards, BETA), [tilt(ref, rewards, BETA * x) for x in (1.1, 1 / 1.1)]
+
+
+def train(policy, loss, steps, lr):
+    optimiser = torch.optim.Adam(policy.parameters(), lr=lr)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss().mean().backward()
+        optimiser.step()
+
+
+def test_rloo_trains_to_the_tilt(rng):
+    ref, rewards, target, near_miss = tabular_instance(rng)
+    policy = TabularPolicy(ref)
+
+    def loss():
+        y = policy.sample(256, generator=rng).view(64, 4)
+        return losses.rloo(policy.logps(y), ref[y], rewards[y], BETA)
+
+    train(policy, loss, 500, 0.1)
+    arrives(policy.law(), target, near_miss, 1e-3)
+
+
+def test_policy_gradient_trains_to_the_tilt(rng):
+    ref, rewards, target, near_miss = tabular_instance(rng)
+    policy = TabularPolicy(ref)
+    level = BETA * categorical.log_partition(ref, rewards, BETA).item()  # the bracket's value at the tilt
+
+    def loss():
+        y = policy.sample(256, generator=rng)
+        return losses.policy_gradient(policy.logps(y), ref[y], rewards[y], BETA, baseline=level)
+
+    train(policy, loss, 500, 0.1)
+    arrives(policy.law(), target, near_miss, 1e-3)
+
+
+def test_dpo_trains_to_the_tilt(rng):
+    ref, rewards, target, near_miss = tabular_instance(rng)
+    policy = TabularPolicy(ref)
+
+    def loss():
+        a, b = torch.randint(K, (2, 256), generator=rng)
+        labels = torch.sigmoid(rewards[a] - rewards[b])
+        return losses.dpo(policy.logps(a), policy.logps(b), ref[a], ref[b], BETA, labels)
+
+    train(policy, loss, 200, 0.3)
+    arrives(policy.law(), target, near_miss, 1e-3)
+
+
+def test_natural_steps_train_to_the_tilt(rng):
+    ref, rewards, target, near_miss = tabular_instance(rng)
+    theta = ref
+    for _ in range(400):
+        y = categorical.sample(torch.log_softmax(theta, -1), 64, generator=rng)
+        theta = natural_step(theta, y, ref, rewards, BETA, 0.5 / BETA)
+    arrives(torch.log_softmax(theta, -1), target, near_miss, 1e-3)
+
+
+def test_weighted_likelihood_trains_to_the_tilt(rng):
+    ref, rewards, target, near_miss = tabular_instance(rng)
+    policy = TabularPolicy(ref)
+
+    def loss():  # the pool of all outcomes, each with its mass, which is N p w / N
+        return losses.weighted_likelihood(policy.law(), ref + rewards / BETA)
+
+    train(policy, loss, 300, 0.3)
+    arrives(policy.law(), target, near_miss, 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_a_transformer_trains_to_the_tilt_of_its_chain(kind, rng):
+    ref = random_chain(3, 1, rng)
+    rewards = 1.5 * torch.randn(3, 3, generator=rng, dtype=F64)
+    strings = all_strings(3, 3)
+    target, *near_miss = (ref.tilt(rewards, BETA * x, 3).logps(strings) for x in (1, 1.2, 1 / 1.2))
+    policy = small_policy(ref, 3, rng, layers=1)
+
+    def loss():
+        y = policy.sample(256, generator=rng)
+        r = ref.total_reward(y, rewards).view(-1, 4)
+        if kind == "rloo":
+            return losses.rloo(policy.logps(y).view(-1, 4), ref.logps(y).view(-1, 4), r, BETA)
+        with torch.no_grad():
+            of_ref = small_policy(ref, 3, torch.Generator()).token_logps(y)
+        tokens = (x.view(-1, 4, 3) for x in (policy.token_logps(y), of_ref))
+        return losses.grpo(*tokens, r, BETA, kl="reward", scale="none")
+
+    assert kl(policy.logps(strings).detach(), target).item() > 0.1
+    train(policy, loss, 200, 0.005)
+    with torch.no_grad():
+        logps = policy.logps(strings)
+    arrives(logps - logps.logsumexp(0), target, near_miss, 3e-3)
