@@ -11,7 +11,7 @@ import torch
 from helpers import S0, S0_REWARDS, law
 
 import tiltlib
-from tiltlib import categorical, markov, selection, verify
+from tiltlib import categorical, markov, policies, selection, verify
 
 PACKAGE = Path(tiltlib.__file__).parent
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
@@ -36,6 +36,12 @@ RANDOM_METHODS = {
     "random_",
     "uniform_",
 }
+
+# Modules and initialisers of torch.nn. A constructor draws its first weights from the global generator, so layers with
+# weights to draw are made by skip_init and filled by an initialiser that takes the generator.
+LAYERS_WITH_RANDOM_WEIGHTS = set("Linear Bilinear Embedding Conv1d Conv2d RNN LSTM GRU MultiheadAttention".split())
+LAYERS_WITH_TENSORS = {"LayerNorm", "RMSNorm", "skip_init"}
+FIXED_INITIALISERS = set("zeros_ ones_ constant_ eye_ dirac_ calculate_gain".split())
 
 # Factory calls that need no device: on the CPU by contract, for the reason given.
 CPU_BY_CONTRACT = {
@@ -81,6 +87,32 @@ def torch_calls(node):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
             if isinstance(call.func.value, ast.Name) and call.func.value.id == "torch":
                 yield call.func.attr, call
+
+
+def dotted(node):
+    """The name that an attribute is written as: "nn.init.zeros_", or "" for other expressions."""
+    if isinstance(node, ast.Name):
+        return node.id
+    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else ""
+
+
+def nn_calls(node):
+    """Calls of the form nn.a.b(...) or torch.nn.a.b(...) inside a node, by their name behind "nn."."""
+    for call in ast.walk(node):
+        if isinstance(call, ast.Call):
+            name = dotted(call.func).removeprefix("torch.")
+            if name.startswith("nn."):
+                yield name.removeprefix("nn."), call
+
+
+def unseeded_layers(tree):
+    """Initialisers without a generator, and constructors that would draw weights from the global one."""
+    for where, node in functions_of(tree):
+        for name, call in nn_calls(node):
+            last = name.split(".")[-1]
+            draws = name.startswith("init.") and last not in FIXED_INITIALISERS
+            if draws and "generator" not in {k.arg for k in call.keywords} or last in LAYERS_WITH_RANDOM_WEIGHTS:
+                yield where, f"nn.{name} on line {call.lineno}"
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -165,11 +197,23 @@ def test_docstring_arguments_of_methods(name):
 CHAIN = markov.MarkovChain(law(0.4, 0.3, 0.3).expand(3, 3), "ab ")
 POOL = S0_REWARDS.expand(50, 3)
 
-# One call of every function that draws.
+
+def parameters_of(policy):
+    return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
+
+
+def transformer(generator):
+    return policies.TransformerPolicy(CHAIN, 4, generator=generator, layers=1, width=8, heads=2)
+
+
+# One call of every function that draws, and of every class that draws its first parameters.
 DRAWS = {
     "categorical.sample": lambda g: categorical.sample(S0, 50, generator=g),
     "categorical.sample_alias": lambda g: categorical.sample_alias(categorical.alias_table(S0), 50, generator=g),
     "markov.MarkovChain.sample": lambda g: CHAIN.sample(20, 5, generator=g),
+    "policies.TabularPolicy.sample": lambda g: policies.TabularPolicy(S0).sample(50, generator=g),
+    "policies.TransformerPolicy": lambda g: parameters_of(transformer(g)),
+    "policies.TransformerPolicy.sample": lambda g: transformer(verify.rng("weights")).sample(50, generator=g),
     "selection.best_of_n": lambda g: selection.best_of_n(torch.zeros(50, 3), generator=g),
     "selection.soft_best_of_n": lambda g: selection.soft_best_of_n(POOL, 1.0, generator=g),
     "selection.candidate_counts": lambda g: selection.candidate_counts(S0.expand(50, 3), 9, generator=g),
@@ -182,8 +226,12 @@ DRAWS = {
 }
 
 
+def parameters_of_call(value):
+    return inspect.signature(value.__init__ if inspect.isclass(value) else value).parameters
+
+
 def drawing_functions():
-    return {name for name, f in FUNCTIONS.items() if "generator" in inspect.signature(f).parameters}
+    return {name for name, value in PUBLIC.items() if "generator" in parameters_of_call(value)}
 
 
 def test_every_drawing_function_is_listed():
@@ -192,7 +240,7 @@ def test_every_drawing_function_is_listed():
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_draws_come_from_the_generator_alone(name):
-    parameter = inspect.signature(FUNCTIONS[name]).parameters["generator"]
+    parameter = parameters_of_call(PUBLIC[name])["generator"]
     assert parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.default is inspect.Parameter.empty
     before = torch.random.get_rng_state()
     first = DRAWS[name](verify.rng(name))
@@ -203,6 +251,7 @@ def test_draws_come_from_the_generator_alone(name):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_random_call_is_given_a_generator(name):
+    assert not list(unseeded_layers(SOURCES[name]))
     for where, node in functions_of(SOURCES[name]):
         for attribute, call in torch_calls(node):
             if attribute in RANDOM:
@@ -228,6 +277,9 @@ def factory_calls_without_device(tree):
         for attribute, call in torch_calls(node):
             if attribute in FACTORIES and "device" not in {k.arg for k in call.keywords}:
                 yield where, f"torch.{attribute} on line {call.lineno}"
+        for attribute, call in nn_calls(node):
+            if attribute.split(".")[-1] in LAYERS_WITH_TENSORS and "device" not in {k.arg for k in call.keywords}:
+                yield where, f"nn.{attribute} on line {call.lineno}"
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -270,7 +322,7 @@ def test_imports_point_upwards(name):
     assert used <= set(allowed), f"{name} imports {sorted(used - set(allowed))}"
 
 
-@pytest.mark.parametrize("name", ["weights", "categorical", "markov", "selection", "verify"])
+@pytest.mark.parametrize("name", ["weights", "categorical", "markov", "selection", "policies", "losses", "verify"])
 def test_the_core_needs_no_optional_package(name):
     top = {
         alias.name.split(".")[0] for node in SOURCES[name].body if isinstance(node, ast.Import) for alias in node.names
@@ -286,5 +338,11 @@ def test_the_syntax_walks_see_what_they_look_for():
     assert list(factory_calls_without_device(bad)) == [("f", "torch.zeros on line 3")]
     calls = [attribute for _, node in functions_of(bad) for attribute, _ in torch_calls(node)]
     assert set(calls) == {"zeros", "rand"}
+    bad = ast.parse(
+        "def f(w):\n    nn.init.zeros_(w)\n    nn.init.normal_(w)\n    torch.nn.init.xavier_uniform_(w, generator=g)\n"
+        "    torch.nn.Linear(2, 3)\n    nn.utils.skip_init(nn.Linear, 2, 3)\n    nn.LayerNorm(3, device=w.device)"
+    )
+    assert list(unseeded_layers(bad)) == [("f", "nn.init.normal_ on line 3"), ("f", "nn.Linear on line 5")]
+    assert list(factory_calls_without_device(bad)) == [("f", "nn.utils.skip_init on line 6")]
     head, found = sections("Do it.\n\n    Args:\n        x: a\n        y: b\n\n    Returns:\n        c")
     assert head.strip() == "Do it." and list(found) == ["Args", "Returns"]

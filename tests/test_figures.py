@@ -216,3 +216,105 @@ def test_table_is_readable_as_text_and_escaped_as_html():
 def test_table_refuses_ragged_columns(columns):
     with pytest.raises(ValueError, match="columns must hold at least one column, all of one length"):
         figures.table(columns, "Bad.")
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+class FakeIPython:
+    """A notebook's side of `display(..., display_id=True)`: keeps what is stored, and everything that was shown."""
+
+    def __init__(self, monkeypatch, shell="a shell"):
+        self.shown = []
+        monkeypatch.setitem(sys.modules, "IPython", self)
+        monkeypatch.setitem(sys.modules, "IPython.display", self)
+        self.get_ipython = lambda: shell
+
+    def display(self, value, *, display_id):
+        assert display_id is True
+        self.shown.append(value)
+        return self
+
+    def update(self, value):
+        self.shown.append(value)
+
+    @property
+    def stored(self):
+        return self.shown[-1]._repr_mimebundle_()
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    return FakeIPython(monkeypatch)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """A clock that a quarter of a second passes on at every look."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(figures.time, "monotonic", lambda: next(ticks) / 4)
+
+
+def endless():
+    number = 0
+    while True:
+        yield number
+        number += 1
+
+
+AT_REST = {"text/html": '<p class="bk-progress">a &lt; b</p>', "text/plain": "[progress] a < b"}
+
+
+@pytest.mark.parametrize("place", ["nowhere", "plain Python with IPython loaded", "notebook"])
+def test_progress_passes_items_through(place, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "IPython", raising=False)
+    fake = FakeIPython(monkeypatch, None if "plain" in place else "a shell") if place != "nowhere" else None
+    items = [object(), None, 0]
+    assert list(figures.progress(items, "a < b")) == items
+    assert list(figures.progress((x for x in items), "a < b")) == items
+    assert list(figures.progress([], "a < b")) == []
+    if place == "notebook":
+        assert len(fake.shown) == 6 and fake.stored == AT_REST
+    else:
+        assert fake is None or not fake.shown
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_takes_one_item_at_a_time(notebook):
+    source = endless()
+    steps = figures.progress(source, "a")
+    assert [next(steps), next(steps)] == [0, 1] and next(source) == 2
+
+
+def test_progress_counts_and_rests_at_its_label(notebook, slow):
+    assert list(figures.progress(range(9), "a < b")) == list(range(9))
+    texts = [repr(x) for x in notebook.shown]
+    assert texts[0] == texts[-1] == "[progress] a < b"
+    assert texts[1:-1] == ["a < b: 2 of 9", "a < b: 5 of 9", "a < b: 8 of 9"]  # once half a second has passed
+    assert "a &lt; b: 2 of 9" in notebook.shown[1].html
+    assert notebook.stored == notebook.shown[0]._repr_mimebundle_() == AT_REST
+
+
+def test_progress_without_a_length_shows_the_number_so_far(notebook, slow):
+    assert list(figures.progress((x for x in range(4)), "a < b")) == [0, 1, 2, 3]
+    assert [repr(x) for x in notebook.shown[1:-1]] == ["a < b: 2"] and notebook.stored == AT_REST
+
+
+def test_progress_rests_also_when_the_loop_is_left(notebook, slow):
+    for item in figures.progress(endless(), "a < b"):
+        if item == 5:
+            break
+    assert notebook.stored == AT_REST
+
+    def fails():
+        yield from range(3)
+        raise RuntimeError("in the source")
+
+    with pytest.raises(RuntimeError, match="in the source"):
+        list(figures.progress(fails(), "a < b"))
+    assert notebook.stored == AT_REST
+
+
+def test_progress_needs_a_label():
+    with pytest.raises(ValueError, match="label must not be empty, got ''"):
+        figures.progress([1], "")  # at once, before the first item

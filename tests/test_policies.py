@@ -71,8 +71,8 @@ def test_tabular_draws_follow_its_law(rng):
     assert torch.equal(drawn, categorical.sample(target, 50, generator=rng))
     assert drawn.dtype == torch.int64 and drawn.shape == (50,)
     wrong = {
-        "another law": (draws_from(S0), S0),
-        "never the last": (draws_from(without(target, 2)), without(target, 2)),
+        "another-law": (draws_from(S0), S0),
+        "never-the-last": (draws_from(without(target, 2)), without(target, 2)),
     }
     check_sampler(lambda n, g: policy.sample(n, generator=g), target, wrong, rng)
 
@@ -342,9 +342,9 @@ def test_gradient_of_the_transformer_is_that_of_its_law(rng):
     with torch.no_grad():
         before = policy.logps(strings[5])
         for parameter, g in zip(policy.parameters(), gradient, strict=True):
-            parameter += 1e-3 * g
+            parameter += 1e-5 * g
         gain = (policy.logps(strings[5]) - before).item()
-    assert gain == pytest.approx(1e-3 * sum(g.square().sum().item() for g in gradient), rel=0.1)
+    assert gain == pytest.approx(1e-5 * sum(g.square().sum().item() for g in gradient), rel=0.02)
 
 
 def test_float32_reference(rng):
@@ -380,7 +380,7 @@ def test_batch_shapes_and_prefixes(rng):
 def test_excluded_symbols_stay_excluded(rng):
     # After b never b, and a string never starts with the separator: 27 strings lose some.
     ref = MarkovChain(torch.stack([law(0.2, 0.5, 0.3), law(0.6, 0, 0.4), law(0.5, 0.5, 0)]), "ab ")
-    policy = perturbed(small_policy(ref, 3, rng), rng)
+    policy = perturbed(small_policy(ref, 3, rng), rng, 0.2)
     strings = all_strings(3, 3)
     gone = ref.logps(strings) == -math.inf
     assert 0 < int(gone.sum()) < 27
@@ -593,14 +593,14 @@ def test_weighted_likelihood_trains_to_the_tilt(rng):
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_a_transformer_trains_to_the_tilt_of_its_chain(kind, rng):
-    ref = random_chain(3, 1, rng)
-    rewards = 1.5 * torch.randn(3, 3, generator=rng, dtype=F64)
+    ref = MarkovChain(torch.stack([law(0.5, 0.3, 0.2), law(0.2, 0.5, 0.3), law(0.3, 0.3, 0.4)]), "ab ")
+    rewards = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 2, 0]], dtype=F64)
     strings = all_strings(3, 3)
-    target, *near_miss = (ref.tilt(rewards, BETA * x, 3).logps(strings) for x in (1, 1.2, 1 / 1.2))
+    target, *near_miss = (ref.tilt(rewards, BETA * x, 3).logps(strings) for x in (1, 1.1, 1 / 1.1))
     policy = small_policy(ref, 3, rng, layers=1)
 
     def loss():
-        y = policy.sample(256, generator=rng)
+        y = policy.sample(128, generator=rng)
         r = ref.total_reward(y, rewards).view(-1, 4)
         if kind == "rloo":
             return losses.rloo(policy.logps(y).view(-1, 4), ref.logps(y).view(-1, 4), r, BETA)
@@ -613,4 +613,4 @@ def test_a_transformer_trains_to_the_tilt_of_its_chain(kind, rng):
     train(policy, loss, 200, 0.005)
     with torch.no_grad():
         logps = policy.logps(strings)
-    arrives(logps - logps.logsumexp(0), target, near_miss, 3e-3)
+    arrives(logps - logps.logsumexp(0), target, near_miss, 1e-3)

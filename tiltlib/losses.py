@@ -221,21 +221,26 @@ def grpo(
     old = logps.detach() if old_logps is None else old_logps.detach()
     _draws(logps=logps, old_logps=old)
 
-    counted = torch.ones_like(logps) if mask is None else mask.to(logps.dtype)
+    if mask is not None:
+        # Before any exponential: padding may be as unlikely as it likes, and infinity times 0 is not 0.
+        logps, ref_logps, old = (torch.where(mask, x, 0) for x in (logps, ref_logps, old))
+    size = rewards.abs()
     if kl == "reward":
-        rewards = rewards - beta * ((logps - ref_logps) * counted).sum(-1)
+        rewards = rewards - beta * (logps - ref_logps).sum(-1)
+        size = size + beta * (logps.abs() + ref_logps.abs()).sum(-1)
     centred = rewards - rewards.mean(-1, keepdim=True)
     advantages = _leave_one_out(rewards) if baseline == "leave-one-out" else centred
     if scale == "group":
         sd = centred.square().mean(-1, keepdim=True).sqrt()
         # Equal rewards may differ by rounding; dividing that by itself would turn it into advantages of size 1.
-        rounding = 16 * torch.finfo(sd.dtype).eps * rewards.abs().amax(-1, keepdim=True)
+        rounding = 16 * torch.finfo(sd.dtype).eps * size.amax(-1, keepdim=True)
         advantages = torch.where(sd > rounding, advantages / torch.where(sd > rounding, sd, 1), 0)
     advantages = advantages.detach().unsqueeze(-1)
     ratios = torch.exp(logps - old)
     gain = torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
     penalty = 0.0 if kl == "reward" else beta * getattr(kl_estimators(logps, ref_logps), kl)
-    return -((gain - penalty) * counted).sum(-1).mean(-1)
+    per_token = gain - penalty
+    return -(per_token if mask is None else torch.where(mask, per_token, 0)).sum(-1).mean(-1)
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, labels: Tensor | float = 1.0) -> Tensor:
@@ -338,6 +343,8 @@ def count_wins(first: Tensor, second: Tensor, labels: Tensor, k: int) -> Tensor:
         ValueError: indices outside 0..k-1, shapes that differ, `k` < 2, or a label other than 0 and 1.
     """
     _checks.count("k", k)
+    if k < 2:
+        raise ValueError(f"k must be an integer >= 2, got {k}")
     _checks.indices("first", first, k)
     _checks.indices("second", second, k)
     _checks.same_shape(first=first, second=second, labels=labels)
@@ -385,10 +392,10 @@ def fit_bradley_terry(wins: Tensor) -> Tensor:
         return -(table * torch.nn.functional.logsigmoid(r[:, None] - r)).sum()
 
     for _ in range(100):  # Newton's steps double the correct digits; a hundred is far more than any table has needed
-        win = torch.sigmoid(rewards[:, None] - rewards)
-        surplus = table * (1 - win)
+        win, lose = torch.sigmoid(rewards[:, None] - rewards), torch.sigmoid(rewards - rewards[:, None])
+        surplus = table * lose
         gradient = surplus.sum(0) - surplus.sum(1)
-        spread = (table + table.T) * win * (1 - win)
+        spread = (table + table.T) * win * lose
         # Adding the all-ones matrix fixes the free constant: the Laplacian alone has that kernel.
         hessian = torch.diag(spread.sum(1)) - spread + spread.mean()
         direction = torch.linalg.solve(hessian, -gradient)
