@@ -10,7 +10,8 @@ Which one aims at pi* proportional to p exp(r / beta):
     policy_gradient, rloo        on fresh draws of the policy: the exact gradient of E r - beta KL(pi || p)
     dpo, bradley_terry           on any pairs that connect the outcomes, with Bradley-Terry labels
     weighted_likelihood          on draws of the reference, with weights exp(r / beta)
-    grpo                         only with scale="none" and kl="reward" or, for whole-sequence ratios, kl="k2"
+    grpo                         only with scale="none", and kl="reward" or, on whole-sequence ratios with
+                                 baseline="leave-one-out", kl="k2"
 """
 
 from typing import Literal, NamedTuple
