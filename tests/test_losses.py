@@ -680,6 +680,24 @@ def test_fit_of_extreme_tables(often, rarely):
     close(losses.fit_bradley_terry(wins).diff(), vector(0, -math.log(2)), 1e-8)
 
 
+# Powers of ten of the number of wins, None for no game. Full Newton steps diverge on each of these.
+LOPSIDED = [
+    [[None, -5, None, None], [1, None, 3, None], [None, None, None, 3], [-2, None, None, None]],
+    [[None, -5, None, 2], [6, None, 1, 3], [-4, None, None, -4], [-5, None, -3, None]],
+    [[None, 5, None, None], [None, None, -3, -4], [None, 2, None, 3], [-2, None, -4, None]],
+    [[None, 4, -5, None], [None, None, 4, None], [-6, None, None, -5], [-4, None, 1, None]],
+]
+
+
+@pytest.mark.parametrize("powers", LOPSIDED)
+def test_fit_of_lopsided_tables(powers):
+    """At the maximum each item beats expectations as much as it falls short of them."""
+    wins = torch.tensor([[0 if x is None else 10**x for x in row] for row in powers], dtype=F64)
+    rewards = losses.fit_bradley_terry(wins)
+    surprise = wins * torch.sigmoid(rewards - rewards[:, None])  # wins of i against j that the model did not expect
+    torch.testing.assert_close(surprise.sum(0), surprise.sum(1), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("chunk", [2, 9])
 def test_fit_names_the_items_that_were_never_compared(chunk):
     wins = torch.zeros(chunk + 2, chunk + 2, dtype=F64)

@@ -308,6 +308,21 @@ def test_transformer_knows_where_it_is(rng):
     close(rows, rows[:1].expand(4, 2), 1e-5)
 
 
+def test_blocks_add_to_what_comes_in(rng):
+    """With nothing to add, the network sees the last symbol and the place alone."""
+    policy = perturbed(small_policy(random_chain(3, 1, rng), 4, rng), rng)
+    strings = all_strings(3, 4)
+    with torch.no_grad():
+        for block in policy.blocks:
+            for layer in (block.out, block.down):
+                layer.weight[:] = 0
+                layer.bias[:] = 0
+        last = torch.nn.functional.pad(strings[:, :-1], (1, 0), value=3)
+        added = policy.head(policy.last(policy.symbols[last] + policy.places))
+    expected = torch.log_softmax(policy.ref.table(0)[last.clamp(max=2)] + added, -1)
+    close(policy.conditionals(strings), expected, 1e-6)
+
+
 def test_every_parameter_is_used(rng):
     policy = perturbed(small_policy(random_chain(3, 1, rng), 4, rng), rng)
     policy.logps(all_strings(3, 4)).square().sum().backward()
@@ -414,7 +429,7 @@ def test_draws_use_the_very_conditionals_of_a_full_pass(kind, rng, monkeypatch):
     categorical_sample = categorical.sample
     monkeypatch.setattr(policies.categorical, "sample", spy)
     drawn = policy.sample(200, generator=rng)
-    assert len(used) == 4
+    assert len(used) == 4 and not any(logps.requires_grad for logps in used)
     torch.testing.assert_close(torch.stack(used, 1), policy.conditionals(drawn), rtol=1e-5, atol=1e-5)
 
 
