@@ -11,7 +11,7 @@ import torch
 from helpers import S0, S0_REWARDS, law
 
 import tiltlib
-from tiltlib import categorical, markov, policies, selection, verify
+from tiltlib import categorical, markov, policies, resampling, selection, verify
 
 PACKAGE = Path(tiltlib.__file__).parent
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
@@ -214,6 +214,12 @@ DRAWS = {
     "policies.TabularPolicy.sample": lambda g: policies.TabularPolicy(S0).sample(50, generator=g),
     "policies.TransformerPolicy": lambda g: parameters_of(transformer(g)),
     "policies.TransformerPolicy.sample": lambda g: transformer(verify.rng("weights")).sample(50, generator=g),
+    "resampling.gumbel_top_k": lambda g: resampling.gumbel_top_k(POOL, 2, generator=g),
+    "resampling.multinomial": lambda g: resampling.multinomial(POOL, 9, generator=g),
+    "resampling.rejection": lambda g: resampling.rejection(POOL, 1.0, 2.0, generator=g),
+    "resampling.residual": lambda g: resampling.residual(POOL, 9, generator=g),
+    "resampling.stratified": lambda g: resampling.stratified(POOL, 9, generator=g),
+    "resampling.systematic": lambda g: resampling.systematic(POOL, 9, generator=g),
     "selection.best_of_n": lambda g: selection.best_of_n(torch.zeros(50, 3), generator=g),
     "selection.soft_best_of_n": lambda g: selection.soft_best_of_n(POOL, 1.0, generator=g),
     "selection.candidate_counts": lambda g: selection.candidate_counts(S0.expand(50, 3), 9, generator=g),
@@ -322,7 +328,9 @@ def test_imports_point_upwards(name):
     assert used <= set(allowed), f"{name} imports {sorted(used - set(allowed))}"
 
 
-@pytest.mark.parametrize("name", ["weights", "categorical", "markov", "selection", "policies", "losses", "verify"])
+@pytest.mark.parametrize(
+    "name", ["weights", "categorical", "markov", "selection", "resampling", "policies", "losses", "verify"]
+)
 def test_the_core_needs_no_optional_package(name):
     top = {
         alias.name.split(".")[0] for node in SOURCES[name].body if isinstance(node, ast.Import) for alias in node.names

@@ -9,7 +9,18 @@ from importlib import import_module
 from types import ModuleType
 
 __version__ = "0.1.0"
-__all__ = ["categorical", "data", "figures", "losses", "markov", "policies", "selection", "verify", "weights"]
+__all__ = [
+    "categorical",
+    "data",
+    "figures",
+    "losses",
+    "markov",
+    "policies",
+    "resampling",
+    "selection",
+    "verify",
+    "weights",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,0 +1,271 @@
+"""Resampling schemes: their definition place by place, their exact laws, their counts, and what they refuse."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import F64, S0, S0_REWARDS, law, random_law, vector
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiltlib import categorical, resampling, verify
+
+SCHEMES = {name: getattr(resampling, name) for name in ("multinomial", "residual", "stratified", "systematic")}
+W = law(0.5, 0.3, 0.2)
+
+
+def counts_of(ancestors, k):
+    return torch.nn.functional.one_hot(ancestors, k).sum(-2)
+
+
+def follows(samples, target, wrong):
+    """A correct sample passes; the check has the power to see the wrong law."""
+    verdict = verify.match(samples, target, claim="resampling", versus=[wrong])
+    assert verdict, verdict.line()
+
+
+def rows(log_weights, b):
+    return log_weights.expand(b, -1)
+
+
+# --- definition and exact laws ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 100, 1000])
+def test_systematic_is_the_search_it_replaces(n, rng):
+    log_weights = 4 * torch.randn(50, 37, generator=rng, dtype=F64)
+    state = rng.get_state()
+    ancestors = resampling.systematic(log_weights, n, generator=rng)
+    rng.set_state(state)
+    u = torch.rand(50, 1, generator=rng, dtype=F64)
+    cdf = torch.softmax(log_weights, -1).cumsum(-1)
+    searched = torch.searchsorted(cdf / cdf[:, -1:], (torch.arange(n) + u) / n, right=True)
+    assert torch.equal(ancestors, searched)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 100, 1000])
+def test_stratified_is_the_search_it_replaces(n, rng):
+    log_weights = 4 * torch.randn(50, 37, generator=rng, dtype=F64)
+    state = rng.get_state()
+    ancestors = resampling.stratified(log_weights, n, generator=rng)
+    rng.set_state(state)
+    u = torch.rand(50, n, generator=rng, dtype=F64)
+    cdf = torch.softmax(log_weights, -1).cumsum(-1)
+    searched = torch.searchsorted(cdf / cdf[:, -1:], (torch.arange(n) + u) / n, right=True)
+    assert torch.equal(ancestors, searched)
+
+
+# Law of the two places (a, b), as a 3 x 3 table, for W = (.5, .3, .2) and n = 2.
+PAIRS = {
+    # Independent places.
+    "multinomial": torch.outer(W.exp(), W.exp()),
+    # n W = (1, .6, .4): one certain copy of 0, and one draw from (0, .6, .4).
+    "residual": torch.tensor([[0, 0.6, 0.4], [0, 0, 0], [0, 0, 0]], dtype=F64),
+    # The first stratum [0, .5) belongs to 0; in the second, [.5, .8) to 1 and [.8, 1) to 2.
+    "stratified": torch.tensor([[0, 0.6, 0.4], [0, 0, 0], [0, 0, 0]], dtype=F64),
+    # U / 2 < .5 is 0; (1 + U) / 2 < .8 iff U < .6.
+    "systematic": torch.tensor([[0, 0.6, 0.4], [0, 0, 0], [0, 0, 0]], dtype=F64),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_law_of_two_places(name, rng):
+    target = PAIRS[name].flatten().log()
+    off = torch.log_softmax(target * 1.1, -1)
+    n = verify.plan(target, off)
+    places = SCHEMES[name](rows(W, n), 2, generator=rng)
+    follows(places[:, 0] * 3 + places[:, 1], target, off)
+
+
+def test_three_places_tell_the_schemes_apart(rng):
+    # n W = (1.5, .9, .6). Systematic, by U: [0, .4) gives 0 0 1, [.4, .5) gives 0 0 2, [.5, 1) gives 0 1 2.
+    # Stratified: place 0 is 0; place 1 is 0 or 1, half each; place 2 is 1 if U < .4, else 2.
+    tables = {
+        "systematic": {(0, 0, 1): 0.4, (0, 0, 2): 0.1, (0, 1, 2): 0.5},
+        "stratified": {(0, 0, 1): 0.2, (0, 1, 1): 0.2, (0, 0, 2): 0.3, (0, 1, 2): 0.3},
+    }
+    for name, table in tables.items():
+        target = torch.zeros(27, dtype=F64)
+        for (a, b, c), mass in table.items():
+            target[9 * a + 3 * b + c] = mass
+        off = torch.log_softmax(target.log() * 1.1, -1)
+        places = SCHEMES[name](rows(W, verify.plan(target.log(), off)), 3, generator=rng)
+        follows(places @ torch.tensor([9, 3, 1]), target.log(), off)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_random_place_has_the_weights_as_its_law(name, rng):
+    target = random_law(16, rng)
+    hotter = torch.log_softmax(target / 1.05, -1)
+    b = verify.plan(target, hotter)
+    ancestors = SCHEMES[name](rows(target + 3.0, b), 5, generator=rng)
+    place = torch.randint(5, (b, 1), generator=rng)
+    follows(ancestors.gather(-1, place), target, hotter)
+
+
+def test_shifted_ancestors_are_rejected(rng):
+    """Sorted, but off by one: the check of the test above has to see it."""
+    target = random_law(16, rng)
+    hotter = torch.log_softmax(target / 1.05, -1)
+    b = verify.plan(target, hotter)
+    ancestors = resampling.systematic(rows(target, b), 5, generator=rng)
+    place = torch.randint(5, (b, 1), generator=rng)
+    wrong = (ancestors + 1).clamp(max=15).gather(-1, place)
+    assert verify.match(wrong, target, claim="resampling!shifted", versus=[hotter]).decision == "REJECT"
+
+
+# --- counts ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_counts_stay_near_the_expected_ones(data):
+    k, n = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 40))
+    log_weights = vector(*data.draw(st.lists(st.floats(-8, 8), min_size=k, max_size=k)))
+    g = verify.rng("counts", salt=str(data.draw(st.integers(0, 10**6))))
+    expected = n * torch.softmax(log_weights, -1)
+    drawn = {name: counts_of(f(log_weights, n, generator=g), k).double() for name, f in SCHEMES.items()}
+    assert all(c.sum() == n for c in drawn.values())
+    slack = 1e-9 * (1 + expected)
+    assert ((drawn["systematic"] - expected).abs() < 1 + slack).all()
+    assert ((drawn["stratified"] - expected).abs() < 2 + slack).all()
+    assert (drawn["residual"] >= (expected - slack).floor()).all()
+
+
+@pytest.mark.parametrize("name", ["residual", "stratified", "systematic"])
+@pytest.mark.parametrize("k", [1, 3, 7, 10, 49, 1000])
+def test_equal_weights_keep_everyone_once(name, k, rng):
+    ancestors = SCHEMES[name](torch.full((k,), -2.5, dtype=F64), k, generator=rng)
+    assert torch.equal(ancestors.sort().values, torch.arange(k))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_limits(name, rng):
+    alone = vector(-math.inf, 2.0, -math.inf)
+    assert (SCHEMES[name](alone, 20, generator=rng) == 1).all()
+    some = vector(-math.inf, 0.0, -math.inf, 0.7, -math.inf)
+    drawn = SCHEMES[name](rows(some, 500), 11, generator=rng)
+    assert set(drawn.unique().tolist()) == {1, 3}
+    assert SCHEMES[name](vector(3.0), 4, generator=rng).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_constant_changes_nothing_and_inputs_stay(name, rng):
+    log_weights = torch.randn(4, 9, generator=rng, dtype=F64)
+    before, state = log_weights.clone(), rng.get_state()
+    first = SCHEMES[name](log_weights, 6, generator=rng)
+    rng.set_state(state)
+    assert torch.equal(first, SCHEMES[name](log_weights + 700, 6, generator=rng))
+    assert torch.equal(log_weights, before) and first.dtype == torch.int64
+
+
+@pytest.mark.parametrize("name", ["multinomial", "stratified", "systematic"])
+def test_a_batch_is_a_loop(name, rng):
+    log_weights = torch.randn(2, 3, 9, generator=rng, dtype=F64)
+    state = rng.get_state()
+    together = SCHEMES[name](log_weights, 6, generator=rng)
+    rng.set_state(state)
+    one_by_one = [SCHEMES[name](row, 6, generator=rng) for row in log_weights.view(6, 9)]
+    assert torch.equal(together.view(6, 6), torch.stack(one_by_one))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_float32_weights(name, rng):
+    ancestors = SCHEMES[name](torch.randn(3, 50, generator=rng), 20, generator=rng)
+    assert ancestors.shape == (3, 20) and 0 <= int(ancestors.min()) <= int(ancestors.max()) < 50
+
+
+# --- without replacement, and one by one -----------------------------------------------------------------------------
+
+
+def plackett_luce(probs, n):
+    """Probability of each ordered selection, shape (K,) * n."""
+    table = torch.zeros((len(probs),) * n, dtype=F64)
+    for order in itertools.permutations(range(len(probs)), n):
+        left, chance = 1.0, 1.0
+        for i in order:
+            chance *= probs[i] / left
+            left -= probs[i]
+        table[order] = chance
+    return table
+
+
+def test_gumbel_top_k_is_plackett_luce(rng):
+    target = plackett_luce(W.exp().tolist(), 2).flatten().log()
+    off = plackett_luce(torch.softmax(W / 1.05, -1).tolist(), 2).flatten().log()
+    first = resampling.gumbel_top_k(rows(W - 5, verify.plan(target, off)), 2, generator=rng)
+    follows(first[:, 0] * 3 + first[:, 1], target, off)
+    # Inclusion probabilities .839286, .675, .485714.
+    table = target.exp().view(3, 3)
+    torch.testing.assert_close(table.sum(0) + table.sum(1), vector(0.839286, 0.675, 0.485714), atol=1e-6, rtol=0)
+
+
+def test_gumbel_top_k_of_everyone_is_a_permutation(rng):
+    drawn = resampling.gumbel_top_k(torch.randn(20, 8, generator=rng, dtype=F64), 8, generator=rng)
+    assert torch.equal(drawn.sort(-1).values, torch.arange(8).expand(20, 8))
+    some = vector(0.0, -math.inf, 1.0)
+    assert set(resampling.gumbel_top_k(some, 2, generator=rng).tolist()) == {0, 2}
+
+
+@pytest.mark.parametrize("max_reward", [2.0, 3.0, 1.0])
+def test_rejection_keeps_draws_of_the_clipped_tilt(max_reward, rng):
+    clipped = S0_REWARDS.clamp(max=max_reward)
+    target, off = categorical.tilt(S0, clipped, 1.0), categorical.tilt(S0, clipped, 1.1)
+    acceptance = categorical.expectation(S0, torch.exp(clipped - max_reward)).item()
+    y = categorical.sample(S0, math.ceil(1.2 * verify.plan(target, off) / acceptance), generator=rng)
+    kept = resampling.rejection(S0_REWARDS[y], 1.0, max_reward, generator=rng)
+    follows(y[kept], target, off)
+    coin = vector(acceptance, 1 - acceptance).log()
+    verdict = verify.match((~kept).long(), coin, claim="acceptance")
+    assert verdict, verdict.line()
+
+
+def test_rejection_instances_of_the_theory(rng):
+    # Acceptance .378031 at the true maximum; the tilt by min(r, 1) is (.268941, .438635, .292423).
+    assert math.isclose(categorical.expectation(S0, torch.exp(S0_REWARDS - 2)).item(), 0.378031, abs_tol=1e-6)
+    clipped = categorical.tilt(S0, S0_REWARDS.clamp(max=1), 1.0).exp()
+    torch.testing.assert_close(clipped, vector(0.268941, 0.438635, 0.292423), atol=1e-6, rtol=0)
+    never = resampling.rejection(torch.full((1000,), -math.inf, dtype=F64), 1.0, 0.0, generator=rng)
+    assert not never.any()
+    assert resampling.rejection(torch.zeros(1000, dtype=F64), 1.0, 0.0, generator=rng).all()
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES.values(), resampling.gumbel_top_k])
+@pytest.mark.parametrize(
+    ("log_weights", "n", "error", "text"),
+    [
+        (vector(-math.inf, -math.inf), 1, ValueError, "log_weights must leave at least one outcome"),
+        (vector(0.0, math.nan), 1, ValueError, "log_weights must be finite or -inf"),
+        (vector(0.0, math.inf), 1, ValueError, "log_weights must be finite or -inf"),
+        (torch.tensor([1, 2]), 1, TypeError, "log_weights must be a floating-point"),
+        (vector(0.0, 1.0), 0, ValueError, "n must be an integer >= 1, got 0"),
+        (vector(0.0, 1.0), -2, ValueError, "n must be an integer >= 1, got -2"),
+        (vector(0.0, 1.0), 1.5, TypeError, "n must be an int, got float"),
+    ],
+)
+def test_bad_weights(scheme, log_weights, n, error, text, rng):
+    with pytest.raises(error, match=text):
+        scheme(log_weights, n, generator=rng)
+
+
+def test_too_few_for_top_k(rng):
+    with pytest.raises(ValueError, match="n must be at most the number of indices with positive weight, 1, got 2"):
+        resampling.gumbel_top_k(vector(0.0, -math.inf, -math.inf), 2, generator=rng)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "beta", "max_reward", "error", "text"),
+    [
+        (vector(math.nan), 1.0, 0.0, ValueError, "rewards must be finite or -inf"),
+        (torch.tensor([1]), 1.0, 0.0, TypeError, "rewards must be a floating-point"),
+        (vector(0.0), 0.0, 0.0, ValueError, "beta must be finite and > 0, got 0.0"),
+        (vector(0.0), 1.0, math.inf, ValueError, "max_reward must be finite, got inf"),
+        (vector(0.0), 1.0, math.nan, ValueError, "max_reward must be finite, got nan"),
+    ],
+)
+def test_bad_rejection(rewards, beta, max_reward, error, text, rng):
+    with pytest.raises(error, match=text):
+        resampling.rejection(rewards, beta, max_reward, generator=rng)
