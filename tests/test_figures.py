@@ -255,13 +255,6 @@ def slow(monkeypatch):
     monkeypatch.setattr(figures.time, "monotonic", lambda: next(ticks) / 4)
 
 
-def endless():
-    number = 0
-    while True:
-        yield number
-        number += 1
-
-
 AT_REST = {"text/html": '<p class="bk-progress">a &lt; b</p>', "text/plain": "[progress] a < b"}
 
 
@@ -281,7 +274,7 @@ def test_progress_passes_items_through(place, monkeypatch, capsys):
 
 
 def test_progress_takes_one_item_at_a_time(notebook):
-    source = endless()
+    source = iter(range(1000))
     steps = figures.progress(source, "a")
     assert [next(steps), next(steps)] == [0, 1] and next(source) == 2
 
@@ -301,7 +294,7 @@ def test_progress_without_a_length_shows_the_number_so_far(notebook, slow):
 
 
 def test_progress_rests_also_when_the_loop_is_left(notebook, slow):
-    for item in figures.progress(endless(), "a < b"):
+    for item in figures.progress(range(1000), "a < b"):
         if item == 5:
             break
     assert notebook.stored == AT_REST

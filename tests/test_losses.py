@@ -1162,3 +1162,23 @@ def test_rloo_on_random_laws(k, rng):
         close(expected_gradient(loss, theta, 3), -objective_gradient(theta, ref, rewards, 0.8))
         assert is_zero(expected_gradient(loss, tilt(ref, rewards, 0.8), 3))
         assert not is_zero(expected_gradient(loss, tilt(ref, rewards, 0.88), 3), 1e-4)
+
+
+@pytest.mark.parametrize("labels", [torch.ones(3, dtype=F64), torch.ones(4, 2, dtype=F64)])
+def test_labels_must_not_enlarge_the_loss(labels):
+    with pytest.raises(ValueError, match=r"labels must broadcast to shape \(2,\), got"):
+        losses.bradley_terry(vector(0.1, 0.2), vector(0.0, 0.0), labels)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "text"),
+    [
+        (math.nan, "baseline must be finite"),
+        (torch.zeros(3, dtype=F64), r"baseline must broadcast to shape \(2,\), got \(3,\)"),
+        (torch.zeros(4, 2, dtype=F64), r"baseline must broadcast to shape \(2,\), got \(4, 2\)"),
+    ],
+)
+def test_bad_baselines(baseline, text):
+    logps = vector(-1.0, -2.0)
+    with pytest.raises(ValueError, match=text):
+        losses.policy_gradient(logps, logps, vector(0.0, 1.0), 1.0, baseline=baseline)

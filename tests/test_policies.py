@@ -119,11 +119,12 @@ def test_bad_outcomes(outcomes, error, text):
         natural_step(LOGITS, outcomes, S0, S0_REWARDS, 1.0, 0.1)
 
 
-def test_tabular_says_that_training_has_diverged(rng):
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_tabular_says_that_training_has_diverged(bad, rng):
     policy = TabularPolicy(LOGITS)
     with torch.no_grad():
-        policy.logits[1] = math.nan
-    text = "logits must be finite, got NaN: training has diverged, lower the learning rate"
+        policy.logits[1] = bad
+    text = "logits must be finite, got NaN or inf: training has diverged, lower the learning rate"
     for call in (policy.law, lambda: policy.logps(torch.tensor(0)), lambda: policy.sample(1, generator=rng)):
         with pytest.raises(ValueError, match=text):
             call()
@@ -629,3 +630,17 @@ def test_a_transformer_trains_to_the_tilt_of_its_chain(kind, rng):
     with torch.no_grad():
         logps = policy.logps(strings)
     arrives(logps - logps.logsumexp(0), target, near_miss, 1e-3)
+
+
+def test_natural_step_wants_one_row_of_one_dtype():
+    y = torch.tensor([0])
+    with pytest.raises(ValueError, match=r"must have shape \(K,\) and one dtype, got shape \(2, 3\)"):
+        natural_step(S0.expand(2, 3), y, S0.expand(2, 3), S0_REWARDS.expand(2, 3), 1.0, 0.5)
+    with pytest.raises(ValueError, match="one dtype"):
+        natural_step(S0.float(), y, S0, S0_REWARDS, 1.0, 0.5)
+
+
+def test_a_tilted_reference_must_be_long_enough(rng):
+    chain = MarkovChain(law(0.4, 0.3, 0.3).expand(3, 3), "ab ").tilt(vector(0, 1, 0), 1.0, 3)
+    with pytest.raises(ValueError, match="length must be at most 3, the length of the tilted chain, got 4"):
+        TransformerPolicy(chain, 4, generator=rng, width=8, heads=2)

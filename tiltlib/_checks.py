@@ -140,6 +140,12 @@ def same_shape(**values: Tensor) -> None:
         raise ValueError(f"{' and '.join(values)} must have one shape, got {shapes}")
 
 
+def fits(name: str, value: Tensor, other: Tensor) -> None:
+    """Require a tensor that broadcasts to the shape of another without enlarging it."""
+    if not _broadcast(value.shape, other.shape) or torch.broadcast_shapes(value.shape, other.shape) != other.shape:
+        raise ValueError(f"{name} must broadcast to shape {tuple(other.shape)}, got {tuple(value.shape)}")
+
+
 def probabilities(name: str, value: object) -> None:
     """Require a floating tensor with entries in [0, 1]."""
     if not isinstance(value, Tensor) or not value.is_floating_point():

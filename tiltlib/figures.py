@@ -300,7 +300,7 @@ def progress(steps: Iterable[T], label: str) -> Iterator[T]:
     Raises:
         ValueError: `label` is empty.
     """
-    if not label:
+    if not label.strip():
         raise ValueError(f"label must not be empty, got {label!r}")
     return _shown_progress(steps, label)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltlib import _checks, categorical
-from tiltlib.markov import MarkovChain
+from tiltlib.markov import MarkovChain, TiltedChain
 
 __all__ = ["TabularPolicy", "TransformerPolicy", "natural_step"]
 
@@ -41,9 +41,10 @@ class TabularPolicy(nn.Module):
 
     def law(self) -> Tensor:
         """Compute the whole law, differentiable in the logits: log-probabilities of shape (K,)."""
-        if bool(self.logits.isnan().any()):
-            raise ValueError("logits must be finite, got NaN: training has diverged, lower the learning rate")
-        return torch.log_softmax(self.logits, -1)
+        logps = torch.log_softmax(self.logits, -1)
+        if bool(logps.isnan().any()):
+            raise ValueError("logits must be finite, got NaN or inf: training has diverged, lower the learning rate")
+        return logps
 
     def logps(self, outcomes: Tensor) -> Tensor:
         """Compute the log-probability of outcomes, differentiable in the logits.
@@ -111,6 +112,11 @@ def natural_step(
     _checks.logps("ref_logps", ref_logps)
     _checks.finite("ref_logps", ref_logps)
     _checks.same_shape(logits=logits, ref_logps=ref_logps, rewards=rewards)
+    if logits.ndim != 1 or not logits.dtype == ref_logps.dtype == rewards.dtype:
+        raise ValueError(
+            f"logits, ref_logps and rewards must have shape (K,) and one dtype, got shape {tuple(logits.shape)} and "
+            f"{logits.dtype}, {ref_logps.dtype}, {rewards.dtype}"
+        )
     _checks.indices("outcomes", outcomes, logits.shape[-1])
     _checks.positive("beta", beta)
     if not 0 < step < 2 / beta:
@@ -168,7 +174,7 @@ class TransformerPolicy(nn.Module):
 
     Raises:
         TypeError: a size that is not an int.
-        ValueError: a size below 1, or `width` no multiple of `heads`.
+        ValueError: a size below 1, `width` no multiple of `heads`, or a tilted chain shorter than `length`.
 
     Source: [vaswani2017]; book chapter 3, `policy-gradient-tilt`.
     """
@@ -185,6 +191,8 @@ class TransformerPolicy(nn.Module):
     ) -> None:
         for name, value in (("length", length), ("layers", layers), ("width", width), ("heads", heads)):
             _checks.count(name, value)
+        if isinstance(ref, TiltedChain) and ref.length < length:
+            raise ValueError(f"length must be at most {ref.length}, the length of the tilted chain, got {length}")
         if width % heads:
             raise ValueError(f"width must be a multiple of heads = {heads}, got {width}")
         super().__init__()
