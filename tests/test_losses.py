@@ -1182,3 +1182,11 @@ def test_bad_baselines(baseline, text):
     logps = vector(-1.0, -2.0)
     with pytest.raises(ValueError, match=text):
         losses.policy_gradient(logps, logps, vector(0.0, 1.0), 1.0, baseline=baseline)
+
+
+@pytest.mark.parametrize("odds", [2.0, 1e3, 1e6])
+def test_fit_of_a_long_chain(odds):
+    """Each item beats only the next one: 64 differences of log(odds), which add up to hundreds."""
+    wins = torch.diag(torch.full((63,), odds, dtype=F64), 1) + torch.diag(torch.ones(63, dtype=F64), -1)
+    differences = -losses.fit_bradley_terry(wins).diff()
+    torch.testing.assert_close(differences, torch.full((63,), math.log(odds), dtype=F64), atol=1e-8, rtol=0)

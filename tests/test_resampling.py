@@ -33,24 +33,13 @@ def rows(log_weights, b):
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 100, 1000])
-def test_systematic_is_the_search_it_replaces(n, rng):
+@pytest.mark.parametrize("name", ["systematic", "stratified"])
+def test_it_is_the_search_it_replaces(name, n, rng):
     log_weights = 4 * torch.randn(50, 37, generator=rng, dtype=F64)
     state = rng.get_state()
-    ancestors = resampling.systematic(log_weights, n, generator=rng)
+    ancestors = SCHEMES[name](log_weights, n, generator=rng)
     rng.set_state(state)
-    u = torch.rand(50, 1, generator=rng, dtype=F64)
-    cdf = torch.softmax(log_weights, -1).cumsum(-1)
-    searched = torch.searchsorted(cdf / cdf[:, -1:], (torch.arange(n) + u) / n, right=True)
-    assert torch.equal(ancestors, searched)
-
-
-@pytest.mark.parametrize("n", [1, 2, 7, 100, 1000])
-def test_stratified_is_the_search_it_replaces(n, rng):
-    log_weights = 4 * torch.randn(50, 37, generator=rng, dtype=F64)
-    state = rng.get_state()
-    ancestors = resampling.stratified(log_weights, n, generator=rng)
-    rng.set_state(state)
-    u = torch.rand(50, n, generator=rng, dtype=F64)
+    u = torch.rand(50, 1 if name == "systematic" else n, generator=rng, dtype=F64)
     cdf = torch.softmax(log_weights, -1).cumsum(-1)
     searched = torch.searchsorted(cdf / cdf[:, -1:], (torch.arange(n) + u) / n, right=True)
     assert torch.equal(ancestors, searched)

@@ -14,6 +14,7 @@ Which one aims at pi* proportional to p exp(r / beta):
                                  baseline="leave-one-out", kl="k2"
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -390,9 +391,11 @@ def fit_bradley_terry(wins: Tensor) -> Tensor:
         raise ValueError(f"wins must be >= 0, got {wins.min().item():g}")
     table = wins.detach().double().clone().fill_diagonal_(0)
     _identified(table)
-    k = len(table)
-    rewards = torch.zeros(k, dtype=torch.float64, device=table.device)
-    for _ in range(100):  # Newton's steps double the correct digits; a hundred is far more than any table has needed
+    rewards = torch.zeros(len(table), dtype=torch.float64, device=table.device)
+    # Along a path of victories the rewards may differ by the sum of its log-odds, and a step moves each by at most 2;
+    # after that Newton's method doubles the correct digits.
+    odds = torch.log1p(table.max() / table[table > 0].min()).item()
+    for _ in range(100 + math.ceil(len(table) * odds)):
         win, lose = torch.sigmoid(rewards[:, None] - rewards), torch.sigmoid(rewards - rewards[:, None])
         surplus = table * lose
         gradient = surplus.sum(0) - surplus.sum(1)
@@ -456,7 +459,7 @@ def self_certainty(
         ValueError: `conditionals` not normalised, without a dimension for positions, a sequence with no position left
             by `mask`, or an unknown direction.
 
-    Source: [jiao2025], [zhao2025]; book chapter 4, `self-certainty` and `self-certainty-direction`.
+    Source: [jiao2025], [kang2025], [zhao2025]; book chapter 4, `self-certainty` and `self-certainty-direction`.
     """
     _checks.logps("conditionals", conditionals)
     _checks.one_of("direction", direction, ("policy", "uniform"))
@@ -464,7 +467,7 @@ def self_certainty(
         raise ValueError(f"conditionals must have shape (..., L, V), got {tuple(conditionals.shape)}")
     if mask is not None:
         _checks.some_tokens(mask, conditionals.shape[:-1])
-    log_v = float(np.log(conditionals.shape[-1]))
+    log_v = math.log(conditionals.shape[-1])
     if direction == "policy":
         # Mask before the product: a masked product of 0 and inf would still have gradient NaN.
         per_token = log_v + (conditionals.exp() * torch.where(conditionals > -torch.inf, conditionals, 0)).sum(-1)

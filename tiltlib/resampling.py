@@ -149,7 +149,7 @@ def residual(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Tens
     """
     probs = _probs(log_weights, n)
     expected = n * probs
-    # A product that should be whole may round to just below it: half a millionth of a copy is not a copy to draw for.
+    # A product that should be whole may round to just below it: a billionth of a copy is none to draw for.
     sure = (expected + 1e-9 * (1 + expected)).floor()
     left = (expected - sure).clamp(min=0)
     through = sure.cumsum(-1).long()

@@ -137,10 +137,7 @@ def _law(name: str, logps: Tensor) -> Floats:
 
 def _counts(samples: Tensor, k: int) -> NDArray[np.int64]:
     """Check outcome indices and count them."""
-    _checks.integers("samples", samples)
-    low, high = int(samples.min()), int(samples.max())
-    if low < 0 or high >= k:
-        raise ValueError(f"samples must lie in 0..{k - 1}, got values from {low} to {high}")
+    _checks.indices("samples", samples, k)
     counts: NDArray[np.int64] = torch.bincount(samples.flatten().cpu(), minlength=k).numpy()
     return counts
 
