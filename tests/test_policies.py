@@ -642,5 +642,5 @@ def test_natural_step_wants_one_row_of_one_dtype():
 
 def test_a_tilted_reference_must_be_long_enough(rng):
     chain = MarkovChain(law(0.4, 0.3, 0.3).expand(3, 3), "ab ").tilt(vector(0, 1, 0), 1.0, 3)
-    with pytest.raises(ValueError, match="length must be at most 3, the length of the tilted chain, got 4"):
+    with pytest.raises(ValueError, match="length must be at most 3, the length of the reference, got 4"):
         TransformerPolicy(chain, 4, generator=rng, width=8, heads=2)

@@ -15,9 +15,11 @@ __all__ = [
     "figures",
     "losses",
     "markov",
+    "mcmc",
     "policies",
     "resampling",
     "selection",
+    "smc",
     "verify",
     "weights",
 ]

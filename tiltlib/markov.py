@@ -1,4 +1,4 @@
-"""A character Markov chain: fitted to weighted words, drawn from, and tilted exactly by an additive reward.
+"""A character Markov chain: fitted to words or strings, drawn from, and tilted exactly by an additive reward.
 
 The next symbol depends on the last `order` symbols, its context. A context is a number in base V, the most recent
 symbol last, so appending symbol a to context c gives (c V + a) mod V^order: recursions over all contexts are reshapes,
@@ -41,8 +41,12 @@ def _alphabet_size(alphabet: str) -> int:
 class MarkovChain:
     """A law on strings over an alphabet, given by next-symbol log-probabilities per context.
 
+    One table serves every step, or each step has its own. In the second case the chain is the law of strings of at most
+    that many symbols: `length` says how many; otherwise it is None.
+
     Args:
-        logps: Next-symbol log-probabilities, shape (V^order, V), each row normalised.
+        logps: Next-symbol log-probabilities, each row normalised. Shape (V^order, V), or (L, V^order, V) with one table
+            per step.
         alphabet: V distinct symbols; the last one is the separator, and every string starts after separators.
 
     Raises:
@@ -50,13 +54,20 @@ class MarkovChain:
         ValueError: rows not normalised, a shape that is no power of V, or a repeated symbol.
     """
 
+    length: int | None
+
     def __init__(self, logps: Tensor, alphabet: str = LETTERS_AND_SPACE) -> None:
         _checks.logps("logps", logps)
         v = _alphabet_size(alphabet)
-        order = round(math.log(max(1, logps.shape[0]), v))
-        if logps.ndim != 2 or order < 1 or logps.shape != (v**order, v):
-            raise ValueError(f"logps must have shape (V^order, V) with V = {v}, order >= 1, got {tuple(logps.shape)}")
+        contexts = logps.shape[-2] if logps.ndim in (2, 3) else 0
+        order = round(math.log(max(1, contexts), v))
+        if order < 1 or logps.shape[-2:] != (v**order, v):
+            raise ValueError(
+                f"logps must have shape (V^order, V) or (L, V^order, V) with V = {v}, order >= 1, "
+                f"got {tuple(logps.shape)}"
+            )
         self.alphabet, self.order = alphabet, order
+        self.length = logps.shape[0] if logps.ndim == 3 else None
         self._logps = logps
         self.start = v**order - 1  # `order` separators
 
@@ -122,27 +133,102 @@ class MarkovChain:
             table = torch.where(total > 0, counts / total, table.repeat(max(1, len(counts) // len(table)), 1))
         return cls(table.log(), alphabet)
 
+    def stopped(self, length: int) -> "MarkovChain":
+        """Stop the chain at its first separator: after it only separators follow.
+
+        So strings of one length stand for words of different lengths, cut off if they have not ended by then.
+
+        Args:
+            length: Length L of the padded strings, >= 1.
+
+        Returns:
+            The stopped chain, with one table per step.
+
+        Raises:
+            TypeError: `length` is not an int.
+            ValueError: `length` < 1, or longer than this chain.
+        """
+        _checks.count("length", length)
+        tables = torch.stack([self.table(t) for t in range(length)])
+        # Only the first context of a string ends in a separator without the string having ended.
+        tables[1:, self._v - 1 :: self._v, :-1] = -math.inf
+        tables[1:, self._v - 1 :: self._v, -1] = 0.0
+        return MarkovChain(tables, self.alphabet)
+
+    def refit(self, tokens: Tensor, log_weights: Tensor | None = None, *, per_step: bool) -> "MarkovChain":
+        """Fit a chain of the same order to weighted strings by maximum likelihood.
+
+            q(a | c) = weight of a after c / weight of c,    counted at each step alone, or over all steps
+
+        This maximises sum_i w_i log q(y_i). With one table per step the class holds every tilt of this chain by an
+        additive reward. A context that no string shows keeps the row of this chain.
+
+        Args:
+            tokens: Strings y_i as symbol numbers, integer tensor, shape (n, L).
+            log_weights: Unnormalised natural-log weight of each string, shape (n,); -inf excludes it. Default: all 0.
+            per_step: Whether each step gets its own table.
+
+        Returns:
+            The fitted chain, float64; with one table per step, of length L.
+
+        Raises:
+            TypeError: `tokens` is not an integer tensor, or `log_weights` not a floating one.
+            ValueError: `tokens` out of range or not of shape (n, L); `log_weights` of another shape, with NaN or +inf,
+                or all -inf; or strings longer than this chain.
+
+        Source: [shannon1948], section 3, for the counts.
+        """
+        self._check_tokens(tokens)
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must have shape (n, L), got {tuple(tokens.shape)}")
+        n, length = tokens.shape
+        if log_weights is None:
+            log_weights = torch.zeros(n, dtype=torch.float64, device=tokens.device)
+        _checks.rewards("log_weights", log_weights)
+        if log_weights.shape != (n,):
+            raise ValueError(f"log_weights must have shape ({n},), one per string, got {tuple(log_weights.shape)}")
+        _checks.some_left("log_weights", log_weights.amax())
+        weights = (log_weights.double() - log_weights.amax()).exp()
+        v, contexts = self._v, self._v**self.order
+        cells = self._steps(tokens) * v + tokens.long()
+        tables = []
+        counts = torch.zeros(contexts * v, dtype=torch.float64, device=tokens.device)
+        for t in range(length):
+            if per_step:
+                counts = torch.zeros_like(counts)
+            counts = counts.index_add(0, cells[:, t], weights)
+            if per_step or t == length - 1:
+                table = counts.view(contexts, v)
+                total = table.sum(-1, keepdim=True)
+                tables.append(torch.where(total > 0, (table / total).log(), self.table(t).double()))
+        return MarkovChain(torch.stack(tables) if per_step else tables[0], self.alphabet)
+
     @property
     def _v(self) -> int:
         return len(self.alphabet)
 
     def table(self, step: int) -> Tensor:
-        """Return the next-symbol log-probabilities at a step: the same at every step, except for a tilted chain.
+        """Return the next-symbol log-probabilities at a step.
 
         Args:
-            step: Position in the string, from 0; for a tilted chain below its length.
+            step: Position in the string, from 0; below `length` if the chain has one.
 
         Returns:
             Log-probabilities, shape (V^order, V).
 
         Raises:
-            ValueError: `step` outside 0..length-1 of a tilted chain.
+            ValueError: `step` outside 0..length-1 of a chain with one table per step.
         """
         return self._rows(step, torch.arange(self._v**self.order, device=self._logps.device))
 
     def _rows(self, step: int, contexts: Tensor) -> Tensor:
         """Return next-symbol log-probabilities in some contexts, shape (*contexts.shape, V)."""
-        return self._logps[contexts]
+        self._check_step(step)
+        return (self._logps if self._logps.ndim == 2 else self._logps[step])[contexts]
+
+    def _check_step(self, step: int) -> None:
+        if self.length is not None and not 0 <= step < self.length:
+            raise ValueError(f"step must lie in 0..{self.length - 1}, got {step}")
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Turn strings of one length into symbol numbers.
@@ -192,7 +278,7 @@ class MarkovChain:
         contexts = []
         for symbol in tokens.unbind(-1):
             contexts.append(context)
-            context = (context * self._v + symbol) % self._v**self.order
+            context = self._next(context, symbol)
         return torch.stack(contexts, -1)
 
     def _check_tokens(self, tokens: Tensor) -> None:
@@ -260,16 +346,82 @@ class MarkovChain:
         context = torch.full((n,), self.start, device=self._logps.device)
         drawn = []
         for t in range(length):
-            # Many strings share a context: beyond one string per context, turn the whole table into CDFs once.
-            whole = n > self._v**self.order
-            cdf = (self.table(t) if whole else self._rows(t, context)).double().exp().cumsum(-1)
-            cdf = cdf / cdf[:, -1:]
-            cdf = cdf[context] if whole else cdf
-            u = torch.rand(n, 1, generator=generator, device=cdf.device, dtype=torch.float64)
-            symbol = torch.searchsorted(cdf, u, right=True).squeeze(-1)
+            symbol = self._draw(t, context, generator)
             drawn.append(symbol)
-            context = (context * self._v + symbol) % self._v**self.order
+            context = self._next(context, symbol)
         return torch.stack(drawn, -1)
+
+    def _draw(self, step: int, contexts: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw the next symbol in each context, shape of `contexts`."""
+        # Many strings share a context: beyond one string per context, turn the whole table into CDFs once.
+        whole = contexts.numel() > self._v**self.order
+        cdf = (self.table(step) if whole else self._rows(step, contexts)).double().exp().cumsum(-1)
+        cdf = cdf / cdf[..., -1:]
+        cdf = cdf[contexts] if whole else cdf
+        u = torch.rand((*contexts.shape, 1), generator=generator, device=cdf.device, dtype=torch.float64)
+        return torch.searchsorted(cdf, u, right=True).squeeze(-1)
+
+    def _next(self, contexts: Tensor, symbols: Tensor) -> Tensor:
+        """Append symbols to contexts: the oldest symbol of each context leaves."""
+        return (contexts * self._v + symbols) % self._v**self.order
+
+    def contexts(self, length: int) -> Tensor:
+        """Compute the law of the context before each step, by a forward recursion.
+
+            P_0(start) = 1,    P_{t+1}(c') = sum over (c, a) that lead to c' of P_t(c) p(a | c)
+
+        Cost O(L V^{order+1}). With it, the mean of any sum over steps is exact.
+
+        Args:
+            length: Length L of the strings, >= 1.
+
+        Returns:
+            Probabilities, float64, shape (L + 1, V^order); the last row is the law of the context after the string.
+
+        Raises:
+            TypeError: `length` is not an int.
+            ValueError: `length` < 1, or longer than the chain.
+        """
+        _checks.count("length", length)
+        law = torch.zeros(self._v**self.order, dtype=torch.float64, device=self._logps.device)
+        law[self.start] = 1.0
+        laws = [law]
+        for t in range(length):
+            # Context (x, m) and symbol a lead to (m, a): sum over the oldest symbol x.
+            moved = laws[-1][:, None] * self.table(t).double().exp()
+            laws.append(moved.view(self._v, -1).sum(0))
+        return torch.stack(laws)
+
+    def kl(self, other: "MarkovChain", length: int) -> Tensor:
+        """Compute KL(self || other) between the laws of strings of one length, exactly.
+
+            KL = sum_t sum_c P_t(c) KL(p_t(. | c) || q_t(. | c))        (chain rule)
+
+        Args:
+            other: Chain of the same order over the same alphabet.
+            length: Length L of the strings, >= 1.
+
+        Returns:
+            Divergence in nats, float64, shape (); inf where `other` excludes a string that this chain can write.
+
+        Raises:
+            TypeError: `length` is not an int.
+            ValueError: another order or alphabet, `length` < 1, or longer than one of the chains.
+
+        Source: [cover2006], theorem 2.5.3.
+        """
+        if (other.order, other.alphabet) != (self.order, self.alphabet):
+            raise ValueError(
+                f"other must have order {self.order} over {self.alphabet!r}, "
+                f"got order {other.order} over {other.alphabet!r}"
+            )
+        laws, total = self.contexts(length), torch.zeros((), dtype=torch.float64, device=self._logps.device)
+        for t in range(length):
+            ours, theirs = self.table(t).double(), other.table(t).double()
+            terms = torch.where(ours > -math.inf, ours.exp() * (ours - theirs), 0.0).sum(-1)
+            # A context that is never reached counts nothing, even if the divergence there is infinite.
+            total = total + torch.where(laws[t] > 0, laws[t] * terms, 0.0).sum()
+        return total
 
     def _reward_table(self, rewards: Tensor) -> Tensor:
         """Check additive rewards and expand them to (V^order, V)."""
@@ -389,6 +541,8 @@ class TiltedChain(MarkovChain):
     Made by `MarkovChain.tilt`. `length` is the length of its strings, `log_partition` is log Z.
     """
 
+    length: int
+
     def __init__(self, ref: MarkovChain, rewards: Tensor, beta: float, length: int) -> None:
         super().__init__(ref._logps, ref.alphabet)
         self.ref, self.length = ref, length
@@ -397,11 +551,8 @@ class TiltedChain(MarkovChain):
         self._log_weights = ref._reward_table(rewards) / beta
 
     def _rows(self, step: int, contexts: Tensor) -> Tensor:
-        if not 0 <= step < self.length:
-            raise ValueError(f"step must lie in 0..{self.length - 1}, got {step}")
-        following = (
-            contexts[..., None] * self._v + torch.arange(self._v, device=contexts.device)
-        ) % self._v**self.order
+        self._check_step(step)
+        following = self._next(contexts[..., None], torch.arange(self._v, device=contexts.device))
         ref = self.ref._rows(step, contexts)
         here = self.values[step, contexts].unsqueeze(-1)
         tilted = ref + self._log_weights[contexts] + self.values[step + 1, following] - here

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltlib import _checks, categorical
-from tiltlib.markov import MarkovChain, TiltedChain
+from tiltlib.markov import MarkovChain
 
 __all__ = ["TabularPolicy", "TransformerPolicy", "natural_step"]
 
@@ -174,7 +174,7 @@ class TransformerPolicy(nn.Module):
 
     Raises:
         TypeError: a size that is not an int.
-        ValueError: a size below 1, `width` no multiple of `heads`, or a tilted chain shorter than `length`.
+        ValueError: a size below 1, `width` no multiple of `heads`, or a reference shorter than `length`.
 
     Source: [vaswani2017]; book chapter 3, `policy-gradient-tilt`.
     """
@@ -191,8 +191,8 @@ class TransformerPolicy(nn.Module):
     ) -> None:
         for name, value in (("length", length), ("layers", layers), ("width", width), ("heads", heads)):
             _checks.count(name, value)
-        if isinstance(ref, TiltedChain) and ref.length < length:
-            raise ValueError(f"length must be at most {ref.length}, the length of the tilted chain, got {length}")
+        if ref.length is not None and ref.length < length:
+            raise ValueError(f"length must be at most {ref.length}, the length of the reference, got {length}")
         if width % heads:
             raise ValueError(f"width must be a multiple of heads = {heads}, got {width}")
         super().__init__()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tiltlib import _checks
+from tiltlib.markov import MarkovChain
 
 __all__ = [
     "Streamed",
@@ -21,6 +22,7 @@ __all__ = [
     "best_of_n_law",
     "candidate_counts",
     "soft_best_of_n",
+    "soft_best_of_n_chain",
     "soft_best_of_n_draw",
     "soft_best_of_n_law",
     "soft_best_of_n_stream",
@@ -282,6 +284,57 @@ def _log_laplace(s: Tensor, mass: Tensor, w: Tensor) -> Tensor:
         out[rows] = value.log()
         out[rows[near_one]] = torch.log1p(torch.expm1(-sw[near_one]) @ mass)
     return out
+
+
+def soft_best_of_n_chain(ref: MarkovChain, rewards: Tensor, beta: float, log_values: Tensor, n: int) -> MarkovChain:
+    """Compute the law of strings of which every symbol is a soft best-of-N choice among n candidate symbols.
+
+        n candidates a ~ p(. | c);    P(keep a) proportional to exp(r(c, a) / beta + V_{t+1}(c a))
+
+    With V = 0 this looks at the reward of the symbol alone. With the exact values it tends to the tilt as n grows.
+    Cost of one `soft_best_of_n_law` per step and context that can be reached.
+
+    Args:
+        ref: Reference chain p.
+        rewards: Reward of each symbol, shape (V,), or of each symbol after each context, shape (V^order, V); finite
+            where the reference has mass.
+        beta: Temperature in reward units, > 0.
+        log_values: V, shape (L + 1, V^order), finite where the reference can go; L is the length of the strings.
+        n: Number of candidates per symbol, >= 1.
+
+    Returns:
+        The exact law, a chain with one table per step, float64. A context that is never reached keeps the row of the
+        reference.
+
+    Raises:
+        TypeError: `rewards` or `log_values` is not a floating tensor, or `n` is not an int.
+        ValueError: `log_values` of another shape or not finite where the reference can go; `rewards`, `beta` and `n` as
+            for `soft_best_of_n_law`.
+
+    Source: book chapter 2, `soft-bon-law` and `chain-tilt`.
+    """
+    _checks.count("n", n)
+    _checks.positive("beta", beta)
+    _checks.rewards("log_values", log_values)
+    contexts = len(ref.alphabet) ** ref.order
+    if log_values.ndim != 2 or log_values.shape[0] < 2 or log_values.shape[1] != contexts:
+        raise ValueError(f"log_values must have shape (L + 1, {contexts}), got {tuple(log_values.shape)}")
+    log_w, length = ref._reward_table(rewards).double() / beta, len(log_values) - 1
+    reached = ref.contexts(length) > 0
+    lost = reached & (log_values == -math.inf)
+    if bool(lost.any()):
+        step, context = lost.nonzero()[0].tolist()
+        raise ValueError(
+            f"log_values must be finite where the reference can go, got -inf at step {step} in context {context}"
+        )
+    tables = []
+    for t in range(length):
+        rows = ref.table(t).double().clone()
+        here = reached[t]
+        scores = log_w + ref._lookahead(log_values[t + 1].double())
+        rows[here] = soft_best_of_n_law(rows[here], scores[here], n, 1.0)
+        tables.append(rows)
+    return MarkovChain(torch.stack(tables), ref.alphabet)
 
 
 def candidate_counts(ref_logps: Tensor, n: int, *, generator: torch.Generator) -> Tensor:
