@@ -1,0 +1,266 @@
+"""Sequential Monte Carlo: strings grown together, symbol by symbol, and resampled when their weights become uneven.
+
+The target is the tilt of a Markov chain by an additive reward. A twist says how much the rest of a string is expected
+to be worth; it steers which prefixes are kept, and cancels from the weight of a finished string. With
+
+    g_t(c, a) = p(a | c) exp(r(c, a) / beta + V_{t+1}(c a) - V_t(c)) / q_t(a | c),    V_L = 0
+
+the product of the g_t along a string is w(y) p(y) / q(y), divided by exp(V_0). So
+
+    log_partition    V_0 + log of the mean weight, one factor per resampling: E exp(log_partition) = Z for any twists V
+    log_weights      of the finished strings: sum_i w_i f(y_i) / sum_i w_i estimates E_{pi*} f
+
+No twists: `torch.zeros(L + 1, V^order)`. Exact: `ref.soft_values(rewards, beta, L)`. Learned: the soft values of a
+chain that was fitted to samples. With exact values and `twisted_proposal` all weights are equal and every string is a
+draw of the tilt. Weights are carried from step to step until a resampling spends them; dropping them is a bias.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tiltlib import _checks, resampling, weights
+from tiltlib.markov import MarkovChain
+
+__all__ = ["Particles", "log_increments", "trace", "twisted_proposal", "twisted_smc"]
+
+
+# A resampling scheme: scheme(log_weights, n, generator=g) gives ancestors.
+Scheme = Callable[..., Tensor]
+
+
+class Particles(NamedTuple):
+    """What `twisted_smc` returns.
+
+    Attributes:
+        tokens: Finished strings, int64, shape (runs, n, L).
+        log_weights: Their unnormalised log weights since the last resampling, shape (runs, n).
+        log_partition: Estimate of log Z per run, shape (runs,); exp of it is unbiased for Z. -inf where all particles
+            died.
+        ancestors: Particle that each particle continues at each step, int64, shape (runs, L, n); n is itself where
+            nothing was resampled, and always at step 0.
+        ess: Effective sample size after each step, shape (runs, L); 0 where all particles had died.
+    """
+
+    tokens: Tensor
+    log_weights: Tensor
+    log_partition: Tensor
+    ancestors: Tensor
+    ess: Tensor
+
+
+def _checked_pair(ref: MarkovChain, name: str, other: MarkovChain) -> None:
+    if (other.order, other.alphabet) != (ref.order, ref.alphabet):
+        raise ValueError(
+            f"{name} must have order {ref.order} over {ref.alphabet!r}, got order {other.order} over {other.alphabet!r}"
+        )
+
+
+def _log_joint(ref: MarkovChain, rewards: Tensor, beta: float, log_twists: Tensor) -> Tensor:
+    """Compute log p(a | c) + r(c, a) / beta + V_{t+1}(c a), shape (L, V^order, V), and check the twists on the way."""
+    _checks.rewards("log_twists", log_twists)
+    contexts = len(ref.alphabet) ** ref.order
+    if log_twists.ndim != 2 or log_twists.shape[0] < 2 or log_twists.shape[1] != contexts:
+        raise ValueError(f"log_twists must have shape (L + 1, {contexts}), got {tuple(log_twists.shape)}")
+    if bool((log_twists[-1] != 0).any()):
+        raise ValueError("log_twists must be 0 after the last step, since the rewards are the whole weight of a string")
+    length = len(log_twists) - 1
+    lost = (ref.tilt(rewards, beta, length).contexts(length) > 0) & (log_twists == -math.inf)
+    if bool(lost.any()):
+        step, context = lost.nonzero()[0].tolist()
+        raise ValueError(
+            f"log_twists must be finite wherever the target has mass, got -inf at step {step} in context {context}"
+        )
+    log_w = ref._reward_table(rewards).double() / beta
+    return torch.stack(
+        [ref.table(t).double() + log_w + ref._lookahead(log_twists[t + 1].double()) for t in range(length)]
+    )
+
+
+def twisted_proposal(ref: MarkovChain, rewards: Tensor, beta: float, log_twists: Tensor) -> MarkovChain:
+    """Let the twists choose the symbols: the proposal of least weight variance, one step ahead.
+
+        q_t(a | c) = p(a | c) exp(r(c, a) / beta + V_{t+1}(c a)) / sum over a
+
+    With the exact values this is the tilt itself.
+
+    Args:
+        ref: Reference chain p.
+        rewards: Reward of each symbol, shape (V,), or of each symbol after each context, shape (V^order, V); -inf
+            excludes.
+        beta: Temperature in reward units, > 0.
+        log_twists: V, shape (L + 1, V^order), the last row 0; -inf only where the target has no mass.
+
+    Returns:
+        The proposal, float64, with one table per step. A context that leads nowhere keeps the row of the reference.
+
+    Raises:
+        TypeError: `rewards` or `log_twists` is not a floating tensor.
+        ValueError: as for `log_increments`.
+
+    Source: [guarniero2017].
+    """
+    joint = _log_joint(ref, rewards, beta, log_twists)
+    total = joint.logsumexp(-1, keepdim=True)
+    rows = torch.stack([ref.table(t).double() for t in range(len(joint))])
+    return MarkovChain(torch.where(total > -math.inf, joint - total, rows), ref.alphabet)
+
+
+def log_increments(
+    ref: MarkovChain, rewards: Tensor, beta: float, log_twists: Tensor, proposal: MarkovChain | None = None
+) -> Tensor:
+    """Compute the log weight that each symbol adds, for every step and context.
+
+        log g_t(c, a) = log p(a | c) + r(c, a) / beta + V_{t+1}(c a) - V_t(c) - log q_t(a | c)
+
+    Cost O(L V^{order+1}).
+
+    Args:
+        ref: Reference chain p.
+        rewards: Reward of each symbol, shape (V,), or of each symbol after each context, shape (V^order, V); -inf
+            excludes.
+        beta: Temperature in reward units, > 0.
+        log_twists: V, shape (L + 1, V^order), the last row 0; -inf only where the target has no mass.
+        proposal: Chain q that symbols are drawn from. Default: the reference.
+
+    Returns:
+        Log increments, float64, shape (L, V^order, V); -inf where the weight is 0 or the proposal never goes.
+
+    Raises:
+        TypeError: `rewards` or `log_twists` is not a floating tensor.
+        ValueError: `log_twists` of another shape, not 0 after the last step, with NaN or +inf, or -inf where the target
+            has mass; a proposal that is 0 there, or of another order or alphabet; `rewards` or `beta` as for
+            `MarkovChain.soft_values`.
+
+    Source: [guarniero2017].
+    """
+    proposal = ref if proposal is None else proposal
+    _checked_pair(ref, "proposal", proposal)
+    joint = _log_joint(ref, rewards, beta, log_twists)
+    tilted = ref.tilt(rewards, beta, len(joint))
+    reached, steps = tilted.contexts(len(joint)) > 0, []
+    for t, numerator in enumerate(joint):
+        q = proposal.table(t).double()
+        missed = reached[t][:, None] & (tilted.table(t) > -math.inf) & (q == -math.inf)
+        if bool(missed.any()):
+            context, symbol = missed.nonzero()[0].tolist()
+            raise ValueError(
+                f"proposal must be positive wherever the target has mass, "
+                f"got 0 at step {t} in context {context} for symbol {symbol}"
+            )
+        # A prefix whose twist is 0 has weight 0 for good; a symbol that is never proposed needs no weight.
+        here = log_twists[t].double()[:, None]
+        steps.append(torch.where((here > -math.inf) & (q > -math.inf), numerator - here - q, -math.inf))
+    return torch.stack(steps)
+
+
+def trace(symbols: Tensor, ancestors: Tensor) -> Tensor:
+    """Follow each last particle back to its first symbol.
+
+    Args:
+        symbols: Symbol that each particle added at each step, integer tensor, shape (..., L, n).
+        ancestors: Particle of the step before that each particle continues, integer tensor in 0..n-1, same shape; those
+            of step 0 are not used.
+
+    Returns:
+        Strings, shape (..., n, L).
+
+    Raises:
+        TypeError: `ancestors` is not an integer tensor.
+        ValueError: `ancestors` outside 0..n-1, or shapes that differ.
+    """
+    _checks.same_shape(symbols=symbols, ancestors=ancestors)
+    _checks.indices("ancestors", ancestors, symbols.shape[-1])
+    particle = torch.arange(symbols.shape[-1], device=symbols.device).expand(symbols[..., 0, :].shape)
+    strings = []
+    for t in reversed(range(symbols.shape[-2])):
+        strings.append(symbols[..., t, :].gather(-1, particle))
+        particle = ancestors[..., t, :].gather(-1, particle)
+    return torch.stack(strings[::-1], -1)
+
+
+def twisted_smc(
+    ref: MarkovChain,
+    rewards: Tensor,
+    beta: float,
+    log_twists: Tensor,
+    n: int,
+    *,
+    generator: torch.Generator,
+    proposal: MarkovChain | None = None,
+    threshold: float = 0.5,
+    scheme: Scheme = resampling.systematic,
+    runs: int = 1,
+) -> Particles:
+    """Grow n strings together, `runs` times over, each time resampling when the weights are uneven.
+
+        resample before a step iff ESS < threshold n;    log_partition += log of the mean weight;    weights back to 1
+
+    Independent runs are computed together; each decides on its own when to resample. A run in which every particle has
+    weight 0 estimates Z by 0, and goes on without resampling.
+
+    Args:
+        ref: Reference chain p.
+        rewards: Reward of each symbol, shape (V,), or of each symbol after each context, shape (V^order, V); -inf
+            excludes.
+        beta: Temperature in reward units, > 0.
+        log_twists: V, shape (L + 1, V^order), the last row 0; L is the length of the strings. See the module for the
+            usual choices.
+        n: Particles per run, >= 1.
+        generator: Source of randomness, on the device of the chain.
+        proposal: Chain that symbols are drawn from, positive wherever the target is. Default: the reference.
+        threshold: Resample when ESS / n falls below it, in [0, 1]: 0 is never, 1 whenever weights differ.
+        scheme: One of `resampling.multinomial`, `residual`, `stratified`, `systematic`.
+        runs: Independent particle systems, >= 1.
+
+    Returns:
+        `Particles(tokens, log_weights, log_partition, ancestors, ess)`.
+
+    Raises:
+        TypeError: `rewards` or `log_twists` is not a floating tensor, or `n` or `runs` not an int.
+        ValueError: as for `log_increments`; `n` < 1, `runs` < 1, or `threshold` outside [0, 1].
+
+    Source: [delmoral2006], [guarniero2017].
+    """
+    _checks.count("n", n)
+    _checks.count("runs", runs)
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must lie in [0, 1], got {threshold!r}")
+    increments = log_increments(ref, rewards, beta, log_twists, proposal)
+    proposal = ref if proposal is None else proposal
+    device = increments.device
+    itself = torch.arange(n, device=device).expand(runs, n)
+    context = torch.full((runs, n), ref.start, device=device)
+    log_weights = torch.zeros(runs, n, dtype=torch.float64, device=device)
+    log_partition = log_twists[0, ref.start].double().expand(runs)
+    # Equal weights may differ in their last digits; that is no reason to resample.
+    enough = threshold * n * (1 - 1e-9)
+    symbols, ancestors, sizes = [], [], [torch.full((runs,), float(n), dtype=torch.float64, device=device)]
+    for t, log_g in enumerate(increments):
+        uneven = ((0 < sizes[-1]) & (sizes[-1] < enough))[:, None]
+        parents = itself
+        if bool(uneven.any()):
+            drawn = scheme(torch.where(uneven, log_weights, 0.0), n, generator=generator)
+            parents = torch.where(uneven, drawn, itself)
+            spent = weights.log_mean(torch.where(uneven, log_weights, 0.0))
+            log_partition = log_partition + spent
+            log_weights = torch.where(uneven, 0.0, log_weights)
+        context = context.gather(-1, parents)
+        symbol = proposal._draw(t, context, generator)
+        log_weights = log_weights + log_g[context, symbol]
+        context = ref._next(context, symbol)
+        symbols.append(symbol)
+        ancestors.append(parents)
+        alive = (log_weights > -math.inf).any(-1)
+        sizes.append(torch.where(alive, weights.ess(torch.where(alive[:, None], log_weights, 0.0)), 0.0))
+    history = torch.stack(ancestors, 1)
+    return Particles(
+        trace(torch.stack(symbols, 1), history),
+        log_weights,
+        log_partition + log_weights.logsumexp(-1) - math.log(n),
+        history,
+        torch.stack(sizes[1:], -1),
+    )
