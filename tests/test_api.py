@@ -11,7 +11,7 @@ import torch
 from helpers import S0, S0_REWARDS, law
 
 import tiltlib
-from tiltlib import categorical, markov, policies, resampling, selection, verify
+from tiltlib import categorical, markov, mcmc, policies, resampling, selection, smc, verify
 
 PACKAGE = Path(tiltlib.__file__).parent
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
@@ -211,6 +211,7 @@ DRAWS = {
     "categorical.sample": lambda g: categorical.sample(S0, 50, generator=g),
     "categorical.sample_alias": lambda g: categorical.sample_alias(categorical.alias_table(S0), 50, generator=g),
     "markov.MarkovChain.sample": lambda g: CHAIN.sample(20, 5, generator=g),
+    "mcmc.power_mh": lambda g: mcmc.power_mh(CHAIN, torch.zeros(50, 4).long(), 2.0, 2, generator=g).tokens,
     "policies.TabularPolicy.sample": lambda g: policies.TabularPolicy(S0).sample(50, generator=g),
     "policies.TransformerPolicy": lambda g: parameters_of(transformer(g)),
     "policies.TransformerPolicy.sample": lambda g: transformer(verify.rng("weights")).sample(50, generator=g),
@@ -226,6 +227,7 @@ DRAWS = {
     "selection.soft_best_of_n_draw": lambda g: selection.soft_best_of_n_draw(
         S0.expand(50, 3), S0_REWARDS, 9, 1.0, generator=g
     ),
+    "smc.twisted_smc": lambda g: smc.twisted_smc(CHAIN, S0_REWARDS, 1.0, torch.zeros(5, 3), 20, generator=g).tokens,
     "selection.soft_best_of_n_stream": lambda g: selection.soft_best_of_n_stream([(POOL, POOL)] * 3, 1.0, generator=g)[
         0
     ],
@@ -329,7 +331,8 @@ def test_imports_point_upwards(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["weights", "categorical", "markov", "selection", "resampling", "policies", "losses", "verify"]
+    "name",
+    ["weights", "categorical", "markov", "selection", "resampling", "smc", "mcmc", "policies", "losses", "verify"],
 )
 def test_the_core_needs_no_optional_package(name):
     top = {

@@ -336,11 +336,12 @@ HALF = law(0.5, 0.5)
     [
         ([[0.0]], "ab", TypeError, "logps must be a floating-point torch.Tensor"),
         (HALF.expand(2, 2) + 1, "ab", ValueError, "logps must be log-probabilities that sum to 1"),
-        (HALF.expand(3, 2), "ab", ValueError, r"logps must have shape \(V\^order, V\) with V = 2, .* got \(3, 2\)"),
+        (HALF.expand(3, 2), "ab", ValueError, r"logps must have shape .* with V = 2, .* got \(3, 2\)"),
         (HALF.expand(1, 2), "ab", ValueError, r"logps must have shape .* got \(1, 2\)"),
         (HALF, "ab", ValueError, r"logps must have shape .* got \(2,\)"),
-        (HALF.expand(2, 2, 2), "ab", ValueError, r"logps must have shape .* got \(2, 2, 2\)"),
-        (HALF.expand(2, 2), "abc", ValueError, r"logps must have shape \(V\^order, V\) with V = 3"),
+        (HALF.expand(2, 3, 2), "ab", ValueError, r"logps must have shape .* got \(2, 3, 2\)"),
+        (HALF.expand(1, 2, 2, 2), "ab", ValueError, r"logps must have shape .* got \(1, 2, 2, 2\)"),
+        (HALF.expand(2, 2), "abc", ValueError, r"logps must have shape .* with V = 3"),
         (HALF.expand(2, 2), "aa", ValueError, "alphabet must hold at least 2 distinct symbols, got 'aa'"),
         (law(1).expand(1, 1), "a", ValueError, "alphabet must hold at least 2 distinct symbols, got 'a'"),
     ],
@@ -472,3 +473,127 @@ def test_tokens_of_every_integer_type_are_understood():
     wide = CHAIN.encode(["ab", "ba"])
     for dtype in (torch.int32, torch.int16, torch.uint8):
         assert torch.equal(CHAIN.logps(wide.to(dtype)), CHAIN.logps(wide))
+
+
+# --- one table per step, refitted chains, divergences ----------------------------------------------------------------
+
+
+def stepped_chain(v, order, length, rng):
+    rows = [[random_law(v, rng) for _ in range(v**order)] for _ in range(length)]
+    return MarkovChain(torch.stack([torch.stack(row) for row in rows]), "abcdef"[: v - 1] + " ")
+
+
+@pytest.mark.parametrize(("v", "order", "length"), [(2, 1, 4), (2, 2, 3), (3, 2, 3)])
+def test_a_chain_with_one_table_per_step_by_enumeration(v, order, length, rng):
+    chain, rewards = stepped_chain(v, order, length, rng), torch.randn(v**order, v, generator=rng, dtype=F64)
+    assert chain.length == length and random_chain(v, order, rng).length is None
+    strings = all_strings(v, length)
+    logps, totals = chain.logps(strings), chain.total_reward(strings, rewards)
+    expected = []
+    for string in strings.tolist():
+        past, logp = [v - 1] * order, 0.0
+        for t, symbol in enumerate(string):
+            logp += chain.table(t)[sum(s * v**i for i, s in enumerate(reversed(past))), symbol].item()
+            past = [*past[1:], symbol]
+        expected.append(logp)
+    close(logps, torch.tensor(expected, dtype=F64))
+    tilted = chain.tilt(rewards, 0.7, length)
+    close(tilted.log_partition, torch.logsumexp(logps + totals / 0.7, 0))
+    close(tilted.logps(strings), torch.log_softmax(logps + totals / 0.7, 0))
+    close(tilted.kl(chain, length), (tilted.logps(strings).exp() * (tilted.logps(strings) - logps)).sum())
+    close(chain.kl(tilted, length), (logps.exp() * (logps - tilted.logps(strings))).sum())
+    last = chain._next(chain._steps(strings)[:, -1], strings[:, -1])
+    after = torch.zeros(v**order, dtype=F64).index_add(0, last, logps.exp())
+    close(chain.contexts(length)[-1], after)
+    close(
+        chain.contexts(length)[0].log(), torch.full_like(after, -math.inf).index_fill(0, torch.tensor(chain.start), 0)
+    )
+
+
+def test_a_chain_with_one_table_per_step_is_drawn_from(rng):
+    chain = stepped_chain(3, 1, 2, rng)
+    target = chain.logps(all_strings(3, 2))
+    wrong = MarkovChain(chain.table(0), chain.alphabet).logps(all_strings(3, 2))
+    draw = lambda n, g: string_number(chain.sample(n, 2, generator=g), 3)  # noqa: E731
+    check_sampler(draw, target, {"first-table": (draws_from(wrong), wrong)}, rng)
+
+
+def test_the_divergence_of_excluded_strings(rng):
+    chain = random_chain(3, 1, rng)
+    tilted = chain.tilt(vector(0, -math.inf, 1), 1.0, 3)
+    assert chain.kl(tilted, 3).item() == math.inf and 0 < tilted.kl(chain, 3) < math.inf
+    close(chain.kl(chain, 5), torch.zeros((), dtype=F64))
+
+
+def test_a_refit_counts(rng):
+    chain = random_chain(3, 1, rng)
+    # Strings ab, ac (weights 3, 1): at step 0 always a; after a, b with 3/4.
+    tokens, log_weights = torch.tensor([[0, 1], [0, 2], [1, 1]]), vector(3, 1, 0).log()
+    steps = chain.refit(tokens, log_weights + 5, per_step=True)
+    close(steps.table(0)[2].exp(), vector(1, 0, 0))
+    close(steps.table(1)[0].exp(), vector(0, 0.75, 0.25))
+    close(steps.table(1)[1], chain.table(1)[1])  # b is never a context of positive weight
+    assert steps.length == 2
+    # Over all steps: the separator stands before a in both strings; nothing changes here, since contexts differ.
+    pooled = chain.refit(torch.tensor([[0, 0], [0, 1]]), per_step=False)
+    close(pooled.table(0)[0].exp(), vector(0.5, 0.5, 0))
+    assert pooled.length is None
+
+
+def test_a_refit_to_the_whole_law_is_the_tilt_or_its_projection(rng):
+    chain, rewards, length = random_chain(3, 1, rng), torch.randn(3, 3, generator=rng, dtype=F64), 4
+    strings = all_strings(3, length)
+    log_weights = chain.logps(strings) + chain.total_reward(strings, rewards) / 0.6
+    tilted = chain.tilt(rewards, 0.6, length)
+    close(tilted.kl(chain.refit(strings, log_weights, per_step=True), length), torch.zeros((), dtype=F64))
+    projection = chain.refit(strings, log_weights, per_step=False)
+    best = tilted.kl(projection, length)
+    assert best > 1e-3
+    for _ in range(20):  # no chain with one table for all steps is nearer
+        moved = torch.log_softmax(projection.table(0) + 0.05 * torch.randn(3, 3, generator=rng, dtype=F64), -1)
+        assert tilted.kl(MarkovChain(moved, chain.alphabet), length) > best
+    wrong = chain.refit(strings, chain.logps(strings) + chain.total_reward(strings, rewards), per_step=True)
+    assert tilted.kl(wrong, length) > 1e-2  # r in place of r / beta
+
+
+def test_a_stopped_chain_is_the_law_of_a_word(rng):
+    chain = random_chain(3, 2, rng)
+    stopped = chain.stopped(4)
+    strings = all_strings(3, 4)
+    ended = (strings == 2).cumsum(-1) - (strings == 2).long() > 0  # strictly after the first separator
+    written = ~(ended & (strings != 2)).any(-1)
+    logps = stopped.logps(strings)
+    assert torch.equal(logps > -math.inf, written)
+    close(torch.logsumexp(logps, 0), torch.zeros((), dtype=F64))
+    for string, logp in zip(strings[written].tolist(), logps[written], strict=True):
+        word = string[: string.index(2) + 1] if 2 in string else string
+        close(logp, torch.tensor(walked(chain, word)[0], dtype=F64))
+
+
+STEPPED = MarkovChain(HALF.expand(3, 2, 2), "ab")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: STEPPED.sample(2, 4, generator=G), ValueError, r"step must lie in 0\.\.2, got 3"),
+        (lambda: STEPPED.contexts(4), ValueError, r"step must lie in 0\.\.2, got 3"),
+        (lambda: STEPPED.contexts(0), ValueError, "length must be an integer >= 1, got 0"),
+        (lambda: STEPPED.stopped(4), ValueError, r"step must lie in 0\.\.2, got 3"),
+        (lambda: STEPPED.kl(CHAIN, 2), ValueError, "other must have order 1 over 'ab', got order 1 over"),
+        (lambda: STEPPED.refit(torch.zeros(2).long(), per_step=True), ValueError, r"tokens must have shape \(n, L\)"),
+        (
+            lambda: STEPPED.refit(torch.zeros(2, 2).long(), vector(0), per_step=True),
+            ValueError,
+            r"log_weights must have shape \(2,\), one per string, got \(1,\)",
+        ),
+        (
+            lambda: STEPPED.refit(torch.zeros(1, 2).long(), vector(-math.inf), per_step=True),
+            ValueError,
+            "log_weights must leave at least one outcome",
+        ),
+    ],
+)
+def test_bad_calls_of_stepped_chains(call, error, text):
+    with pytest.raises(error, match=text):
+        call()

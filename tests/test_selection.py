@@ -22,7 +22,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiltlib import selection, verify
+from tiltlib import categorical, markov, selection, verify
 from tiltlib.categorical import chi_square, kl, sample, tilt, total_variation
 from tiltlib.selection import best_of_n, best_of_n_law, soft_best_of_n, soft_best_of_n_law, soft_best_of_n_stream
 from tiltlib.weights import log_mean, normalize
@@ -651,3 +651,56 @@ def test_stream_refuses_candidates_whose_shape_changes(rng, shapes):
     chunks = [(torch.zeros(shape), torch.zeros(3)) for shape in shapes]
     with pytest.raises(ValueError, match="candidates must keep the event shape .* of the first chunk, got"):
         soft_best_of_n_stream(chunks, 1.0, generator=rng)
+
+
+# --- selection symbol by symbol --------------------------------------------------------------------------------------
+
+STEPS = markov.MarkovChain(torch.stack([law(0.7, 0.3, 0), law(0.2, 0.8, 0), law(0.6, 0.4, 0)]), "ab|")
+STEP_REWARDS = torch.stack([vector(0, 1, 0), vector(-0.5, 0.7, 0), vector(0.3, 0, 0)])
+BINARY = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+
+
+def test_symbolwise_selection_on_the_instance_of_the_book():
+    tilted = STEPS.tilt(STEP_REWARDS, 1.0, 2)
+    torch.testing.assert_close(
+        tilted.logps(BINARY).exp(), vector(0.295230, 0.343936, 0.025268, 0.335566), rtol=0, atol=1e-6
+    )
+    blind = torch.zeros(3, 3, dtype=F64)
+    far = selection.soft_best_of_n_chain(STEPS, STEP_REWARDS, 1.0, blind, 10**9).logps(BINARY).exp()
+    torch.testing.assert_close(far, vector(0.309194, 0.360204, 0.023151, 0.307451), rtol=0, atol=1e-6)
+    values = STEPS.soft_values(STEP_REWARDS, 1.0, 2)
+    four = selection.soft_best_of_n_chain(STEPS, STEP_REWARDS, 1.0, values, 4).logps(BINARY).exp()
+    assert (four - tilted.logps(BINARY).exp()).abs().sum().item() / 2 == pytest.approx(0.051442, abs=1e-6)
+    one = selection.soft_best_of_n_chain(STEPS, STEP_REWARDS, 1.0, values, 1)
+    torch.testing.assert_close(one.logps(BINARY), STEPS.logps(BINARY))
+
+
+def test_symbolwise_selection_is_what_selecting_symbols_does(rng):
+    """Draw candidates for each symbol and keep one: the strings follow the exact law, not the tilt."""
+    values, n = STEPS.soft_values(STEP_REWARDS, 0.5, 2), 3
+    law_of = selection.soft_best_of_n_chain(STEPS, STEP_REWARDS, 0.5, values, n).logps(BINARY)
+    tilted = STEPS.tilt(STEP_REWARDS, 0.5, 2).logps(BINARY)
+    m = verify.plan(law_of, tilted)
+    context, strings = torch.full((m,), 2), []
+    for t in range(2):
+        shown = categorical.sample(STEPS.table(t)[context], n, generator=rng)
+        scores = STEP_REWARDS[context[:, None], shown] / 0.5 + values[t + 1][shown]
+        kept = selection.soft_best_of_n(scores, 1.0, generator=rng)
+        context = shown.gather(-1, kept[:, None])[:, 0]
+        strings.append(context)
+    outcome = strings[0] * 2 + strings[1]
+    assert verify.match(outcome, law_of, claim="symbols", versus=[tilted])
+    assert verify.match(outcome, tilted, claim="symbols!tilt", versus=[law_of]).decision == "REJECT"
+
+
+@pytest.mark.parametrize(
+    ("values", "n", "text"),
+    [
+        (torch.zeros(3, 2, dtype=F64), 2, r"log_values must have shape \(L \+ 1, 3\), got \(3, 2\)"),
+        (torch.full((3, 3), -math.inf, dtype=F64), 2, "log_values must be finite where the reference can go, got -inf"),
+        (torch.zeros(3, 3, dtype=F64), 0, "n must be an integer >= 1, got 0"),
+    ],
+)
+def test_bad_symbolwise_selection(values, n, text):
+    with pytest.raises(ValueError, match=text):
+        selection.soft_best_of_n_chain(STEPS, STEP_REWARDS, 1.0, values, n)

@@ -1,0 +1,171 @@
+"""Rewriting strings: the exact kernel leaves p^a invariant, the sampler follows the kernel, and what they refuse."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import F64, law, random_law, vector
+
+from tiltlib import categorical, markov, mcmc, verify
+
+# Start (.3, .3, .4 end), after a (.5, .1, .4), after b (.2, .6, .2), the end forced at the third place.
+ROWS = torch.stack([law(0.5, 0.1, 0.4), law(0.2, 0.6, 0.2), law(0.3, 0.3, 0.4)])
+FORCED = torch.stack([ROWS, ROWS, law(0, 0, 1).expand(3, 3)])
+WORDS = markov.MarkovChain(FORCED, "ab|").stopped(3)
+FIXED = markov.MarkovChain(ROWS, "ab|")
+STRINGS = torch.tensor(list(itertools.product(range(3), repeat=3)))
+
+
+def close(a, b, tolerance=1e-12):
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def support(chain):
+    keep = chain.logps(STRINGS) > -math.inf
+    return STRINGS[keep], chain.logps(STRINGS[keep])
+
+
+def sizes_of(strings, end):
+    return mcmc.lengths(strings, 2) if end else torch.full((len(strings),), 3)
+
+
+def kernel(chain, power, *, end, factor=True):
+    """Transition probabilities between all strings: sum over cuts, proposal times acceptance, the rest stays."""
+    strings, logps = support(chain)
+    sizes = sizes_of(strings, end)
+    counted = sizes if factor else torch.ones_like(sizes)
+    k = len(strings)
+    moves = torch.zeros(k, k, dtype=F64)
+    for i, j in itertools.product(range(k), repeat=2):
+        accept = mcmc.log_accept(logps[i], logps[j], power, counted[i], counted[j]).exp()
+        for cut in range(int(sizes[i])):
+            if torch.equal(strings[i, :cut], strings[j, :cut]):
+                contexts = chain._steps(strings[j : j + 1])[0]
+                end_given_prefix = sum(chain.table(t)[contexts[t], strings[j, t]] for t in range(cut, 3))
+                moves[i, j] += end_given_prefix.exp() / sizes[i] * accept
+    stay = 1 - moves.sum(-1)
+    return strings, sizes, logps, moves + torch.diag(stay)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize(("chain", "end"), [(WORDS, True), (FIXED, False)], ids=["words", "fixed"])
+def test_the_kernel_is_reversible_for_the_power_law(chain, end, power):
+    _, _, logps, moves = kernel(chain, power, end=end)
+    target = torch.log_softmax(power * logps, -1).exp()
+    flow = target[:, None] * moves
+    close(flow, flow.T, 1e-15)
+    close(moves.sum(-1), torch.ones_like(target))
+
+
+def test_without_the_factor_long_strings_win():
+    _, sizes, logps, moves = kernel(WORDS, 2.0, end=True, factor=False)
+    right = torch.softmax(2 * logps, -1)
+    wrong = torch.softmax(2 * logps + sizes.double().log(), -1)
+    flow = wrong[:, None] * moves
+    close(flow, flow.T, 1e-15)
+    by_length = [torch.stack([q[sizes == m].sum() for m in (1, 2, 3)]) for q in (right, wrong)]
+    close(by_length[0], vector(0.673968, 0.075821, 0.250211), 1e-6)
+    close(by_length[1], vector(0.427579, 0.096205, 0.476216), 1e-6)
+
+
+@pytest.mark.parametrize(("chain", "end"), [(WORDS, "|"), (FIXED, None)], ids=["words", "fixed"])
+def test_the_sampler_keeps_the_power_law(chain, end, rng):
+    """Started at exact draws of p^a, many moves leave them draws of p^a; so does one move follow the kernel."""
+    strings, _, logps, moves = kernel(chain, 2.0, end=bool(end))
+    target = torch.log_softmax(2 * logps, -1)
+    wrong = torch.log_softmax(2 * logps + sizes_of(strings, True).double().log(), -1) if end else logps
+    n = verify.plan(target, wrong)
+    number = {tuple(row): i for i, row in enumerate(strings.tolist())}
+
+    def index(tokens):
+        return torch.tensor([number[tuple(row)] for row in tokens.tolist()])
+
+    for start, steps in ((target, 5), (logps, 1)):
+        law_after = torch.log(start.exp() @ torch.linalg.matrix_power(moves, steps))
+        n = max(n, 20_000)
+        x = strings[categorical.sample(start, n, generator=rng)]
+        out = mcmc.power_mh(chain, x, 2.0, steps, generator=rng, end=end)
+        verdict = verify.match(index(out.tokens), law_after, claim="power-mh", versus=[wrong])
+        assert verdict, verdict.line()
+        assert out.acceptance.shape == (n,) and 0 < out.acceptance.mean() < 1
+    assert verify.match(index(out.tokens), wrong, claim="power-mh!wrong").decision == "REJECT"
+
+
+def test_power_one_accepts_every_string_of_one_length(rng):
+    x = FIXED.sample(100, 3, generator=rng)
+    assert (mcmc.power_mh(FIXED, x, 1.0, 3, generator=rng).acceptance == 1).all()
+
+
+def test_the_power_law_is_a_tilt():
+    """p^a is the tilt by log p at beta = 1 / (a - 1)."""
+    strings, logps = support(FIXED)
+    close(FIXED.tilt(ROWS, 1 / (3 - 1), 3).logps(strings), torch.log_softmax(3 * logps, -1))
+
+
+def test_inputs_stay(rng):
+    x = FIXED.sample(50, 3, generator=rng)
+    before = x.clone()
+    mcmc.power_mh(FIXED, x, 2.0, 2, generator=rng)
+    assert torch.equal(x, before)
+
+
+def test_lengths_count_the_end():
+    tokens = torch.tensor([[2, 2, 2], [0, 2, 2], [0, 1, 2], [0, 1, 1]])
+    assert mcmc.lengths(tokens, 2).tolist() == [1, 2, 3, 3]
+    with pytest.raises(ValueError, match="tokens must hold only 2 after the first 2, got 1 strings with other symbols"):
+        mcmc.lengths(torch.tensor([[2, 0, 2], [0, 2, 2]]), 2)
+
+
+def test_acceptance_by_hand():
+    # (p'/p)^(a-1) |x|/|x'| = (.1 / .4)^1 * 3 / 2 = .375, and above 1 in the other direction.
+    got = mcmc.log_accept(
+        vector(0.4, 0.1).log(), vector(0.1, 0.4).log(), 2.0, torch.tensor([3, 2]), torch.tensor([2, 3])
+    )
+    close(got.exp(), vector(0.375, 1.0))
+    never = mcmc.log_accept(vector(0.0), vector(-math.inf), 0.5, torch.tensor([1]), torch.tensor([1]))
+    assert never.item() == -math.inf
+
+
+ONE = torch.tensor([1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ((vector(0), vector(0), 0.0, ONE, ONE), ValueError, "power must be finite and > 0, got 0.0"),
+        ((vector(-math.inf), vector(0), 2.0, ONE, ONE), ValueError, "logps must be finite, got 1 of 1"),
+        ((vector(0), vector(0), 2.0, ONE, 0 * ONE), ValueError, "sizes and new_sizes must be >= 1, got 0"),
+        ((vector(0), vector(0, 0), 2.0, ONE, ONE), ValueError, "must have one shape"),
+    ],
+)
+def test_bad_acceptance(arguments, error, text):
+    with pytest.raises(error, match=text):
+        mcmc.log_accept(*arguments)
+
+
+GOOD = torch.tensor([[0, 0, 2], [2, 2, 2]])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"power": math.inf}, ValueError, "power must be finite and > 0, got inf"),
+        ({"steps": 0}, ValueError, "steps must be an integer >= 1, got 0"),
+        ({"tokens": GOOD.double()}, TypeError, "tokens must be an integer torch.Tensor"),
+        ({"tokens": GOOD[0]}, ValueError, r"tokens must have shape \(n, L\), got \(3,\)"),
+        ({"tokens": torch.tensor([[2, 0, 2]])}, ValueError, "tokens must have positive probability, got 1 strings"),
+        ({"end": "x"}, ValueError, "end must be one symbol of 'ab|', got 'x'"),
+        ({"ref": FIXED, "steps": 50}, ValueError, "tokens must hold only 2 after the first 2"),
+    ],
+)
+def test_bad_input(change, error, text, rng):
+    arguments = {"ref": WORDS, "tokens": GOOD, "power": 2.0, "steps": 1, "end": "|", **change}
+    with pytest.raises(error, match=text.replace("|", r"\|")):
+        mcmc.power_mh(**arguments, generator=rng)
+
+
+def test_a_stopped_chain_writes_one_word(rng):
+    chain = markov.MarkovChain(torch.stack([random_law(3, rng) for _ in range(9)]), "ab|").stopped(6)
+    x = chain.sample(500, 6, generator=rng)
+    assert (mcmc.lengths(x, 2) >= 1).all() and (x[:, 0] == 2).any()

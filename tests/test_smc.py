@@ -1,0 +1,256 @@
+"""Particles: E exp(log_partition) by enumeration of whole particle systems, ancestry, laws of draws, refusals."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import F64, law, random_law, vector
+
+from tiltlib import markov, resampling, smc, verify, weights
+
+# Two binary symbols after a start: p1 = (.6, .4), p2 = ((.7, .3), (.2, .8)), weights ((1, 3), (.5, 4)) at the end.
+REF = markov.MarkovChain(torch.stack([law(0.7, 0.3, 0), law(0.2, 0.8, 0), law(0.6, 0.4, 0)]), "ab|")
+REWARDS = torch.stack([vector(1, 3, 1), vector(0.5, 4, 1), vector(1, 1, 1)]).log()
+# Z = .42 * 1 + .18 * 3 + .08 * .5 + .32 * 4
+Z = 2.28
+TWISTS = torch.stack([vector(1, 1, 1), vector(1, 3, 1), vector(1, 1, 1)]).log()
+NONE = torch.zeros(3, 3, dtype=F64)
+SCHEMES = [resampling.multinomial, resampling.residual, resampling.stratified, resampling.systematic]
+N = 3
+
+
+def close(a, b, tolerance=1e-12):
+    torch.testing.assert_close(torch.as_tensor(a, dtype=F64), torch.as_tensor(b, dtype=F64), rtol=0, atol=tolerance)
+
+
+class Prescribed(markov.MarkovChain):
+    """The reference, except that its draws are given beforehand."""
+
+    def __init__(self, symbols):
+        super().__init__(REF._logps, REF.alphabet)
+        self.symbols = symbols
+
+    def _draw(self, step, contexts, generator):
+        return self.symbols[step]
+
+
+def every_system(twists, threshold, ancestors_law=None, wrong=None):
+    """Run the code on every outcome of N particles and multinomial resampling; return E exp(log_partition)."""
+    pick = list(itertools.product(range(2), repeat=N))
+    parents = list(itertools.product(range(N), repeat=N))
+    cases = list(itertools.product(pick, parents, pick))
+    first, chosen, second = (torch.tensor([case[i] for case in cases]) for i in range(3))
+    out = smc.twisted_smc(
+        REF,
+        REWARDS,
+        1.0,
+        twists,
+        N,
+        generator=torch.Generator(),
+        proposal=Prescribed([first, second]),
+        threshold=threshold,
+        scheme=lambda log_weights, n, generator: chosen,
+        runs=len(cases),
+    )
+    # The weights after the first symbol, from the definition: r = 0 there, so exp(V_1(a) - V_0).
+    w = (twists[1] - twists[0, 2]).exp()[first]
+    share = w / w.sum(-1, keepdim=True)
+    uneven = w.sum(-1) ** 2 / (w**2).sum(-1) < threshold * N - 1e-9
+    law_of_parents = ancestors_law(w, chosen) if ancestors_law else share.gather(-1, chosen).prod(-1)
+    # A system that does not resample has no parents to draw: each of the N^N cases takes its share.
+    mass = torch.where(uneven, law_of_parents, 1 / N**N)
+    mass = mass * REF.table(0)[2].exp()[first].prod(-1)
+    started = torch.where(uneven[:, None], first.gather(-1, chosen), first)
+    mass = mass * REF.table(1).exp()[started, second].prod(-1)
+    close(mass.sum(), 1.0)
+    assert torch.equal(out.tokens, torch.stack([started, second], -1))
+    z = out.log_partition.exp()
+    if wrong == "dropped":  # count the mean of the first weights, and forget them, where nothing was resampled
+        g = REWARDS.exp()[first, second] / twists[1].exp()[first]
+        z = torch.where(uneven, z, w.mean(-1) * g.mean(-1))
+    return (mass * z).sum()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("twists", [NONE, TWISTS, REF.soft_values(REWARDS, 1.0, 2)], ids=["none", "some", "exact"])
+def test_the_estimate_of_z_is_unbiased(twists, threshold):
+    close(every_system(twists, threshold), Z)
+
+
+def test_wrong_estimates_are_seen():
+    close(every_system(TWISTS, 0.8, wrong="dropped"), 2.344)
+
+    def keeps_the_better_half(w, chosen):
+        """The top two of three, by weight, and of those the first again: no unbiased scheme."""
+        order = torch.sort(w, dim=-1, descending=True, stable=True).indices
+        return (chosen == torch.stack([order[:, 0], order[:, 1], order[:, 0]], -1)).all(-1).double()
+
+    assert abs(every_system(TWISTS, 0.8, keeps_the_better_half).item() - Z) > 0.05
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
+def test_a_large_system_is_unbiased_for_every_scheme(scheme, rng):
+    """A weighted draw of one string, kept with probability Z_hat / bound, is a draw of the tilt."""
+    n, bound = 4, 9.0  # the first weights are at most 3, the second ones too
+    # Outcomes: the four strings, or not kept. P(kept, y) = E[Z_hat W_y] / bound = p(y) w(y) / bound.
+    joint = vector(0.42, 0.54, 0.04, 1.28) / bound
+    target, off = (torch.cat([q, 1 - q.sum(0, keepdim=True)]).log() for q in (joint, joint * 2.344 / Z))
+    runs = verify.plan(target, off)
+    out = smc.twisted_smc(REF, REWARDS, 1.0, TWISTS, n, generator=rng, scheme=scheme, threshold=0.9, runs=runs)
+    z = out.log_partition.exp()
+    assert z.max() <= bound
+    kept = torch.rand(runs, generator=rng, dtype=F64) * bound < z
+    picked = resampling.multinomial(out.log_weights, 1, generator=rng)[:, 0]
+    strings = out.tokens[torch.arange(runs), picked]
+    outcome = torch.where(kept, strings @ torch.tensor([2, 1]), 4)
+    verdict = verify.match(outcome, target, claim="smc", versus=[off])
+    assert verdict, verdict.line()
+    shifted = out.tokens[torch.arange(runs), (picked + 1) % n] @ torch.tensor([2, 1])
+    assert verify.match(torch.where(kept, shifted, 4), target, claim="smc!shifted").decision == "REJECT"
+
+
+def random_instance(rng, v=3, order=2, length=5):
+    ref = markov.MarkovChain(torch.stack([random_law(v, rng) for _ in range(v**order)]), "abc"[: v - 1] + " ")
+    return ref, torch.randn(v**order, v, generator=rng, dtype=F64), length
+
+
+def test_exact_values_and_their_proposal_leave_nothing_to_chance(rng):
+    ref, rewards, length = random_instance(rng)
+    values = ref.soft_values(rewards, 0.7, length)
+    proposal = smc.twisted_proposal(ref, rewards, 0.7, values)
+    tilted = ref.tilt(rewards, 0.7, length)
+    close(proposal.kl(tilted, length), 0.0)
+    out = smc.twisted_smc(ref, rewards, 0.7, values, 7, generator=rng, proposal=proposal, threshold=1.0, runs=50)
+    close(out.log_partition, values[0, ref.start].expand(50), 1e-10)
+    close(out.log_weights, torch.zeros(50, 7), 1e-10)
+    close(out.ess, torch.full((50, length), 7.0), 1e-8)
+    assert (out.ancestors == torch.arange(7)).all()
+    # With proposals from the reference the weights differ: exp(V_t - V_{t-1}).
+    assert smc.twisted_smc(ref, rewards, 0.7, values, 7, generator=rng, threshold=0).log_weights.std() > 0.1
+
+
+def test_without_resampling_weights_are_those_of_the_strings(rng):
+    ref, rewards, length = random_instance(rng)
+    twists = torch.randn(length + 1, 9, generator=rng, dtype=F64)
+    twists[-1] = 0
+    proposal = markov.MarkovChain(torch.stack([random_law(3, rng) for _ in range(9)]), ref.alphabet)
+    out = smc.twisted_smc(ref, rewards, 0.7, twists, 9, generator=rng, proposal=proposal, threshold=0, runs=4)
+    y = out.tokens
+    w = ref.logps(y) + ref.total_reward(y, rewards) / 0.7 - proposal.logps(y)
+    close(out.log_weights + twists[0, ref.start], w, 1e-10)
+    close(out.log_partition, weights.log_mean(w), 1e-10)
+    close(out.ess[:, -1], weights.ess(w), 1e-8)
+
+
+def test_beta_divides_the_rewards(rng):
+    ref, rewards, length = random_instance(rng)
+    zeros = torch.zeros(length + 1, 9, dtype=F64)
+    got = smc.log_increments(ref, rewards, 0.5, zeros)
+    close(got, (2 * rewards).expand(length, 9, 3))
+
+
+def test_trace_follows_parents():
+    # Particle 0 ends with parents 1 and then 2; particle 1 with 0 and 0; particle 2 with 1 and 2.
+    symbols = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
+    ancestors = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 1]])
+    assert smc.trace(symbols, ancestors).tolist() == [[7, 9, 11], [5, 8, 12], [7, 9, 13]]
+    assert torch.equal(smc.trace(symbols.expand(4, 3, 3), ancestors.expand(4, 3, 3))[2], smc.trace(symbols, ancestors))
+
+
+def test_strings_keep_their_own_past(rng):
+    """Each string must be one the chain can write: symbols from different parents would not be."""
+    table = torch.full((3, 3), -math.inf, dtype=F64)
+    table[2, :2] = math.log(0.5)
+    table[0, 0] = table[1, 1] = 0  # aaaa or bbbb
+    ref = markov.MarkovChain(table, "ab|")
+    out = smc.twisted_smc(
+        ref, vector(0, 0.3, 0), 1.0, torch.zeros(7, 3, dtype=F64), 6, generator=rng, threshold=1, runs=80
+    )
+    assert (out.tokens == out.tokens[..., :1]).all()
+    assert (out.ancestors[:, 1:] != torch.arange(6)).any()
+
+
+def test_dead_particles_estimate_zero(rng):
+    rewards = vector(-math.inf, 0, 0)  # only "bb" is left, of mass .4 * .8
+    out = smc.twisted_smc(REF, rewards, 1.0, NONE, 2, generator=rng, threshold=1, runs=4000)
+    dead = out.log_partition == -math.inf
+    assert dead.any() and not dead.all()
+    assert (out.ess[dead, -1] == 0).all() and (out.log_weights[dead] == -math.inf).all()
+    alive = out.log_weights > -math.inf
+    assert (out.tokens[alive] == 1).all()
+    # Z_hat = (k / 2)(j / 2) with resampling between; P(Z_hat > 0) = P(k >= 1) (1 - .2^2), k ~ Bin(2, .4).
+    target = vector(0.64 * 0.96, 1 - 0.64 * 0.96).log()
+    assert verify.match(dead.long(), target, claim="dead").decision != "REJECT"
+
+
+def test_a_run_of_many_is_a_run_alone(rng):
+    ref, rewards, length = random_instance(rng)
+    zeros = torch.zeros(length + 1, 9, dtype=F64)
+    out = smc.twisted_smc(ref, rewards, 1.0, zeros, 5, generator=rng, runs=3)
+    assert out.tokens.shape == (3, 5, length) and out.ancestors.shape == (3, length, 5) and out.ess.shape == (3, length)
+    for i in range(3):
+        y = out.tokens[i]
+        # Weights since the last resampling, along the strings that survived.
+        last = max(t for t in range(length) if t == 0 or (out.ancestors[i, t] != torch.arange(5)).any())
+        per_symbol = rewards[ref._steps(y), y]
+        close(out.log_weights[i], per_symbol[:, last:].sum(-1), 1e-10)
+
+
+ZERO = TWISTS.clone()
+ZERO[1, 1] = -math.inf
+DEAD_SYMBOL = markov.MarkovChain(torch.stack([law(1, 0, 0), law(0.2, 0.8, 0), law(0.6, 0.4, 0)]), "ab|")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (
+            {"log_twists": ZERO},
+            ValueError,
+            "log_twists must be finite wherever the target has mass, got -inf at step 1 in context 1",
+        ),
+        ({"log_twists": NONE[:, :2]}, ValueError, r"log_twists must have shape \(L \+ 1, 3\), got \(3, 2\)"),
+        ({"log_twists": NONE[:1]}, ValueError, r"log_twists must have shape \(L \+ 1, 3\), got \(1, 3\)"),
+        ({"log_twists": NONE + 1}, ValueError, "log_twists must be 0 after the last step"),
+        ({"log_twists": NONE / 0}, ValueError, "log_twists must be finite or -inf"),
+        (
+            {"proposal": DEAD_SYMBOL},
+            ValueError,
+            "proposal must be positive wherever the target has mass, got 0 at step 1 in context 0 for symbol 1",
+        ),
+        (
+            {"proposal": markov.MarkovChain(law(0.5, 0.5).expand(2, 2), "a|")},
+            ValueError,
+            "proposal must have order 1 over 'ab|'",
+        ),
+        ({"threshold": 1.1}, ValueError, r"threshold must lie in \[0, 1\], got 1.1"),
+        ({"n": 0}, ValueError, "n must be an integer >= 1, got 0"),
+        ({"runs": 1.0}, TypeError, "runs must be an int, got float"),
+        ({"beta": 0.0}, ValueError, "beta must be finite and > 0"),
+        ({"rewards": vector(1, 2)}, ValueError, "rewards must have shape"),
+    ],
+)
+def test_bad_input(change, error, text):
+    arguments = {"ref": REF, "rewards": REWARDS, "beta": 1.0, "log_twists": NONE, "n": 3, **change}
+    with pytest.raises(error, match=text.replace("|", r"\|")):
+        smc.twisted_smc(**arguments, generator=torch.Generator())
+
+
+def test_a_twist_may_vanish_where_the_target_does(rng):
+    rewards = vector(-math.inf, 0, 0)
+    values = REF.soft_values(rewards, 1.0, 2)
+    twists = NONE.clone()
+    twists[1, 0] = -math.inf
+    for v in (values.clamp(min=-99).where(values > -99, values), twists):
+        v = v.clone()
+        v[-1] = 0
+        z = smc.twisted_smc(REF, rewards, 1.0, v, 50, generator=rng, runs=2000).log_partition.exp()
+        assert abs(z.mean().item() - 0.32) < 0.02  # Z = .4 * .8; the standard error is below .002
+
+
+def test_bad_traces():
+    with pytest.raises(ValueError, match="symbols and ancestors must have one shape"):
+        smc.trace(torch.zeros(2, 3).long(), torch.zeros(3, 2).long())
+    with pytest.raises(ValueError, match=r"ancestors must lie in 0\.\.2, got values from 0 to 3"):
+        smc.trace(torch.zeros(2, 3).long(), torch.tensor([[0, 1, 2], [0, 1, 3]]))
