@@ -86,7 +86,8 @@ def test_wrong_estimates_are_seen():
         order = torch.sort(w, dim=-1, descending=True, stable=True).indices
         return (chosen == torch.stack([order[:, 0], order[:, 1], order[:, 0]], -1)).all(-1).double()
 
-    assert abs(every_system(TWISTS, 0.8, keeps_the_better_half).item() - Z) > 0.05
+    off = every_system(TWISTS, 0.8, keeps_the_better_half)
+    assert abs(off.item() - Z) > 0.02  # exact, against an error of 1e-12 for unbiased schemes
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
