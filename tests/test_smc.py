@@ -91,7 +91,7 @@ def test_wrong_estimates_are_seen():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
-def test_a_large_system_is_unbiased_for_every_scheme(scheme, rng):
+def test_draws_and_z_together_for_every_scheme(scheme, rng):
     """A weighted draw of one string, kept with probability Z_hat / bound, is a draw of the tilt."""
     n, bound = 4, 9.0  # the first weights are at most 3, the second ones too
     # Outcomes: the four strings, or not kept. P(kept, y) = E[Z_hat W_y] / bound = p(y) w(y) / bound.
@@ -185,7 +185,7 @@ def test_dead_particles_estimate_zero(rng):
     assert verify.match(dead.long(), target, claim="dead").decision != "REJECT"
 
 
-def test_a_run_of_many_is_a_run_alone(rng):
+def test_weights_are_those_since_the_last_resampling(rng):
     ref, rewards, length = random_instance(rng)
     zeros = torch.zeros(length + 1, 9, dtype=F64)
     out = smc.twisted_smc(ref, rewards, 1.0, zeros, 5, generator=rng, runs=3)
@@ -193,7 +193,7 @@ def test_a_run_of_many_is_a_run_alone(rng):
     for i in range(3):
         y = out.tokens[i]
         # Weights since the last resampling, along the strings that survived.
-        last = max(t for t in range(length) if t == 0 or (out.ancestors[i, t] != torch.arange(5)).any())
+        last = max(t for t in range(length) if t == 0 or out.ess[i, t - 1] < 0.5 * 5)
         per_symbol = rewards[ref._steps(y), y]
         close(out.log_weights[i], per_symbol[:, last:].sum(-1), 1e-10)
 
@@ -243,11 +243,12 @@ def test_a_twist_may_vanish_where_the_target_does(rng):
     values = REF.soft_values(rewards, 1.0, 2)
     twists = NONE.clone()
     twists[1, 0] = -math.inf
-    for v in (values.clamp(min=-99).where(values > -99, values), twists):
-        v = v.clone()
-        v[-1] = 0
-        z = smc.twisted_smc(REF, rewards, 1.0, v, 50, generator=rng, runs=2000).log_partition.exp()
-        assert abs(z.mean().item() - 0.32) < 0.02  # Z = .4 * .8; the standard error is below .002
+    runs = 20_000
+    for v in (values, twists):
+        z = smc.twisted_smc(REF, rewards, 1.0, v, 50, generator=rng, runs=runs).log_partition.exp()
+        # Z = .4 * .8. Z_hat lies in [0, 1]: Hoeffding's bound on the error of its mean holds except with chance 1e-8.
+        assert z.max() <= 1 + 1e-12
+        assert abs(z.mean().item() - 0.32) < math.sqrt(math.log(2 / 1e-8) / (2 * runs))
 
 
 def test_bad_traces():

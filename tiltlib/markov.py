@@ -161,7 +161,7 @@ class MarkovChain:
             q(a | c) = weight of a after c / weight of c,    counted at each step alone, or over all steps
 
         This maximises sum_i w_i log q(y_i). With one table per step the class holds every tilt of this chain by an
-        additive reward. A context that no string shows keeps the row of this chain.
+        additive reward. A context that no string shows keeps the row of this chain; over all steps, that of the last.
 
         Args:
             tokens: Strings y_i as symbol numbers, integer tensor, shape (n, L).
@@ -229,6 +229,31 @@ class MarkovChain:
     def _check_step(self, step: int) -> None:
         if self.length is not None and not 0 <= step < self.length:
             raise ValueError(f"step must lie in 0..{self.length - 1}, got {step}")
+
+    def _check_alike(self, name: str, other: "MarkovChain") -> None:
+        """Require a chain over the same contexts."""
+        if (other.order, other.alphabet) != (self.order, self.alphabet):
+            raise ValueError(
+                f"{name} must have order {self.order} over {self.alphabet!r}, "
+                f"got order {other.order} over {other.alphabet!r}"
+            )
+
+    def _steps_of(self, name: str, values: Tensor) -> int:
+        """Require one log value per context before each step and after the last; return the number of steps."""
+        _checks.rewards(name, values)
+        contexts = self._v**self.order
+        if values.ndim != 2 or values.shape[0] < 2 or values.shape[1] != contexts:
+            raise ValueError(f"{name} must have shape (L + 1, {contexts}), got {tuple(values.shape)}")
+        return len(values) - 1
+
+    def _reached(self, name: str, values: Tensor, where: str) -> Tensor:
+        """Return where this chain can be at each step, after requiring that the log values are finite there."""
+        reached = self.contexts(len(values) - 1) > 0
+        lost = reached & (values == -math.inf)
+        if bool(lost.any()):
+            step, context = lost.nonzero()[0].tolist()
+            raise ValueError(f"{name} must be finite {where}, got -inf at step {step} in context {context}")
+        return reached
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Turn strings of one length into symbol numbers.
@@ -410,11 +435,7 @@ class MarkovChain:
 
         Source: [cover2006], theorem 2.5.3.
         """
-        if (other.order, other.alphabet) != (self.order, self.alphabet):
-            raise ValueError(
-                f"other must have order {self.order} over {self.alphabet!r}, "
-                f"got order {other.order} over {other.alphabet!r}"
-            )
+        self._check_alike("other", other)
         laws, total = self.contexts(length), torch.zeros((), dtype=torch.float64, device=self._logps.device)
         for t in range(length):
             ours, theirs = self.table(t).double(), other.table(t).double()

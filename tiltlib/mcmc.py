@@ -124,13 +124,13 @@ def power_mh(
     """
     _checks.positive("power", power)
     _checks.count("steps", steps)
-    tokens, logps = tokens.long() if isinstance(tokens, Tensor) else tokens, ref.logps(tokens)
+    logps = ref.logps(tokens)
     if tokens.ndim != 2:
         raise ValueError(f"tokens must have shape (n, L), got {tuple(tokens.shape)}")
     impossible = int((logps == -math.inf).sum())
     if impossible:
         raise ValueError(f"tokens must have positive probability, got {impossible} strings of probability 0")
-    n, length = tokens.shape
+    tokens, (n, length) = tokens.long(), tokens.shape
     if end is not None and (len(end) != 1 or end not in ref.alphabet):
         raise ValueError(f"end must be one symbol of {ref.alphabet!r}, got {end!r}")
 

@@ -303,5 +303,5 @@ class TransformerPolicy(nn.Module):
             logps = torch.log_softmax(self.ref._rows(t, context) + added[:, 0], -1)
             symbol = categorical.sample(logps, 1, generator=generator)[:, 0]
             drawn.append(symbol)
-            context = (context * v + symbol) % v**self.ref.order
+            context = self.ref._next(context, symbol)
         return torch.stack(drawn, -1)

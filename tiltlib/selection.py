@@ -315,22 +315,11 @@ def soft_best_of_n_chain(ref: MarkovChain, rewards: Tensor, beta: float, log_val
     """
     _checks.count("n", n)
     _checks.positive("beta", beta)
-    _checks.rewards("log_values", log_values)
-    contexts = len(ref.alphabet) ** ref.order
-    if log_values.ndim != 2 or log_values.shape[0] < 2 or log_values.shape[1] != contexts:
-        raise ValueError(f"log_values must have shape (L + 1, {contexts}), got {tuple(log_values.shape)}")
-    log_w, length = ref._reward_table(rewards).double() / beta, len(log_values) - 1
-    reached = ref.contexts(length) > 0
-    lost = reached & (log_values == -math.inf)
-    if bool(lost.any()):
-        step, context = lost.nonzero()[0].tolist()
-        raise ValueError(
-            f"log_values must be finite where the reference can go, got -inf at step {step} in context {context}"
-        )
-    tables = []
+    length = ref._steps_of("log_values", log_values)
+    log_w = ref._reward_table(rewards).double() / beta
+    reached, tables = ref._reached("log_values", log_values, "where the reference can go"), []
     for t in range(length):
-        rows = ref.table(t).double().clone()
-        here = reached[t]
+        rows, here = ref.table(t).double().clone(), reached[t]
         scores = log_w + ref._lookahead(log_values[t + 1].double())
         rows[here] = soft_best_of_n_law(rows[here], scores[here], n, 1.0)
         tables.append(rows)

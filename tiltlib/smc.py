@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tiltlib import _checks, resampling, weights
-from tiltlib.markov import MarkovChain
+from tiltlib.markov import MarkovChain, TiltedChain
 
 __all__ = ["Particles", "log_increments", "trace", "twisted_proposal", "twisted_smc"]
 
@@ -40,8 +40,8 @@ class Particles(NamedTuple):
         log_weights: Their unnormalised log weights since the last resampling, shape (runs, n).
         log_partition: Estimate of log Z per run, shape (runs,); exp of it is unbiased for Z. -inf where all particles
             died.
-        ancestors: Particle that each particle continues at each step, int64, shape (runs, L, n); n is itself where
-            nothing was resampled, and always at step 0.
+        ancestors: Particle that each particle continues at each step, int64, shape (runs, L, n); itself where nothing
+            was resampled, and always at step 0.
         ess: Effective sample size after each step, shape (runs, L); 0 where all particles had died.
     """
 
@@ -52,32 +52,23 @@ class Particles(NamedTuple):
     ess: Tensor
 
 
-def _checked_pair(ref: MarkovChain, name: str, other: MarkovChain) -> None:
-    if (other.order, other.alphabet) != (ref.order, ref.alphabet):
-        raise ValueError(
-            f"{name} must have order {ref.order} over {ref.alphabet!r}, got order {other.order} over {other.alphabet!r}"
-        )
+class _Target(NamedTuple):
+    """The tilt, where it can be at each step, and log p(a | c) + r(c, a) / beta + V_{t+1}(c a) for each step."""
+
+    tilted: TiltedChain
+    reached: Tensor
+    log_joint: Tensor
 
 
-def _log_joint(ref: MarkovChain, rewards: Tensor, beta: float, log_twists: Tensor) -> Tensor:
-    """Compute log p(a | c) + r(c, a) / beta + V_{t+1}(c a), shape (L, V^order, V), and check the twists on the way."""
-    _checks.rewards("log_twists", log_twists)
-    contexts = len(ref.alphabet) ** ref.order
-    if log_twists.ndim != 2 or log_twists.shape[0] < 2 or log_twists.shape[1] != contexts:
-        raise ValueError(f"log_twists must have shape (L + 1, {contexts}), got {tuple(log_twists.shape)}")
+def _target(ref: MarkovChain, rewards: Tensor, beta: float, log_twists: Tensor) -> _Target:
+    length = ref._steps_of("log_twists", log_twists)
     if bool((log_twists[-1] != 0).any()):
         raise ValueError("log_twists must be 0 after the last step, since the rewards are the whole weight of a string")
-    length = len(log_twists) - 1
-    lost = (ref.tilt(rewards, beta, length).contexts(length) > 0) & (log_twists == -math.inf)
-    if bool(lost.any()):
-        step, context = lost.nonzero()[0].tolist()
-        raise ValueError(
-            f"log_twists must be finite wherever the target has mass, got -inf at step {step} in context {context}"
-        )
+    tilted = ref.tilt(rewards, beta, length)
+    reached = tilted._reached("log_twists", log_twists, "wherever the target has mass")
     log_w = ref._reward_table(rewards).double() / beta
-    return torch.stack(
-        [ref.table(t).double() + log_w + ref._lookahead(log_twists[t + 1].double()) for t in range(length)]
-    )
+    ahead = (ref._lookahead(values) for values in log_twists[1:].double())
+    return _Target(tilted, reached, torch.stack([ref.table(t).double() + log_w + v for t, v in enumerate(ahead)]))
 
 
 def twisted_proposal(ref: MarkovChain, rewards: Tensor, beta: float, log_twists: Tensor) -> MarkovChain:
@@ -89,10 +80,9 @@ def twisted_proposal(ref: MarkovChain, rewards: Tensor, beta: float, log_twists:
 
     Args:
         ref: Reference chain p.
-        rewards: Reward of each symbol, shape (V,), or of each symbol after each context, shape (V^order, V); -inf
-            excludes.
-        beta: Temperature in reward units, > 0.
-        log_twists: V, shape (L + 1, V^order), the last row 0; -inf only where the target has no mass.
+        rewards: As for `log_increments`.
+        beta: As for `log_increments`.
+        log_twists: As for `log_increments`.
 
     Returns:
         The proposal, float64, with one table per step. A context that leads nowhere keeps the row of the reference.
@@ -103,7 +93,7 @@ def twisted_proposal(ref: MarkovChain, rewards: Tensor, beta: float, log_twists:
 
     Source: [guarniero2017].
     """
-    joint = _log_joint(ref, rewards, beta, log_twists)
+    joint = _target(ref, rewards, beta, log_twists).log_joint
     total = joint.logsumexp(-1, keepdim=True)
     rows = torch.stack([ref.table(t).double() for t in range(len(joint))])
     return MarkovChain(torch.where(total > -math.inf, joint - total, rows), ref.alphabet)
@@ -138,11 +128,10 @@ def log_increments(
     Source: [guarniero2017].
     """
     proposal = ref if proposal is None else proposal
-    _checked_pair(ref, "proposal", proposal)
-    joint = _log_joint(ref, rewards, beta, log_twists)
-    tilted = ref.tilt(rewards, beta, len(joint))
-    reached, steps = tilted.contexts(len(joint)) > 0, []
-    for t, numerator in enumerate(joint):
+    ref._check_alike("proposal", proposal)
+    tilted, reached, log_joint = _target(ref, rewards, beta, log_twists)
+    steps = []
+    for t, numerator in enumerate(log_joint):
         q = proposal.table(t).double()
         missed = reached[t][:, None] & (tilted.table(t) > -math.inf) & (q == -math.inf)
         if bool(missed.any()):
@@ -204,11 +193,9 @@ def twisted_smc(
 
     Args:
         ref: Reference chain p.
-        rewards: Reward of each symbol, shape (V,), or of each symbol after each context, shape (V^order, V); -inf
-            excludes.
-        beta: Temperature in reward units, > 0.
-        log_twists: V, shape (L + 1, V^order), the last row 0; L is the length of the strings. See the module for the
-            usual choices.
+        rewards: As for `log_increments`.
+        beta: As for `log_increments`.
+        log_twists: As for `log_increments`; L is the length of the strings. See the module for the usual choices.
         n: Particles per run, >= 1.
         generator: Source of randomness, on the device of the chain.
         proposal: Chain that symbols are drawn from, positive wherever the target is. Default: the reference.
@@ -243,10 +230,9 @@ def twisted_smc(
         uneven = ((0 < sizes[-1]) & (sizes[-1] < enough))[:, None]
         parents = itself
         if bool(uneven.any()):
-            drawn = scheme(torch.where(uneven, log_weights, 0.0), n, generator=generator)
-            parents = torch.where(uneven, drawn, itself)
-            spent = weights.log_mean(torch.where(uneven, log_weights, 0.0))
-            log_partition = log_partition + spent
+            spent = torch.where(uneven, log_weights, 0.0)
+            parents = torch.where(uneven, scheme(spent, n, generator=generator), itself)
+            log_partition = log_partition + weights.log_mean(spent)
             log_weights = torch.where(uneven, 0.0, log_weights)
         context = context.gather(-1, parents)
         symbol = proposal._draw(t, context, generator)
