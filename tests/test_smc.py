@@ -122,7 +122,19 @@ def test_exact_values_and_their_proposal_leave_nothing_to_chance(rng):
     proposal = smc.twisted_proposal(ref, rewards, 0.7, values)
     tilted = ref.tilt(rewards, 0.7, length)
     close(proposal.kl(tilted, length), 0.0)
-    out = smc.twisted_smc(ref, rewards, 0.7, values, 7, generator=rng, proposal=proposal, threshold=1.0, runs=50)
+    # Multinomial resampling would show: systematic resampling of equal weights changes nothing.
+    out = smc.twisted_smc(
+        ref,
+        rewards,
+        0.7,
+        values,
+        7,
+        generator=rng,
+        proposal=proposal,
+        threshold=1.0,
+        scheme=resampling.multinomial,
+        runs=50,
+    )
     close(out.log_partition, values[0, ref.start].expand(50), 1e-10)
     close(out.log_weights, torch.zeros(50, 7), 1e-10)
     close(out.ess, torch.full((50, length), 7.0), 1e-8)
