@@ -227,10 +227,10 @@ DRAWS = {
     "selection.soft_best_of_n_draw": lambda g: selection.soft_best_of_n_draw(
         S0.expand(50, 3), S0_REWARDS, 9, 1.0, generator=g
     ),
-    "smc.twisted_smc": lambda g: smc.twisted_smc(CHAIN, S0_REWARDS, 1.0, torch.zeros(5, 3), 20, generator=g).tokens,
     "selection.soft_best_of_n_stream": lambda g: selection.soft_best_of_n_stream([(POOL, POOL)] * 3, 1.0, generator=g)[
         0
     ],
+    "smc.twisted_smc": lambda g: smc.twisted_smc(CHAIN, S0_REWARDS, 1.0, torch.zeros(5, 3), 20, generator=g).tokens,
 }
 
 

@@ -3,14 +3,16 @@
 The target is the tilt of a Markov chain by an additive reward. A twist says how much the rest of a string is expected
 to be worth; it steers which prefixes are kept, and cancels from the weight of a finished string. With
 
-    g_t(c, a) = p(a | c) exp(r(c, a) / beta + V_{t+1}(c a) - V_t(c)) / q_t(a | c),    V_L = 0
+    G_t = exp(r(c, a) / beta + V_{t+1}(c a) - V_t(c)),    V_L = 0
+    g_t(c, a) = G_t p(a | c) / q_t(a | c)
 
-the product of the g_t along a string is w(y) p(y) / q(y), divided by exp(V_0). So
+the product of the g_t along a string is w(y) p(y) / q(y), divided by exp(V_0). `log_partition` is V_0 plus the logs of
+the mean weights, one for each resampling and one at the end. `log_weights` belong to the finished strings. So
 
-    log_partition    V_0 + log of the mean weight, one factor per resampling: E exp(log_partition) = Z for any twists V
-    log_weights      of the finished strings: sum_i w_i f(y_i) / sum_i w_i estimates E_{pi*} f
+    E exp(log_partition) = Z    for any twists V
+    sum_i w_i f(y_i) / sum_i w_i    estimates E_{pi*} f
 
-No twists: `torch.zeros(L + 1, V^order)`. Exact: `ref.soft_values(rewards, beta, L)`. Learned: the soft values of a
+No twists: zeros of shape (L + 1, V^order). Exact: `ref.soft_values(rewards, beta, L)`. Learned: the soft values of a
 chain that was fitted to samples. With exact values and `twisted_proposal` all weights are equal and every string is a
 draw of the tilt. Weights are carried from step to step until a resampling spends them; dropping them is a bias.
 """
@@ -186,7 +188,8 @@ def twisted_smc(
 ) -> Particles:
     """Grow n strings together, `runs` times over, each time resampling when the weights are uneven.
 
-        resample before a step iff ESS < threshold n;    log_partition += log of the mean weight;    weights back to 1
+        resample before a step iff ESS < threshold n
+        then log_partition += log of the mean weight, and all weights are 1
 
     Independent runs are computed together; each decides on its own when to resample. A run in which every particle has
     weight 0 estimates Z by 0, and goes on without resampling.
