@@ -22,6 +22,7 @@ NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
 PASS = "PASS   exact   a-label  n=12  eps=1e-12"
 REJECT = "REJECT exact   a-label!near  n=12  error=0.031  eps=1e-12  [falsifier, expected]"
 MATCH = "PASS   match   a-label  n=200  plan=100  log10E=-4  reject_at=8  power=1-1e-06  alpha=1e-08"
+MEAN = MATCH.replace("match", "mean ")
 MISSED = "REJECT match   a-label!beta*1.05  n=200  log10E=29  reject_at=8  [falsifier, expected]"
 WITHIN = "PASS   within  a-label  n=200  plan=100  tv_hi=0.02  eps=0.03  delta=1e-08  tier=ratio"
 STATEMENT = "```{prf:theorem} Title\n:label: a-label\n\n{status}`proved here` It holds.\n```"
@@ -133,7 +134,11 @@ def test_statements_finds(prose, problem):
         (WITHIN.replace("1e-08", "1e-06"), "delta is 1e-06"),
         (WITHIN.replace("tv_hi=0.02", "tv_hi=0.04"), "tv_hi=0.04 is above eps=0.03"),
         (WITHIN.replace("n=200", "n=9"), "n=9 is below plan=100"),
-        ("\n".join(MATCH.replace("a-label", f"a-label.{i}") for i in range(101)), "101 match claims, at most 100"),
+        ("\n".join(MATCH.replace("a-label", f"a-label.{i}") for i in range(101)), "101 match and mean claims, at most"),
+        ("\n".join(MEAN.replace("a-label", f"a-label.{i}") for i in range(101)), "101 match and mean claims, at most"),
+        (f"{MEAN.replace('n=200', 'n=99')}\n{MISSED}", "n=99 is below plan=100"),
+        (f"{MEAN.replace('1-1e-06', '1-1e-03')}\n{MISSED}", "power is 1-1e-03"),
+        (f"{MEAN.replace('alpha=1e-08', 'alpha=1e-06')}\n{MISSED}", "alpha is 1e-06"),
     ],
 )
 def test_claims_finds(output, problem):
@@ -204,6 +209,10 @@ def test_the_claims_page_says_what_each_line_shows():
     assert "200 draws (100 planned)" in verdicts.evidence(claim) and "1 − 1e-6" in verdicts.evidence(claim)
     assert "Wrong variant, rejected: log10 E = 29" in verdicts.evidence(falsifier)
     assert "1 of 1 falsifiers rejected" in verdicts.summary(book())
+    (_, [entry]), *_ = verdicts.entries(book(output=f"{MEAN}\n{MISSED.replace('match', 'mean ')}"))
+    claim, falsifier = map(verdicts.evidence, entry.verdicts)
+    assert "200 values (100 planned). Evidence against the mean" in claim
+    assert "Wrong variant, rejected: log10 E = 29, at least 8, after 200 values." in falsifier
 
 
 def test_blocks_are_found_inside_blocks():

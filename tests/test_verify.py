@@ -346,6 +346,66 @@ def test_bound():
     assert bound([3.0, 1.0], [1.0, 1.0], claim="c").error == 2
 
 
+# --- mean ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("versus", [[], [0.9], [0.2, 1.3]])
+def test_e_value_of_a_mean_has_mean_one(versus):
+    # Three values in [-1, 3] with mean .5, every count vector of 12 of them.
+    values, probs = np.array([-1.0, 0.5, 3.0]), vector(0.25, 0.6, 0.15)
+    counts = compositions(3, 12)
+    chance = log_multinomial(counts, probs.log()).exp().numpy()
+    assert values @ probs.numpy() == pytest.approx(0.5)
+
+    def e_values(expected):
+        verdicts = [
+            verify.mean(np.repeat(values, c), expected, low=-1, high=3, claim="c", versus=versus) for c in counts
+        ]
+        return np.array([10**v.log10_e for v in verdicts])
+
+    e = e_values(0.5)
+    assert chance @ e == pytest.approx(1, abs=1e-12)
+    for alpha in (0.5, 0.2):
+        assert 0 < chance[e >= 1 / alpha].sum() <= alpha
+    assert abs(chance @ e_values(0.52) - 1) > 1e-3  # a mean that is off shows
+
+
+def test_e_value_of_a_mean_by_hand():
+    # n = 1, x = 1, m = 1/4: bets 4 f and -4/3 f win 3/4 of themselves, f = 1/2, ..., 2^-12 with mean (1 - 2^-12) / 12.
+    f = (1 - 2**-12) / 12
+    fixed = ((1 + 3 * f) + (1 - f)) / 2
+    assert 10 ** verify.mean([7.0], 4.0, low=3, high=7, claim="c").log10_e == pytest.approx(fixed, rel=1e-12)
+    # A declared mean of 1/2 bets (1/2 - 1/4) / (3/16) = 4/3 and wins 1.
+    one = verify.mean([7.0], 4.0, low=3, high=7, claim="c", versus=[5.0])
+    assert 10**one.log10_e == pytest.approx(fixed / 2 + (1 + 1) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("hardest", [True, False])
+def test_planned_power_for_a_wrong_mean_is_reached(hardest, rng):
+    runs, miss, alpha, low, high = 400, 0.1, 1e-8, 0.0, 2.0
+    n = verify.plan_mean(1.0, 1.2, low=low, high=high, alpha=alpha, miss=miss, declared=2)
+    assert n == plan(law(0.5, 0.5), law(0.4, 0.6), alpha=alpha, miss=miss, declared=2)
+
+    def hits(n):
+        u = torch.rand(runs, n, generator=rng, dtype=F64)
+        x = high * (u < 0.6) if hardest else 0.4 + 1.6 * u  # both have mean 1.2
+        checks = (verify.mean(row, 1.0, low=low, high=high, claim="c", versus=[1.2, 0.7], alpha=alpha) for row in x)
+        return sum(v.decision == "REJECT" for v in checks)
+
+    assert hits(n) >= binomial_range(runs, 1 - miss)[0]
+    if hardest:
+        assert hits(n // 2) < binomial_range(runs, 1 - miss)[0]
+
+
+def test_a_true_mean_passes_and_small_errors_are_found(rng):
+    x = 1 + torch.rand(20_000, generator=rng, dtype=F64)
+    check = lambda values: verify.mean(values, 1.5, low=0, high=9, claim="c", versus=[1.6])  # noqa: E731
+    assert check(x).decision == "INCONCLUSIVE"  # the plan is for every law on [0, 9]
+    assert verify.mean(x, 1.5, low=1, high=2, claim="c", versus=[1.55])
+    # Values that vary little: an error of 2 per cent, which no plan for [0, 9] would promise.
+    assert check(x * 1.02).decision == "REJECT" and check(x * 0.98).decision == "REJECT"
+
+
 # --- lines -----------------------------------------------------------------------------------------------------------
 
 LINES = {
@@ -360,6 +420,12 @@ LINES = {
     ),
     "REJECT match   a!beta*1.05  n=5  log10E=29  reject_at=8  [falsifier, expected]": Verdict(
         "a!beta*1.05", "match", "REJECT", 5, plan=6, alpha=1e-8, miss=1e-6, log10_e=29.9
+    ),
+    "PASS   mean    a  n=5  plan=4  log10E=0  reject_at=8  power=1-1e-06  alpha=1e-08": Verdict(
+        "a", "mean", "PASS", 5, plan=4, alpha=1e-8, miss=1e-6, log10_e=0.9
+    ),
+    "REJECT mean    a!x  n=5  log10E=9  reject_at=8  [falsifier, expected]": Verdict(
+        "a!x", "mean", "REJECT", 5, plan=4, alpha=1e-8, miss=1e-6, log10_e=9.9
     ),
     "PASS   within  a  n=9  plan=8  tv_hi=0.021  eps=0.03  delta=1e-08  tier=ratio": Verdict(
         "a", "within", "PASS", 9, plan=8, tv_lo=0.0, tv_hi=0.02001, eps=0.03, delta=1e-8, method="ratio"
@@ -549,6 +615,9 @@ def test_bad_samples(check, samples, target, error, text):
         ("miss", lambda x: match(Y, S0, claim="c", miss=x)),
         ("miss", lambda x: match(Y, S0, claim="c", versus=[HOT], miss=x)),
         ("alpha", lambda x: plan(S0, HOT, alpha=x)),
+        ("alpha", lambda x: verify.mean([0.5], 0.5, low=0, high=1, claim="c", alpha=x)),
+        ("miss", lambda x: verify.mean([0.5], 0.5, low=0, high=1, claim="c", miss=x)),
+        ("miss", lambda x: verify.plan_mean(0.5, 0.4, low=0, high=1, miss=x)),
         ("miss", lambda x: plan(S0, HOT, miss=x)),
         ("delta", lambda x: verify.tv_upper_bound([0.5], delta=x)),
         ("delta", lambda x: within(Y, S0, 0.1, claim="c", delta=x)),
@@ -558,6 +627,10 @@ def test_bad_samples(check, samples, target, error, text):
 def test_bad_probabilities(name, call, bad):
     with pytest.raises(ValueError, match=f"{name} must lie strictly between 0 and 1, got {bad}"):
         call(bad)
+
+
+def unit_mean(values, expected=0.5, *, high=1.0, **more):
+    return verify.mean(values, expected, low=0, high=high, claim="c", **more)
 
 
 WIDE = torch.full((2000,), -math.log(2000), dtype=F64)
@@ -591,6 +664,19 @@ WIDE = torch.full((2000,), -math.log(2000), dtype=F64)
             ValueError,
             "wrong must be declared here: .* below the 5",
         ),
+        (lambda: unit_mean([]), ValueError, "values must hold at least one number, got none"),
+        (lambda: unit_mean([0.5, 1.5]), ValueError, r"values must lie in \[0, 1\], got values from 0.5 to 1.5"),
+        (lambda: unit_mean([math.nan]), ValueError, r"values must lie in \[0, 1\], got values from nan"),
+        (lambda: unit_mean([0.5], 1.0), ValueError, "expected must lie strictly between low = 0 and high = 1, got 1.0"),
+        (lambda: unit_mean([0.5], versus=[0.0]), ValueError, r"versus\[0\] must lie strictly between low = 0 and high"),
+        (lambda: unit_mean([0.5], versus=[0.5]), ValueError, "wrong must differ from expected, got 0.5 and 0.5"),
+        (
+            lambda: unit_mean([0.5], high=math.inf),
+            ValueError,
+            "low and high must be finite with low < high, got 0 and inf",
+        ),
+        (lambda: unit_mean([0.5], high=-1), ValueError, "low and high must be finite with low < high, got 0 and -1"),
+        (lambda: verify.plan_mean(0.5, 2.0, low=0, high=1), ValueError, "wrong must lie strictly between"),
         (lambda: verify.tv_upper_bound([]), ValueError, r"x must hold at least one value, each in \[0, 1\], got none"),
         (lambda: verify.tv_upper_bound([0.5, 1.1]), ValueError, r"x must hold at least one value, each in \[0, 1\]"),
         (lambda: verify.tv_upper_bound([-0.1]), ValueError, "x must hold at least one value"),

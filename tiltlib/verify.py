@@ -1,15 +1,16 @@
 """Evidence that samples follow a law, and that wrong laws are told apart from it.
 
 A check returns a `Verdict`; `report` prints it as one line and raises unless it passed; `falsify` runs the same check
-on a wrong law and raises unless that was rejected. Four kinds of check:
+on a wrong law and raises unless that was rejected. Five kinds of check:
 
     match    samples follow the target law          E-value on counts; false alarm <= alpha by Markov's inequality
+    mean     bounded values have the stated mean    E-value of bets on the values; the same error probabilities
     within   the sampler's law is within eps in TV  confidence bound; false pass <= delta
     exact    computed numbers agree                 no sampling, so no error probability
     bound    an inequality holds on all instances   no sampling
 
-`plan` says how many samples make the rejection of a declared wrong law certain up to a stated probability. The theory
-is in book chapter "Verifying".
+`plan` and `plan_mean` say how many samples make the rejection of a declared wrong law or mean certain up to a stated
+probability. The theory is in book chapter "Verifying".
 """
 
 import dataclasses
@@ -37,7 +38,9 @@ __all__ = [
     "falsify",
     "log_e_value",
     "match",
+    "mean",
     "plan",
+    "plan_mean",
     "report",
     "rng",
     "tv_upper_bound",
@@ -90,7 +93,7 @@ class Verdict:
         """Format the verdict as one line of fields that are the same on every machine."""
         fields = [f"n={self.n}"]
         expected = "!" in self.claim
-        if self.kind == "match":
+        if self.kind in ("match", "mean"):
             assert self.log10_e is not None and self.alpha is not None
             evidence = f"log10E={_floor(self.log10_e)}", f"reject_at={math.ceil(-math.log10(self.alpha) - 1e-9)}"
             planned = [] if self.plan is None else [f"plan={self.plan}"]
@@ -241,13 +244,17 @@ def match(
     c = _counts(samples, len(log_p))
     log_e = log_e_value(c, target, versus)
     need = max((plan(target, q, alpha=alpha, miss=miss, declared=len(versus)) for q in versus), default=None)
-    n = int(c.sum())
+    return _e_verdict(claim, "match", int(c.sum()), log_e, need, alpha, miss)
+
+
+def _e_verdict(claim: str, kind: str, n: int, log_e: float, need: int | None, alpha: float, miss: float) -> Verdict:
+    """Decide by an E-value: reject at 1 / alpha, and pass only with the planned number of samples."""
     if log_e >= -math.log(alpha):
         decision = "REJECT"
     else:
         decision = "PASS" if need is None or n >= need else "INCONCLUSIVE"
     return Verdict(
-        claim, "match", decision, n, plan=need, alpha=alpha, miss=miss, log10_e=log_e / math.log(10), method="e-value"
+        claim, kind, decision, n, plan=need, alpha=alpha, miss=miss, log10_e=log_e / math.log(10), method="e-value"
     )
 
 
@@ -288,19 +295,7 @@ def plan(target: Tensor, wrong: Tensor, *, alpha: float = 1e-8, miss: float = 1e
     if np.array_equal(p, q):
         raise ValueError("wrong must differ from target, got the same law: no number of samples tells them apart")
     if declared is not None:
-        _checks.count("declared", declared)
-        common = np.isfinite(p) & np.isfinite(q)
-        if not common.any():
-            return 1
-        threshold = math.log(2 * declared / alpha)
-
-        def samples_at(s: float) -> float:
-            log_affinity = float(np.logaddexp.reduce(s * p[common] + (1 - s) * q[common]))
-            # An affinity that rounds to 1 near s = 0 or 1 would ask for infinitely many.
-            return (-math.log(miss) + s * threshold) / max(-log_affinity, 1e-300)
-
-        best = minimize_scalar(samples_at, bounds=(1e-6, 1 - 1e-6), method="bounded", options={"xatol": 1e-6})
-        return math.ceil(float(best.fun))
+        return _declared_plan(p, q, alpha, miss, declared)
     support = np.isfinite(p)
     if np.isfinite(q[~support]).any():
         raise ValueError("wrong must have its support in that of target when not declared, got an outcome outside it")
@@ -316,6 +311,141 @@ def plan(target: Tensor, wrong: Tensor, *, alpha: float = 1e-8, miss: float = 1e
             "below the 5 that the chi-square approximation needs"
         )
     return n
+
+
+def _declared_plan(p: Floats, q: Floats, alpha: float, miss: float, declared: int) -> int:
+    """Minimise Chernoff's bound over its parameter s, for log-probabilities p and q."""
+    _checks.count("declared", declared)
+    common = np.isfinite(p) & np.isfinite(q)
+    if not common.any():
+        return 1
+    threshold = math.log(2 * declared / alpha)
+
+    def samples_at(s: float) -> float:
+        log_affinity = float(np.logaddexp.reduce(s * p[common] + (1 - s) * q[common]))
+        # An affinity that rounds to 1 near s = 0 or 1 would ask for infinitely many.
+        return (-math.log(miss) + s * threshold) / max(-log_affinity, 1e-300)
+
+    best = minimize_scalar(samples_at, bounds=(1e-6, 1 - 1e-6), method="bounded", options={"xatol": 1e-6})
+    return math.ceil(float(best.fun))
+
+
+# --- mean -----------------------------------------------------------------------------------------------------------
+
+# Bets as fractions of the largest that the bounds allow: half of it for values that hardly vary, 2^-12 for rare ones.
+_BETS = 0.5 ** np.arange(1, 13)
+
+
+def mean(
+    values: ArrayLike | Tensor,
+    expected: float,
+    *,
+    low: float,
+    high: float,
+    claim: str,
+    versus: Sequence[float] = (),
+    alpha: float = 1e-8,
+    miss: float = 1e-6,
+) -> Verdict:
+    """Check that independent values in [low, high] have a stated mean, whatever else their law is.
+
+        REJECT iff E >= 1 / alpha,
+        E = (1/2) mean over fixed b of prod_t (1 + b (x_t - m))  +  (1/2) the same for b_i = (m_i - m) / (m (1 - m))
+
+    Here x and m are the values and the expected mean, scaled to [0, 1]. The fixed bets lie between -1 / (1 - m) and
+    1 / m; the others bet on the declared wrong means m_i. Without any, E is the first half alone. E has mean 1 if the
+    values have mean m, so a true mean is rejected with probability at most `alpha`. Values whose mean is one of
+    `versus` are missed with probability at most `miss`, or the verdict is INCONCLUSIVE because n is below `plan_mean`.
+
+    Args:
+        values: Independent values, any shape, n entries.
+        expected: The claimed mean, strictly between `low` and `high`.
+        low: Lower bound of the values, known beforehand.
+        high: Upper bound of the values, known beforehand.
+        claim: Claim id: the label of the theorem, or label.part.
+        versus: Declared wrong means, strictly between `low` and `high`, fixed before the data were seen.
+        alpha: Largest probability of a false alarm, in (0, 1).
+        miss: Largest probability of missing a declared wrong mean, in (0, 1).
+
+    Returns:
+        Verdict of kind "mean".
+
+    Raises:
+        ValueError: no values, or values outside the bounds; bounds not finite; a mean not strictly between them; a
+            declared mean equal to `expected`; `alpha` or `miss` outside (0, 1); or a malformed claim id.
+
+    Source: [waudbysmith2024]; book chapter "Verifying", `mean-e-value`.
+    """
+    _claim_id(claim)
+    _probability("miss", miss)
+    _probability("alpha", alpha)
+    m = _scaled_mean("expected", expected, low, high)
+    wrong = [_scaled_mean(f"versus[{i}]", value, low, high) for i, value in enumerate(versus)]
+    v = _numbers("values", values).ravel()
+    if not ((v >= low) & (v <= high)).all():
+        raise ValueError(f"values must lie in [{low:g}, {high:g}], got values from {v.min():g} to {v.max():g}")
+    gains = (v - low) / (high - low) - m
+
+    def log_wealth(bets: ArrayLike) -> float:
+        wealths = [float(np.log1p(bet * gains).sum()) for bet in np.ravel(bets)]
+        return float(np.logaddexp.reduce(wealths)) - math.log(len(wealths))
+
+    log_e = log_wealth(np.concatenate([_BETS / m, -_BETS / (1 - m)]))
+    if wrong:
+        directed = log_wealth([(q - m) / (m * (1 - m)) for q in wrong])
+        log_e = float(np.logaddexp(log_e, directed)) - math.log(2)
+    plans = (plan_mean(expected, q, low=low, high=high, alpha=alpha, miss=miss, declared=len(versus)) for q in versus)
+    return _e_verdict(claim, "mean", len(v), log_e, max(plans, default=None), alpha, miss)
+
+
+def plan_mean(
+    expected: float,
+    wrong: float,
+    *,
+    low: float,
+    high: float,
+    alpha: float = 1e-8,
+    miss: float = 1e-6,
+    declared: int = 1,
+) -> int:
+    """Compute how many values make `mean` reject a declared wrong mean, except with probability `miss`.
+
+    Of all laws on [low, high] with the wrong mean, the one on the two ends is the hardest to tell. So this is the
+    `plan` for two outcomes, and it holds for every law.
+
+    Args:
+        expected: The claimed mean, strictly between `low` and `high`.
+        wrong: The mean to be rejected, strictly between `low` and `high`.
+        low: Lower bound of the values.
+        high: Upper bound of the values.
+        alpha: False-alarm probability of the check, in (0, 1).
+        miss: Probability of missing the wrong mean, in (0, 1).
+        declared: Number of declared wrong means of which `wrong` is one, >= 1.
+
+    Returns:
+        Number of values.
+
+    Raises:
+        ValueError: bounds not finite, a mean not strictly between them, equal means, or `alpha` or `miss` outside
+            (0, 1).
+
+    Source: [chernoff1952]; book chapter "Verifying", `mean-e-value`.
+    """
+    _probability("alpha", alpha)
+    _probability("miss", miss)
+    m, q = _scaled_mean("expected", expected, low, high), _scaled_mean("wrong", wrong, low, high)
+    if m == q:
+        raise ValueError(f"wrong must differ from expected, got {wrong!r} and {expected!r}")
+    return _declared_plan(np.log([1 - m, m]), np.log([1 - q, q]), alpha, miss, declared)
+
+
+def _scaled_mean(name: str, value: float, low: float, high: float) -> float:
+    """Check a mean against its bounds and scale it to (0, 1)."""
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"low and high must be finite with low < high, got {low!r} and {high!r}")
+    if not low < value < high:
+        raise ValueError(f"{name} must lie strictly between low = {low:g} and high = {high:g}, got {value!r}")
+    return (value - low) / (high - low)
 
 
 # --- within ---------------------------------------------------------------------------------------------------------
@@ -591,7 +721,7 @@ def report(verdict: Verdict) -> None:
     """Print the verdict line, or raise when the claim is not confirmed. The last line of a claim cell.
 
     Args:
-        verdict: From `match`, `within`, `exact` or `bound`.
+        verdict: From `match`, `mean`, `within`, `exact` or `bound`.
 
     Raises:
         ClaimFailed: the decision is not PASS; the message is the verdict line.

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 import verdicts
 from verdicts import Page
 
-ALPHA = 1e-8  # false alarm of one match claim
-MISS = 1e-6  # chance that a match claim misses its falsifier
-MAX_MATCH = 100  # times ALPHA: the family of match claims stays below 1e-6
+ALPHA = 1e-8  # false alarm of one match or mean claim
+MISS = 1e-6  # chance that such a claim misses its falsifier
+MAX_MATCH = 100  # times ALPHA: the family of these claims stays below 1e-6
 CLEAR_MISS = 100  # a near-miss of an exact claim is off by this many tolerances
 CELL_LINES = 25
 UNSEEN = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
@@ -65,19 +65,19 @@ def claims(pages: list[Page]) -> list[str]:
             found.append(f"{v.id}: {v.decision}")
         if v.claim not in rejected:
             found.append(f"{v.id}: no falsifier of it was rejected")
-        if v.kind in ("match", "within") and not v.number("n") >= v.number("plan"):
+        if v.kind in ("match", "mean", "within") and not v.number("n") >= v.number("plan"):
             found.append(f"{v.id}: n={v.fields.get('n')} is below plan={v.fields.get('plan')}")
-        if v.kind == "match" and not v.number("power") <= MISS * (1 + 1e-9):
+        if v.kind in ("match", "mean") and not v.number("power") <= MISS * (1 + 1e-9):
             found.append(f"{v.id}: power is {v.fields.get('power')}, less than 1-{MISS:.0e}")
-        if v.kind == "match" and not v.number("alpha") <= ALPHA * (1 + 1e-9):
+        if v.kind in ("match", "mean") and not v.number("alpha") <= ALPHA * (1 + 1e-9):
             found.append(f"{v.id}: alpha is {v.fields.get('alpha')}, more than {ALPHA:.0e}")
         if v.kind == "within" and not v.number("delta") <= ALPHA * (1 + 1e-9):
             found.append(f"{v.id}: delta is {v.fields.get('delta')}, more than {ALPHA:.0e}")
         if v.kind == "within" and not v.number("tv_hi") <= v.number("eps"):
             found.append(f"{v.id}: tv_hi={v.fields.get('tv_hi')} is above eps={v.fields.get('eps')}")
-    matches = sum(v.kind == "match" and not v.slug for v in printed)
+    matches = sum(v.kind in ("match", "mean") and not v.slug for v in printed)
     if matches > MAX_MATCH:
-        found.append(f"{matches} match claims, at most {MAX_MATCH} keep the family's false alarm below 1e-6")
+        found.append(f"{matches} match and mean claims, at most {MAX_MATCH} keep the family's false alarm below 1e-6")
     return found
 
 

@@ -16,7 +16,7 @@ import yaml
 STATEMENTS = ("theorem", "proposition", "lemma", "corollary")
 STATUSES = ("proved here", "cited", "open")
 
-_VERDICT = re.compile(r"(PASS|REJECT|INCONCLUSIVE) +(match|within|exact|bound) +(\S+)(.*)")
+_VERDICT = re.compile(r"(PASS|REJECT|INCONCLUSIVE) +(match|mean|within|exact|bound) +(\S+)(.*)")
 _FENCE = re.compile(r"^ *(`{3,}|~{3,}|:{3,})\{([\w:-]+)\} *(.*?) *$")
 _STATUS = re.compile(r"\{status\}`([^`]*)`")
 
@@ -240,15 +240,17 @@ def evidence(v: Verdict) -> str:
     if v.slug:
         shown = {
             "match": f"log10 E = {f.get('log10E')}, at least {f.get('reject_at')}, after {n} draws",
+            "mean": f"log10 E = {f.get('log10E')}, at least {f.get('reject_at')}, after {n} values",
             "within": f"total variation at least {f.get('tv_lo')}, above {f.get('eps')}, after {n} draws",
             "exact": f"off by {f.get('error')}, tolerance {f.get('eps')}",
             "bound": f"violated by {f.get('excess')}",
         }[v.kind]
         return f"Wrong variant, rejected: {shown}."
-    if v.kind == "match":
+    if v.kind in ("match", "mean"):
+        what, units = ("law", "draws") if v.kind == "match" else ("mean", "values")
         return (
-            f"{n} draws{plan}. Evidence against the law: log10 E = {f.get('log10E')}; it would be rejected at "
-            f"{f.get('reject_at')}. Chance to reject a true law: at most {f.get('alpha')}; "
+            f"{n} {units}{plan}. Evidence against the {what}: log10 E = {f.get('log10E')}; it would be rejected at "
+            f"{f.get('reject_at')}. Chance to reject a true {what}: at most {f.get('alpha')}; "
             f"to catch the wrong variant: at least {f.get('power', '?')}."
         )
     if v.kind == "within":
@@ -268,14 +270,15 @@ def summary(pages: list[Page]) -> str:
     listed = [e for _, found in entries(pages) for e in found]
     lines = [v for e in listed for v in e.verdicts]
     claims = [v for v in lines if not v.slug]
-    kinds = {k: sum(v.kind == k for v in claims) for k in ("match", "within", "exact", "bound")}
+    kinds = {k: sum(v.kind == k for v in claims) for k in ("match", "mean", "within", "exact", "bound")}
     falsifiers = [v for v in lines if v.slug]
     rejected = sum(v.decision == "REJECT" for v in falsifiers)
     return (
-        f"{len(listed)} statements, {len(claims)} claims: {kinds['match']} `match`, {kinds['within']} `within`, "
-        f"{kinds['exact']} `exact`, {kinds['bound']} `bound`. {rejected} of {len(falsifiers)} falsifiers rejected. "
-        "Chance that any true `match` claim is rejected: "
-        f"at most {kinds['match']} × 1e-8. "
+        f"{len(listed)} statements, {len(claims)} claims: {kinds['match']} `match`, {kinds['mean']} `mean`, "
+        f"{kinds['within']} `within`, {kinds['exact']} `exact`, {kinds['bound']} `bound`. "
+        f"{rejected} of {len(falsifiers)} falsifiers rejected. "
+        "Chance that any true `match` or `mean` claim is rejected: "
+        f"at most {kinds['match'] + kinds['mean']} × 1e-8. "
         f"Chance that any `within` bound is false: at most {kinds['within']} × 1e-8. "
         "Both are union bounds and assume no independence."
     )
