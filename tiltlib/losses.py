@@ -499,7 +499,7 @@ def weighted_likelihood(logps: Tensor, log_weights: Tensor, *, self_normalized: 
         ValueError: log-probabilities not finite or above 0, weights with NaN or +inf, shapes that differ, or a pool
             whose weights are all 0.
 
-    Source: [peters2007]; book chapter 2, `soft-bon-law`.
+    Source: [peters2007]; book chapter 6, `weighted-likelihood` and `resampled-training`.
     """
     _checks.log_values("logps", logps)
     _checks.rewards("log_weights", log_weights)

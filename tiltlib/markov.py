@@ -176,7 +176,7 @@ class MarkovChain:
             ValueError: `tokens` out of range or not of shape (n, L); `log_weights` of another shape, with NaN or +inf,
                 or all -inf; or strings longer than this chain.
 
-        Source: [shannon1948], section 3, for the counts.
+        Source: [shannon1948], section 3, for the counts; book chapter 6, `weighted-likelihood`.
         """
         self._check_tokens(tokens)
         if tokens.ndim != 2:

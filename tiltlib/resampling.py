@@ -62,7 +62,7 @@ def systematic(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Te
         TypeError: `log_weights` is not a floating tensor, or `n` is not an int.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf, or `n` < 1.
 
-    Source: [carpenter1999], [douc2005].
+    Source: [carpenter1999], [douc2005]; book chapter 6, `resampling-law` and `diversity`.
     """
     cdf = _cumulative(_probs(log_weights, n))
     u = torch.rand((*cdf.shape[:-1], 1), generator=generator, device=cdf.device, dtype=torch.float64)
@@ -90,7 +90,7 @@ def stratified(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Te
         TypeError: `log_weights` is not a floating tensor, or `n` is not an int.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf, or `n` < 1.
 
-    Source: [kitagawa1996], [douc2005].
+    Source: [kitagawa1996], [douc2005]; book chapter 6, `resampling-law`.
     """
     cdf = _cumulative(_probs(log_weights, n))
     u = torch.rand((*cdf.shape[:-1], n), generator=generator, device=cdf.device, dtype=torch.float64)
@@ -120,7 +120,7 @@ def multinomial(log_weights: Tensor, n: int, *, generator: torch.Generator) -> T
         TypeError: `log_weights` is not a floating tensor, or `n` is not an int.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf, or `n` < 1.
 
-    Source: [gordon1993].
+    Source: [gordon1993]; book chapter 6, `resampling-law` and `diversity`.
     """
     _checks.count("n", n)
     return categorical.sample(weights.normalize(log_weights), n, generator=generator)
@@ -145,7 +145,7 @@ def residual(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Tens
         TypeError: `log_weights` is not a floating tensor, or `n` is not an int.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf, or `n` < 1.
 
-    Source: [liu1998], [douc2005].
+    Source: [liu1998], [douc2005]; book chapter 6, `resampling-law`.
     """
     probs = _probs(log_weights, n)
     expected = n * probs
@@ -183,7 +183,7 @@ def gumbel_top_k(log_weights: Tensor, n: int, *, generator: torch.Generator) -> 
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf; `n` < 1; or fewer than `n` indices of
             positive weight.
 
-    Source: [yellott1977], [kool2019b].
+    Source: [yellott1977], [kool2019b]; book chapter 6, `without-replacement`.
     """
     logps = weights.normalize(log_weights).double()
     _checks.count("n", n)
@@ -217,7 +217,7 @@ def rejection(rewards: Tensor, beta: float, max_reward: float, *, generator: tor
         TypeError: `rewards` is not a floating tensor.
         ValueError: `rewards` with NaN or +inf, `beta` not finite and > 0, or `max_reward` not finite.
 
-    Source: [vonneumann1951].
+    Source: [vonneumann1951]; book chapter 6, `rejection`.
     """
     _checks.rewards("rewards", rewards)
     _checks.positive("beta", beta)

@@ -67,7 +67,7 @@ def ess(log_weights: Tensor) -> Tensor:
 
         ESS = (sum_i w_i)^2 / sum_i w_i^2        between 1 and N
 
-    It prices the variance of a weighted mean, not the distance between laws (book chapter 2, `length-cutoff`).
+    It prices the variance of a weighted mean, not the distance between laws (book chapter 6, `effective-sample-size`).
 
     Args:
         log_weights: Unnormalised natural-log weights, shape (..., N), floating; -inf counts as weight 0.
@@ -106,7 +106,7 @@ def beta_for_ess(rewards: Tensor, fraction: float) -> Tensor:
         TypeError: `rewards` is not a floating tensor.
         ValueError: `rewards` has NaN, +inf or a row that is all -inf, or `fraction` is not attainable for some row.
 
-    Source: book chapter 1, `tilt-path`.
+    Source: book chapter 1, `tilt-path`; book chapter 6, `diversity`.
     """
     shifted = _checked(rewards, "rewards").double()
     n = shifted.shape[-1]
