@@ -479,7 +479,7 @@ class MarkovChain:
             ValueError: `rewards` of another shape, or with NaN or +inf; `beta` not finite and > 0; `length` < 1; or
                 every string excluded.
 
-        Source: [todorov2009]; book chapter 2, `chain-tilt`.
+        Source: [todorov2009]; book chapter 2, `chain-tilt`; book chapter 7, `soft-value`.
         """
         table = self._reward_table(rewards)
         _checks.positive("beta", beta)

@@ -74,7 +74,7 @@ def log_accept(logps: Tensor, new_logps: Tensor, power: float, sizes: Tensor, ne
         TypeError: `logps` is not a floating tensor.
         ValueError: `power` not finite and > 0, `logps` not finite, sizes below 1, or shapes that differ.
 
-    Source: [hastings1970].
+    Source: [hastings1970]; book chapter 7, `power-mh`.
     """
     _checks.positive("power", power)
     _checks.finite("logps", logps)
@@ -120,7 +120,7 @@ def power_mh(
         ValueError: `tokens` out of range, not of shape (n, L), or of probability 0; `power` not finite and > 0; `steps`
             < 1; `end` not one symbol of the alphabet; or a chain that goes on after `end`.
 
-    Source: [karan2025] for strings of one length.
+    Source: [karan2025] for strings of one length; book chapter 7, `power-mh`.
     """
     _checks.positive("power", power)
     _checks.count("steps", steps)

@@ -311,7 +311,7 @@ def soft_best_of_n_chain(ref: MarkovChain, rewards: Tensor, beta: float, log_val
         ValueError: `log_values` of another shape or not finite where the reference can go; `rewards`, `beta` and `n` as
             for `soft_best_of_n_law`.
 
-    Source: book chapter 2, `soft-bon-law` and `chain-tilt`.
+    Source: book chapter 7, `blockwise-gap` and `values-break-the-wall`.
     """
     _checks.count("n", n)
     _checks.positive("beta", beta)

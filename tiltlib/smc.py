@@ -93,7 +93,7 @@ def twisted_proposal(ref: MarkovChain, rewards: Tensor, beta: float, log_twists:
         TypeError: `rewards` or `log_twists` is not a floating tensor.
         ValueError: as for `log_increments`.
 
-    Source: [guarniero2017].
+    Source: [guarniero2017]; book chapter 7, `soft-value`.
     """
     joint = _target(ref, rewards, beta, log_twists).log_joint
     total = joint.logsumexp(-1, keepdim=True)
@@ -127,7 +127,7 @@ def log_increments(
             has mass; a proposal that is 0 there, or of another order or alphabet; `rewards` or `beta` as for
             `MarkovChain.soft_values`.
 
-    Source: [guarniero2017].
+    Source: [guarniero2017]; book chapter 7, `smc-unbiased`.
     """
     proposal = ref if proposal is None else proposal
     ref._check_alike("proposal", proposal)
@@ -213,7 +213,7 @@ def twisted_smc(
         TypeError: `rewards` or `log_twists` is not a floating tensor, or `n` or `runs` not an int.
         ValueError: as for `log_increments`; `n` < 1, `runs` < 1, or `threshold` outside [0, 1].
 
-    Source: [delmoral2006], [guarniero2017].
+    Source: [delmoral2006], [guarniero2017]; book chapter 7, `smc-unbiased` and `particle-law`.
     """
     _checks.count("n", n)
     _checks.count("runs", runs)
