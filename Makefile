@@ -56,6 +56,7 @@ quick: .venv/.stamp
 .venv-bench/.stamp: requirements-bench.txt pyproject.toml
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r requirements-bench.txt -e .
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check --no-deps particles==0.4
 	touch $@
 
 # Peers get an environment of their own, so that they cannot change a version the book was checked with.

@@ -6,6 +6,7 @@ return what to time: ours, then others, the fastest of which counts) or `at_most
 `python tests/bench.py WORD` runs only the rows whose name holds the word.
 """
 
+import ctypes
 import importlib.util
 import itertools
 import math
@@ -24,12 +25,17 @@ from torch import Generator, Tensor
 from tiltlib import categorical, losses, policies, resampling, selection, verify
 
 torch.set_num_threads(1)  # after the imports, any of which may reset it
+LINUX = sys.platform == "linux"
+if LINUX:
+    # Whether glibc gives freed memory back to the system depends on what was freed before, and fetching it again takes
+    # longer than resampling. Keep it (M_TRIM_THRESHOLD; M_MMAP_THRESHOLD at its largest), whoever freed it.
+    ctypes.CDLL(None).mallopt(-1, 2**30)
+    ctypes.CDLL(None).mallopt(-3, 2**25)
 
 # Candidates per chunk of a stream: shorter chunks pay for calls (0.4 ms per chunk), longer ones for page faults.
 CHUNK = 2**17
 Call = Callable[[], object]
 Cells = tuple[str, str, str, str, str]  # ours, other, ratio, gate, ok
-LINUX = sys.platform == "linux"
 MARK = {True: "yes", False: "NO"}
 ROWS: dict[str, Callable[[Generator], Cells]] = {}
 
@@ -236,6 +242,24 @@ def resampled(b: int, n: int, g: Generator) -> tuple[Call, ...]:
     return partial(resampling.systematic, log_weights, n, generator=g), search
 
 
+def against_particles(b: int, n: int, g: Generator) -> tuple[Call, ...]:
+    """Both start from log weights; particles turns them into weights first, and takes one row at a time."""
+    from particles import resampling as peer
+
+    log_weights = torch.randn(b, n, generator=g, dtype=torch.float64)
+    rows = list(log_weights.numpy())
+    ours = partial(resampling.systematic, log_weights, n, generator=g)
+    return ours, lambda: [peer.systematic(peer.exp_and_normalise(row)) for row in rows]
+
+
+def against_sum(g: Generator) -> float:
+    """Summing the weights up is the step that no method can do without."""
+    log_weights = torch.randn(10**6, generator=g, dtype=torch.float64)
+    ours = partial(resampling.systematic, log_weights, 10**6, generator=g)
+    whole, summed = medians((ours, partial(log_weights.cumsum, -1)))
+    return whole / summed
+
+
 def natural_saves(g: Generator) -> float:
     return trained("natural gradient")[0] / trained("policy gradient")[0]
 
@@ -285,6 +309,14 @@ at_most("draws to KL <= 1e-3: natural gradient / policy gradient", 0.6, natural_
 at_most("DPO, largest difference from trl in value or gradient", 1e-6, dpo_against_trl, peer="trl")
 faster("systematic / a search, softmax excluded: 1000 rows of 1000", 1.5, partial(resampled, 1000, 1000))
 faster("systematic / a search, softmax excluded: one row of 1e6", 1.5, partial(resampled, 1, 10**6))
+for what, times, b, n in (
+    ("one row of 1e5", 1.5, 1, 10**5),
+    ("one row of 1e6", 1.5, 1, 10**6),
+    ("1000 rows of 1000", 3, 1000, 1000),
+):
+    name = f"systematic from log weights / particles: {what}"
+    faster(name, times, partial(against_particles, b, n), peer="particles")
+at_most("systematic from log weights / a running sum: one row of 1e6", 12, against_sum)
 if LINUX:
     at_most("stream, growth of peak memory in MB: N = 1e5 to 1e8", 5, stream_growth)
 

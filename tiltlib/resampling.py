@@ -26,21 +26,26 @@ __all__ = ["gumbel_top_k", "multinomial", "rejection", "residual", "stratified",
 def _probs(log_weights: Tensor, n: int) -> Tensor:
     """Check the arguments that all schemes share; return normalised weights in float64."""
     _checks.count("n", n)
-    return weights.normalize(log_weights).double().exp()
+    _checks.log_weights("log_weights", log_weights)
+    return torch.softmax(log_weights.double(), -1)
 
 
 def _cumulative(probs: Tensor) -> Tensor:
-    """Sum weights up, ending at 1; the last index with weight and all after it get 1 whatever rounding says."""
-    cdf = probs.cumsum(-1)
-    return cdf / cdf[..., -1:]
+    """Turn probabilities, in place, into sums that end at 1.
+
+    The last index with weight and all after it get 1 whatever rounding says. In place, since for a million weights
+    fetching new memory takes longer than the arithmetic.
+    """
+    cdf = probs.cumsum_(-1)
+    return cdf.div_(cdf[..., -1:].clone())
 
 
 def _ancestors(through: Tensor, n: int) -> Tensor:
     """Turn cumulative offspring counts into ancestors: place k belongs to the number of counts that are <= k."""
-    marks = torch.zeros((*through.shape[:-1], n + 1), dtype=torch.int32, device=through.device)
+    marks = torch.zeros((*through.shape[:-1], n + 1), dtype=torch.int64, device=through.device)
     ends = through[..., :-1]
-    marks.scatter_add_(-1, ends, torch.ones_like(ends, dtype=torch.int32))
-    return marks[..., :n].cumsum(-1)
+    marks.scatter_add_(-1, ends, marks.new_ones(()).expand(ends.shape))
+    return marks.cumsum_(-1)[..., :n]
 
 
 def systematic(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Tensor:
@@ -67,7 +72,7 @@ def systematic(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Te
     cdf = _cumulative(_probs(log_weights, n))
     u = torch.rand((*cdf.shape[:-1], 1), generator=generator, device=cdf.device, dtype=torch.float64)
     # Places below n cdf(i) - U belong to an index up to i.
-    through = (n * cdf - u).ceil().clamp(0, n).long()
+    through = cdf.mul_(n).sub_(u).ceil_().clamp_(0, n).long()
     return _ancestors(through, n)
 
 

@@ -13,12 +13,10 @@ from tiltlib import _checks
 __all__ = ["beta_for_ess", "ess", "log_mean", "normalize"]
 
 
-def _checked(log_weights: Tensor, name: str = "log_weights") -> Tensor:
+def _shifted(name: str, log_weights: Tensor) -> Tensor:
     """Check log weights and return them shifted so that the largest of each row is 0."""
-    _checks.rewards(name, log_weights)
-    top = log_weights.amax(-1, keepdim=True)
-    _checks.some_left(name, top)
-    return log_weights - top
+    _checks.log_weights(name, log_weights)
+    return log_weights - log_weights.amax(-1, keepdim=True)
 
 
 def normalize(log_weights: Tensor) -> Tensor:
@@ -38,7 +36,8 @@ def normalize(log_weights: Tensor) -> Tensor:
         TypeError: `log_weights` is not a floating tensor.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf.
     """
-    return torch.log_softmax(_checked(log_weights), -1)
+    _checks.log_weights("log_weights", log_weights)
+    return torch.log_softmax(log_weights, -1)
 
 
 def log_mean(log_weights: Tensor) -> Tensor:
@@ -58,7 +57,7 @@ def log_mean(log_weights: Tensor) -> Tensor:
         TypeError: `log_weights` is not a floating tensor.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf.
     """
-    _checked(log_weights)
+    _checks.log_weights("log_weights", log_weights)
     return torch.logsumexp(log_weights, -1) - math.log(log_weights.shape[-1])
 
 
@@ -81,7 +80,7 @@ def ess(log_weights: Tensor) -> Tensor:
 
     Source: [kong1992]; book chapter 1, `tilt-path`.
     """
-    shifted = _checked(log_weights)
+    shifted = _shifted("log_weights", log_weights)
     return torch.exp(2 * torch.logsumexp(shifted, -1) - torch.logsumexp(2 * shifted, -1))
 
 
@@ -108,7 +107,7 @@ def beta_for_ess(rewards: Tensor, fraction: float) -> Tensor:
 
     Source: book chapter 1, `tilt-path`; book chapter 6, `diversity`.
     """
-    shifted = _checked(rewards, "rewards").double()
+    shifted = _shifted("rewards", rewards).double()
     n = shifted.shape[-1]
     low = (shifted == 0).sum(-1).double() / n
     high = (shifted > -math.inf).sum(-1).double() / n
