@@ -199,10 +199,11 @@ def test_gumbel_top_k_of_everyone_is_a_permutation(rng):
 @pytest.mark.parametrize("max_reward", [2.0, 3.0, 1.0])
 def test_rejection_keeps_draws_of_the_clipped_tilt(max_reward, rng):
     clipped = S0_REWARDS.clamp(max=max_reward)
-    target, off = categorical.tilt(S0, clipped, 1.0), categorical.tilt(S0, clipped, 1.1)
-    acceptance = categorical.expectation(S0, torch.exp(clipped - max_reward)).item()
+    beta = 0.7  # not 1, where a forgotten beta would not show
+    target, off = categorical.tilt(S0, clipped, beta), categorical.tilt(S0, clipped, 1.1 * beta)
+    acceptance = categorical.expectation(S0, torch.exp((clipped - max_reward) / beta)).item()
     y = categorical.sample(S0, math.ceil(1.2 * verify.plan(target, off) / acceptance), generator=rng)
-    kept = resampling.rejection(S0_REWARDS[y], 1.0, max_reward, generator=rng)
+    kept = resampling.rejection(S0_REWARDS[y], beta, max_reward, generator=rng)
     follows(y[kept], target, off)
     coin = vector(acceptance, 1 - acceptance).log()
     verdict = verify.match((~kept).long(), coin, claim="acceptance")
