@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from tiltlib import categorical, losses, policies, resampling, selection, verify
+from tiltlib import categorical, diffusion, losses, mixtures, policies, resampling, selection, verify
 
 torch.set_num_threads(1)  # after the imports, any of which may reset it
 LINUX = sys.platform == "linux"
@@ -231,6 +231,111 @@ def trained(method: str, k: int = 4096, batch: int = 1024) -> tuple[float, float
     return math.inf, 5000 / seconds
 
 
+def gaussians(d: int, j: int, full: bool, n: int, g: Generator) -> tuple[mixtures.GaussianMixture, Tensor]:
+    """Draw a mixture in float32, with variances around 1, and n points to take its score at."""
+    logps = torch.randn(j, generator=g).log_softmax(-1)
+    means, roots = torch.randn(j, d, generator=g), torch.randn(j, d, d, generator=g)
+    covariances = roots @ roots.mT / d + 0.3 * torch.eye(d) if full else roots[:, 0, 0].square() + 0.5
+    return mixtures.GaussianMixture(logps, means, covariances), torch.randn(n, d, generator=g)
+
+
+def alike(ours: Call, other: Call) -> tuple[Call, Call]:
+    """Two ways to one result, in one dtype."""
+    torch.testing.assert_close(ours(), other(), rtol=1e-3, atol=1e-3)
+    return ours, other
+
+
+def score_by_broadcasting(d: int, j: int, n: int, g: Generator) -> tuple[Call, Call]:
+    mixture, x = gaussians(d, j, False, n, g)
+    priors, means, v = mixture.priors, mixture.means, mixture.covariances[:, 0, 0].contiguous()
+
+    def broadcast() -> Tensor:
+        away = means - x[:, None]
+        joint = priors - (away**2).sum(-1) / (2 * v) - d / 2 * (2 * math.pi * v).log()
+        return ((joint - joint.logsumexp(-1, keepdim=True)).exp()[..., None] * away / v[:, None]).sum(1)
+
+    return alike(partial(mixture.score, x), broadcast)
+
+
+def score_by_autograd(d: int, j: int, n: int, g: Generator) -> tuple[Call, Call]:
+    mixture, x = gaussians(d, j, True, n, g)
+    components = torch.distributions.MultivariateNormal(mixture.means, mixture.covariances)
+
+    def autograd() -> Tensor:
+        leaf = x.clone().requires_grad_()
+        joint = mixture.priors + components.log_prob(leaf[:, None])
+        return torch.autograd.grad(joint.logsumexp(-1).sum(), leaf)[0]
+
+    return alike(partial(mixture.score, x), autograd)
+
+
+LAST, FIRST = 0.005, 20.0
+TARGET = mixtures.GaussianMixture(
+    torch.tensor([0.2, 0.3, 0.3, 0.2], dtype=torch.float64).log(),
+    torch.tensor([[-2], [-0.5], [1], [2.5]], dtype=torch.float64),
+    torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64) ** 2,
+)
+
+
+@cache
+def quantiles(level: float) -> Tensor:
+    u = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    return TARGET.noised(1.0, level).quantile(u)[:, None]
+
+
+def wasserstein(run: Callable[[Tensor, Tensor], Tensor], n: int) -> float:
+    """Carry exact quantiles down n steps: their distance in the mean square from the quantiles there, without draws."""
+    levels = diffusion.karras(n, LAST, FIRST)
+    return float((run(quantiles(FIRST), levels) - quantiles(LAST)).square().mean().sqrt())
+
+
+def solver(method: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda y, levels: diffusion.sample(diffusion.of_mixture(TARGET), y, levels, method=method)
+
+
+def calls_to_arrive(method: str) -> int:
+    return next(n for n in range(16, 1000) if wasserstein(solver(method), n) <= 1e-3)
+
+
+def parabola_saves(g: Generator) -> float:
+    return calls_to_arrive("ab3") / calls_to_arrive("dpmpp_2m")
+
+
+def solvers_against_diffusers(g: Generator) -> float:
+    """Compare the error in the law, on the same score and levels; the scheduler is given the mean of x_0."""
+    import diffusers
+
+    score = diffusion.of_mixture(TARGET)
+
+    def peer(name: str, options: dict[str, str], vp: bool, y: Tensor, levels: Tensor) -> Tensor:
+        scheduler = getattr(diffusers, name)(prediction_type="sample", **options)
+        scheduler.set_timesteps(len(levels) - 1)
+        twice = name == "HeunDiscreteScheduler"  # visits each inner level two times, and corrects the last step
+        visits = torch.cat([levels[:1], levels[1:-1].repeat_interleave(1 + twice), levels[-1:]])
+        scheduler.sigmas, scheduler._step_index = visits, 0
+        scheduler.timesteps = torch.arange(len(visits) - 1 + twice).double()
+        scheduler.is_scale_input_called = True  # the score takes y as it is
+        scale = [1 / math.sqrt(1 + s**2) if vp else 1.0 for s in visits.tolist()]
+        x = scale[0] * y
+        for i, s in enumerate(visits[: len(scheduler.timesteps)].tolist()):
+            mean = diffusion.denoised(score, x / scale[i], s)
+            x = scheduler.step(mean, scheduler.timesteps[i], x, return_dict=False)[0].double()
+        return x / scale[-1]
+
+    peers: dict[str, tuple[str, dict[str, str], bool]] = {
+        "euler": ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, False),
+        "heun": ("HeunDiscreteScheduler", {}, False),
+        # Its points are those of a variance-preserving process.
+        "dpmpp_2m": ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}, True),
+    }
+    pairs = [
+        (wasserstein(solver(method), n), wasserstein(partial(peer, *peers[method]), n))
+        for method in peers
+        for n in (20, 80)
+    ]
+    return max(abs(ours / other - 1) for ours, other in pairs)
+
+
 def resampled(b: int, n: int, g: Generator) -> tuple[Call, ...]:
     log_weights = torch.randn(b, n, generator=g, dtype=torch.float64)
     probs = log_weights.softmax(-1)
@@ -307,6 +412,13 @@ arrives("draws to KL <= 1e-3, steps/s: K = 4096, policy gradient", 1.2e6, "polic
 arrives("draws to KL <= 1e-3, steps/s: K = 4096, DPO, soft labels", 3e6, "DPO")
 at_most("draws to KL <= 1e-3: natural gradient / policy gradient", 0.6, natural_saves)
 at_most("DPO, largest difference from trl in value or gradient", 1e-6, dpo_against_trl, peer="trl")
+at_most(
+    "Euler, Heun, DPM++(2M): error in the law / that of diffusers - 1",
+    1e-3,
+    solvers_against_diffusers,
+    peer="diffusers",
+)
+at_most("score calls to W2 <= 1e-3 in one dimension: AB3 / DPM++(2M)", 0.6, parabola_saves)
 faster("systematic / a search, softmax excluded: 1000 rows of 1000", 1.5, partial(resampled, 1000, 1000))
 faster("systematic / a search, softmax excluded: one row of 1e6", 1.5, partial(resampled, 1, 10**6))
 for what, times, b, n in (
@@ -317,6 +429,10 @@ for what, times, b, n in (
     name = f"systematic from log weights / particles: {what}"
     faster(name, times, partial(against_particles, b, n), peer="particles")
 at_most("systematic from log weights / a running sum: one row of 1e6", 12, against_sum)
+faster("score of a mixture / broadcasting: D = 2, J = 64", 5, partial(score_by_broadcasting, 2, 64, 40_000))
+faster("score of a mixture / broadcasting: D = 64, J = 64", 30, partial(score_by_broadcasting, 64, 64, 4000))
+faster("score, full covariances / autograd: D = 16, J = 16", 2, partial(score_by_autograd, 16, 16, 4000))
+faster("score, full covariances / autograd: D = 64, J = 8", 2, partial(score_by_autograd, 64, 8, 4000))
 if LINUX:
     at_most("stream, growth of peak memory in MB: N = 1e5 to 1e8", 5, stream_growth)
 

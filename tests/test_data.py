@@ -6,8 +6,32 @@ import torch
 
 from tiltlib import data
 from tiltlib.markov import LETTERS_AND_SPACE, MarkovChain
+from tiltlib.mixtures import GaussianMixture
 
 wordfreq = pytest.importorskip("wordfreq")
+datasets = pytest.importorskip("sklearn.datasets")
+
+
+def test_digits_are_the_listed_images():
+    images, labels = data.digits()
+    assert images.shape == (1797, 64) and images.dtype == torch.float64 and labels.dtype == torch.int64
+    assert images.min() == -1 and images.max() == 1
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    # The first image is a 0: a ring of ink around paper, written row by row.
+    assert labels[:10].tolist() == list(range(10))
+    assert (8 * images[0] + 8).view(8, 8)[:2].tolist() == [[0, 0, 5, 13, 9, 1, 0, 0], [0, 0, 13, 15, 10, 15, 5, 0]]
+    listed = torch.from_numpy(datasets.load_digits().images)
+    assert torch.equal(8 * images.view(-1, 8, 8) + 8, listed)
+
+
+def test_digits_make_a_mixture():
+    images, labels = data.digits()
+    model = GaussianMixture.fit(images, labels, 0.02)
+    assert (model.components, model.dimension) == (10, 64)
+    torch.testing.assert_close(model.mean(), images.mean(0), rtol=0, atol=1e-12)
+    # Nearly every image is recognised, which a transposed image or a shuffled label would not be.
+    right = model.posterior(images).argmax(-1) == labels
+    assert right.double().mean() > 0.98
 
 
 def test_english_words_are_what_the_frozen_list_says():
@@ -54,14 +78,18 @@ def test_bad_n(n, error, text):
         data.english_words(n)
 
 
-def test_missing_wordfreq_is_named(monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "package", "call"),
+    [("wordfreq", "wordfreq", lambda: data.english_words(1)), ("sklearn", "scikit-learn", data.digits)],
+)
+def test_a_missing_package_is_named(module, package, call, monkeypatch):
     real = builtins.__import__
 
-    def no_wordfreq(name, *args, **kwargs):
-        if name == "wordfreq":
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == module:
             raise ImportError(name)
         return real(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", no_wordfreq)
-    with pytest.raises(ImportError, match="needs the wordfreq package: pip install wordfreq"):
-        data.english_words(1)
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=f"needs the {package} package: pip install {package}"):
+        call()

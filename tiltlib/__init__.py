@@ -12,10 +12,13 @@ __version__ = "0.1.0"
 __all__ = [
     "categorical",
     "data",
+    "diffusion",
     "figures",
+    "guidance",
     "losses",
     "markov",
     "mcmc",
+    "mixtures",
     "policies",
     "resampling",
     "selection",
@@ -26,7 +29,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    # Modules load on first use, so that `figures` (matplotlib) and `data` (wordfreq) stay optional.
+    # Modules load on first use, so that `figures` (matplotlib) and `data` (wordfreq, scikit-learn) stay
+    # optional.
     if name in __all__:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

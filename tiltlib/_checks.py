@@ -81,6 +81,12 @@ def positive(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite and > 0, got {_short(value)}")
 
 
+def nonnegative(name: str, value: object) -> None:
+    """Require a finite number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, got {_short(value)}")
+
+
 def positive_per_row(name: str, value: float | Tensor, batch: torch.Size) -> None:
     """Require a finite number > 0, or a tensor of such numbers that broadcasts against the batch dimensions."""
     if not isinstance(value, Tensor):

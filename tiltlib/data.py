@@ -5,7 +5,30 @@ from torch import Tensor
 
 from tiltlib import _checks
 
-__all__ = ["english_words"]
+__all__ = ["digits", "english_words"]
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Return 1797 handwritten digits of 8 x 8 pixels, and which digit each of them is.
+
+        x = pixel / 8 - 1,    pixels 0..16, so that paper is -1 and full ink is 1
+
+    They come with the `scikit-learn` package: the test set of a collection at UCI, written by 13 people.
+
+    Returns:
+        Images, row by row of pixels, float64, shape (1797, 64), in [-1, 1]; and digits 0..9, int64, shape (1797,).
+
+    Raises:
+        ImportError: the `scikit-learn` package is missing.
+
+    Source: [alpaydin1998].
+    """
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ImportError("tiltlib.data.digits needs the scikit-learn package: pip install scikit-learn") from error
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    return torch.from_numpy(pixels).double() / 8 - 1, torch.from_numpy(labels).long()
 
 
 def english_words(n: int) -> tuple[list[str], Tensor]:

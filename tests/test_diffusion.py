@@ -1,0 +1,492 @@
+"""Samplers of diffusion: steps against published formulas, orders on exact affine maps, laws of chains, refusals."""
+
+import itertools
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from helpers import F64, check_sampler, vector
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.integrate import quad
+
+from tiltlib import diffusion
+from tiltlib.mixtures import GaussianMixture
+
+METHODS = ["euler", "heun", "dpmpp_2m", "ab3", "maruyama", "ancestral"]
+ODES = METHODS[:4]
+MEAN, VARIANCE = 1.0, 0.25
+MIXTURE = GaussianMixture(
+    vector(0.2, 0.3, 0.3, 0.2).log(), vector(-2, -0.5, 1, 2.5)[:, None], vector(0.1, 0.4, 0.2, 0.3) ** 2
+)
+
+
+def close(a, b, tolerance=1e-12):
+    torch.testing.assert_close(torch.as_tensor(a, dtype=F64), torch.as_tensor(b, dtype=F64), rtol=0, atol=tolerance)
+
+
+def gaussian(y, s, mean=MEAN, variance=VARIANCE):
+    """Score of N(mean, variance) at level s."""
+    return (mean - y) / (variance + s**2)
+
+
+def read_off(step):
+    """Slope and offset of an affine map of the line."""
+    at_0, at_1 = step(vector(0, 1)[:, None])[:, 0].tolist()
+    return at_1 - at_0, at_0
+
+
+def affine(score, levels, method):
+    return read_off(lambda y: diffusion.sample(score, y, levels, method=method))
+
+
+def chain_law(score, levels, kernel, mean, variance):
+    """Mean and variance at the last level of a chain with affine score, from those at the first."""
+    for s, s_next in itertools.pairwise(levels.tolist()):
+        slope, offset = read_off(lambda y, s=s, t=s_next: kernel(score, y, s, t).mean)
+        mean = slope * mean + offset
+        variance = slope**2 * variance + kernel(score, vector(0)[:, None], s, s_next).std ** 2
+    return mean, variance
+
+
+# --- levels ----------------------------------------------------------------------------------------------------------
+
+
+def test_levels_by_hand():
+    close(diffusion.karras(2, 1.0, 9.0, rho=2.0), vector(9, 4, 1))  # (3, 2, 1)^2
+    close(diffusion.karras(2, 1.0, 9.0, rho=1.0), vector(9, 5, 1))
+    close(diffusion.karras(2, 1.0, 3.0**7), vector(3**7, 2**7, 1), 1e-9)  # rho = 7
+    close(diffusion.geometric(3, 1.0, 8.0), vector(8, 4, 2, 1))
+    # e^(2t) = 16, 4, 1
+    close(diffusion.variance_preserving(2, math.log(4)), vector(15, 3, 0).sqrt())
+    # alpha y has variance 1 for x_0 and eps of variance 1, at even times
+    alpha = (-3 * (1 - torch.arange(8) / 7).double()).exp()
+    close(alpha**2 * (1 + diffusion.variance_preserving(7, 3.0) ** 2), torch.ones(8), 1e-6)
+
+
+@given(st.integers(1, 300), st.floats(1e-4, 1), st.floats(1.01, 1e4), st.floats(0.5, 20))
+def test_levels_decrease_from_end_to_end(n, low, ratio, rho):
+    high = low * ratio
+    for levels in (diffusion.karras(n, low, high, rho), diffusion.geometric(n, low, high)):
+        assert levels.shape == (n + 1,) and levels.dtype == F64 and (levels.diff() < 0).all()
+        assert levels[0] == high and levels[-1] == low
+    levels = diffusion.variance_preserving(n, ratio**0.5)
+    assert levels.shape == (n + 1,) and (levels.diff() < 0).all() and levels[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: diffusion.karras(0, 1, 2), ValueError, "n must be an integer >= 1, got 0"),
+        (lambda: diffusion.geometric(2.0, 1, 2), TypeError, "n must be an int, got float"),
+        (lambda: diffusion.karras(4, 2, 1), ValueError, r"low must lie in \(0, high\), got low = 2 and high = 1"),
+        (lambda: diffusion.geometric(4, 0, 1), ValueError, r"low must lie in \(0, high\), got low = 0 and high = 1"),
+        (lambda: diffusion.geometric(4, 1, math.inf), ValueError, "high must be finite and > 0, got inf"),
+        (lambda: diffusion.karras(4, 1, 2, rho=0), ValueError, "rho must be finite and > 0, got 0"),
+        (lambda: diffusion.variance_preserving(4, -1.0), ValueError, "time must be finite and > 0, got -1.0"),
+        (lambda: diffusion.variance_preserving(4, 400.0), ValueError, "time must lie below 350, got 400.0"),
+    ],
+)
+def test_bad_levels(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+# --- scores and means ------------------------------------------------------------------------------------------------
+
+
+def test_score_and_mean_of_a_mixture(rng):
+    score = diffusion.of_mixture(MIXTURE)
+    y = (4 * torch.rand(20, 1, generator=rng, dtype=F64) - 2).requires_grad_()
+    for s in (0.0, 0.3, 2.0):
+        gradient = torch.autograd.grad(MIXTURE.noised(1.0, s).logps(y).sum(), y)[0]
+        close(score(y, s).detach(), gradient)
+    close(diffusion.denoised(score, y, 0.3).detach(), MIXTURE.denoise(y, 1.0, 0.3).detach())
+    close(diffusion.denoised(gaussian, vector(3)[:, None], 0.5), [[2.0]])  # equal variances: half way to the mean
+
+
+# --- single steps ----------------------------------------------------------------------------------------------------
+
+
+def test_transitions_by_hand():
+    # s = 2, s' = 1, score -1: s^2 - s'^2 = 3, D = 5 - 4
+    y, score = vector(5)[:, None], lambda y, s: torch.full_like(y, -1.0)
+    mean, std = diffusion.transition(score, y, 2.0, 1.0)
+    close(mean, [[2.0]])
+    close(std, math.sqrt(3))
+    mean, std = diffusion.transition(score, y, 2.0, 1.0, churn=0.5)
+    close(mean, [[5 - 0.625 * 3]])
+    close(std, math.sqrt(3) / 2)
+    mean, std = diffusion.transition(score, y, 2.0, 1.0, churn=0.0)
+    close(mean, [[3.5]])
+    assert std == 0
+    mean, std = diffusion.posterior_transition(score, y, 2.0, 1.0)
+    close(mean, [[2.0]])  # 1 + 4/4
+    close(std, math.sqrt(3) / 2)
+    mean, std = diffusion.posterior_transition(score, y, 2.0, 0.0)
+    close(mean, [[1.0]])
+    assert std == 0
+
+
+def published_step(method, d, levels, i, y):
+    """Step i as the sources write it, for D given as a function (y, s) and its values so far."""
+    s, t = levels[i], levels[i + 1]
+    h = math.log(s / t)
+    if method == "euler":  # Karras et al. 2022, algorithm 1 without correction
+        return y + (t - s) * (y - d[i]) / s
+    r = math.log(levels[i - 1] / s) / h
+    if method == "dpmpp_2m":  # Lu et al. 2022, algorithm 2
+        return t / s * y - math.expm1(-h) * ((1 + 1 / (2 * r)) * d[i] - d[i - 1] / (2 * r))
+    # The parabola through the last three D by Lagrange's formula, integrated numerically.
+    nodes = [-math.log(levels[k]) for k in (i, i - 1, i - 2)]
+    weight = []
+    for j, node in enumerate(nodes):
+        others = [other for k, other in enumerate(nodes) if k != j]
+        basis = lambda x, a=node, b=others: math.exp(x) * (x - b[0]) * (x - b[1]) / ((a - b[0]) * (a - b[1]))  # noqa: E731
+        weight.append(quad(basis, -math.log(s), -math.log(t), epsabs=0, epsrel=1e-13)[0])
+    return t / s * y + t * sum(w * d[k] for w, k in zip(weight, (i, i - 1, i - 2), strict=True))
+
+
+@pytest.mark.parametrize("method", ["euler", "dpmpp_2m", "ab3"])
+@pytest.mark.parametrize("grid", [diffusion.karras, diffusion.geometric])
+def test_steps_are_the_published_ones(method, grid):
+    score, levels = diffusion.of_mixture(MIXTURE), grid(20, 0.05, 5.0)
+    numbers = levels.tolist()
+    start = y = 5 * vector(-1, -0.2, 0.5, 1.5)[:, None]
+    d = []
+    for i in range(20):
+        d.append(diffusion.denoised(score, y, numbers[i]))
+        y = published_step(
+            method if i >= ["euler", "dpmpp_2m", "ab3"].index(method) else ["euler", "dpmpp_2m"][i], d, numbers, i, y
+        )
+    close(diffusion.sample(score, start, levels, method=method), y, 1e-11)
+
+
+def test_heun_is_the_published_one():
+    score, y = diffusion.of_mixture(MIXTURE), 5 * vector(-1, -0.2, 0.5, 1.5)[:, None]
+    s, t, u = 5.0, 3.0, 0.0
+    # Karras et al. 2022, algorithm 1; the last step, to 0, has no correction.
+    slope = (y - diffusion.denoised(score, y, s)) / s
+    guess = y + (t - s) * slope
+    new = y + (t - s) * (slope / 2 + (guess - diffusion.denoised(score, guess, t)) / t / 2)
+    close(diffusion.sample(score, y, vector(s, t), method="heun"), new)
+    close(diffusion.sample(score, y, vector(s, t, u), method="heun"), diffusion.denoised(score, new, t))
+
+
+def test_ab3_takes_no_parabola_where_it_would_not_pay():
+    score, y = diffusion.of_mixture(MIXTURE), 5 * vector(-1, -0.2, 0.5, 1.5)[:, None]
+    run = partial(diffusion.sample, score, y)
+    few, enough = diffusion.geometric(15, 0.05, 5.0), diffusion.geometric(16, 0.05, 5.0)
+    assert torch.equal(run(few, method="ab3"), run(few, method="dpmpp_2m"))
+    assert not torch.equal(run(enough, method="ab3"), run(enough, method="dpmpp_2m"))
+    growing = torch.cat([(-(1.5 ** torch.arange(20, dtype=F64)) / 400).exp(), vector(0)])
+    assert torch.equal(run(growing, method="ab3"), run(growing, method="dpmpp_2m"))
+    # One long step into an even grid: the parabola is back two steps later.
+    uneven = torch.cat([vector(40), enough])
+    assert not torch.equal(run(uneven, method="ab3"), run(uneven, method="dpmpp_2m"))
+
+
+def test_a_last_step_to_0_is_the_mean():
+    score, y = diffusion.of_mixture(MIXTURE), 5 * vector(-1, -0.2, 0.5, 1.5)[:, None]
+    levels = diffusion.variance_preserving(24, 3.0)
+    for method in ODES:
+        before = diffusion.sample(score, y, levels[:-1], method=method)
+        close(diffusion.sample(score, y, levels, method=method), diffusion.denoised(score, before, levels[-2].item()))
+
+
+def test_churn_0_is_euler_in_the_squared_level():
+    score, y = diffusion.of_mixture(MIXTURE), 5 * vector(-1, -0.2, 0.5, 1.5)[:, None]
+    levels = diffusion.geometric(9, 0.05, 5.0)
+    expected = y
+    for s, s_next in itertools.pairwise(levels.tolist()):
+        expected = expected + (s_next**2 - s**2) * -score(expected, s) / 2
+    close(diffusion.sample(score, y, levels, method="maruyama", churn=0.0), expected)
+
+
+def test_a_step_of_ones_own():
+    score, y = diffusion.of_mixture(MIXTURE), 5 * vector(-1, -0.2, 0.5, 1.5)[:, None]
+    levels = diffusion.geometric(9, 0.05, 5.0)
+
+    def step(score, y, s, s_next, generator):
+        mean, std = diffusion.posterior_transition(score, y, s, s_next)
+        u = torch.rand(mean.shape, generator=generator, dtype=F64)
+        return mean + std * torch.special.ndtri(u)
+
+    runs = [
+        diffusion.sample(score, y, levels, method=method, generator=torch.Generator().manual_seed(1))
+        for method in ("ancestral", step)
+    ]
+    close(*runs)
+
+
+# --- orders and limits -----------------------------------------------------------------------------------------------
+
+
+def w2_error(method, n, score=gaussian, low=0.01, high=80.0, grid=diffusion.karras):
+    """Distance of the law at the last level from the exact one, started from the exact law: all of them normal."""
+    levels = grid(n, low, high)
+    first, last = math.sqrt(VARIANCE + high**2), math.sqrt(VARIANCE + low**2)
+    if method in ODES:
+        slope, offset = affine(score, levels, method)
+        mean, deviation = slope * MEAN + offset, abs(slope) * first
+    else:
+        kernel = diffusion.transition if method == "maruyama" else diffusion.posterior_transition
+        mean, variance = chain_law(score, levels, kernel, MEAN, first**2)
+        deviation = math.sqrt(variance)
+    return math.hypot(mean - MEAN, deviation - last)
+
+
+@pytest.mark.parametrize(
+    ("method", "order", "n", "grid", "low"),
+    [
+        ("euler", 1, 128, diffusion.karras, 0.01),
+        ("heun", 2, 64, diffusion.karras, 0.01),
+        ("dpmpp_2m", 2, 64, diffusion.karras, 0.01),
+        ("dpmpp_2m", 2, 64, diffusion.geometric, 0.1),
+        ("ab3", 3, 64, diffusion.karras, 0.01),
+        ("ab3", 3, 256, diffusion.geometric, 0.1),
+        ("maruyama", 1, 128, diffusion.geometric, 0.1),
+        ("ancestral", 1, 128, diffusion.geometric, 0.1),
+    ],
+)
+def test_order(method, order, n, grid, low):
+    errors = [w2_error(method, k, grid=grid, low=low) for k in (n, 2 * n, 4 * n)]
+    slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert all(abs(slope - order) < 0.15 for slope in slopes), slopes
+    # With a score that is off by a factor, or of the wrong sign, more steps do not help.
+    assert errors[-1] < 5e-3
+    assert w2_error(method, 4 * n, lambda y, s: 1.05 * gaussian(y, s), grid=grid, low=low) > 1e-2
+    assert w2_error(method, 4 * n, lambda y, s: -gaussian(y, s), grid=grid, low=low) > 1
+
+
+def test_a_point_mass_is_exact():
+    # D = m whatever y is, so the ancestral chain has the exact law N(m, s^2) at every level, and ODEs are exact.
+    score, levels = lambda y, s: (3 - y) / s**2, diffusion.karras(7, 0.2, 9.0)
+    mean, variance = chain_law(score, levels, diffusion.posterior_transition, 3.0, 81.0)
+    close((mean, variance), (3.0, 0.04))
+    _, variance = chain_law(score, levels, diffusion.transition, 3.0, 81.0)
+    assert abs(variance - 0.04) > 0.01
+    for method in ("euler", "dpmpp_2m", "ab3"):
+        close(affine(score, levels, method), (0.2 / 9, 3 * (1 - 0.2 / 9)))
+    for method in ["ancestral", *ODES]:
+        to_zero = torch.cat([levels, vector(0)])
+        out = diffusion.sample(score, vector(-5, 9)[:, None], to_zero, method=method, generator=torch.Generator())
+        close(out, [[3.0], [3.0]])
+
+
+U = (torch.arange(500, dtype=F64) + 0.5) / 500
+
+
+def quantile_error(method, n, score=None):
+    """Distance in the mean square of quantiles carried from level 20 to .02 from the exact ones."""
+    y = MIXTURE.noised(1.0, 20.0).quantile(U)[:, None]
+    score = score or diffusion.of_mixture(MIXTURE)
+    out = diffusion.sample(score, y, diffusion.karras(n, 0.02, 20.0), method=method)[:, 0]
+    return (out - MIXTURE.noised(1.0, 0.02).quantile(U)).square().mean().sqrt().item()
+
+
+def test_odes_map_quantiles_to_quantiles():
+    errors = {method: quantile_error(method, 128) for method in ODES}
+    assert errors["euler"] < 4e-2 and errors["heun"] < 3e-3 and errors["dpmpp_2m"] < 1e-3 and errors["ab3"] < 1e-4
+    exact = diffusion.of_mixture(MIXTURE)
+    for method in ODES:
+        assert quantile_error(method, 128, lambda y, s: exact(y, 1.1 * s)) > 5e-2
+        assert quantile_error(method, 128, lambda y, s: 2 * exact(y, s)) > 0.1
+
+
+# --- draws -----------------------------------------------------------------------------------------------------------
+
+LEVELS = diffusion.karras(6, 0.3, 4.0)
+EDGES = torch.special.ndtri(torch.arange(1, 8, dtype=F64) / 8)
+CHURNED = partial(diffusion.transition, churn=0.5)
+
+
+def cells(y, mean, variance):
+    """Cell of each coordinate among eight that are equally likely under N(mean, variance), both as one number."""
+    z = (y - mean) / math.sqrt(variance)
+    return torch.searchsorted(EDGES, z[:, 0].contiguous()) * 8 + torch.searchsorted(EDGES, z[:, 1].contiguous())
+
+
+def cell_law(mean, variance, of_mean, of_variance):
+    """Log-probabilities of these cells if the coordinates are independent N(mean, variance)."""
+    edges = of_mean + math.sqrt(of_variance) * EDGES
+    below = torch.special.ndtr((edges - mean) / math.sqrt(variance))
+    mass = torch.cat([below, vector(1)]) - torch.cat([vector(0), below])
+    return (mass[:, None] * mass).flatten().log()
+
+
+@pytest.mark.parametrize(
+    ("method", "churn", "kernel", "wrong"),
+    [
+        ("maruyama", 1.0, diffusion.transition, diffusion.posterior_transition),
+        ("maruyama", 0.5, CHURNED, diffusion.transition),
+        ("ancestral", 1.0, diffusion.posterior_transition, diffusion.transition),
+    ],
+)
+def test_draws_follow_the_law_of_the_chain(method, churn, kernel, wrong, rng):
+    mean, variance = chain_law(gaussian, LEVELS, kernel, MEAN, VARIANCE + 16.0)
+
+    def draw(n, generator, **change):
+        start = torch.special.ndtri(torch.rand(n, 2, generator=generator, dtype=F64))
+        y = MEAN + math.sqrt(VARIANCE + 16.0) * start
+        options = {"method": method, "churn": churn, **change}
+        return cells(diffusion.sample(gaussian, y, LEVELS, generator=generator, **options), mean, variance)
+
+    def other_kernel(n, generator):
+        step = lambda score, y, s, t, g: diffusion._draw(wrong(score, y, s, t), g)  # noqa: E731
+        return draw(n, generator, method=step, churn=1.0)
+
+    def copied(n, generator):
+        """The same noise in both coordinates."""
+        first = draw(n, generator) // 8
+        return first * 9
+
+    other = cell_law(*chain_law(gaussian, LEVELS, wrong, MEAN, VARIANCE + 16.0), mean, variance)
+    diagonal = torch.full((64,), -math.inf, dtype=F64)
+    diagonal[::9] = -math.log(8)
+    bad = {"other": (other_kernel, other), "copied": (copied, diagonal)}
+    check_sampler(draw, cell_law(mean, variance, mean, variance), bad, rng)
+
+
+# --- conventions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dtype_inputs_and_rows(method, rng):
+    score = diffusion.of_mixture(MIXTURE)
+    y = 5 * (torch.rand(6, 1, generator=rng, dtype=F64) - 0.5)
+    levels = diffusion.karras(20, 0.05, 5.0)
+    kept = y.clone(), levels.clone()
+    run = lambda points: diffusion.sample(score, points, levels, method=method, generator=torch.Generator())  # noqa: E731
+    whole = run(y)
+    assert torch.equal(y, kept[0]) and torch.equal(levels, kept[1]) and whole.dtype == F64
+    single = GaussianMixture(MIXTURE.priors.float(), MIXTURE.means.float(), (vector(0.1, 0.4, 0.2, 0.3) ** 2).float())
+    out = diffusion.sample(
+        diffusion.of_mixture(single), y.float(), levels.float(), method=method, generator=torch.Generator()
+    )
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), whole, rtol=0, atol=2e-3)
+    if method in ODES:
+        close(torch.cat([run(row[None]) for row in y]), whole)
+
+
+def test_a_uniform_number_of_0_is_no_point_at_infinity(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.zeros(shape, dtype=F64))
+    out = diffusion.sample(gaussian, vector(1)[None], vector(2, 1), method="ancestral", generator=torch.Generator())
+    assert out.isfinite().all() and out < -5  # 8.3 deviations below
+
+
+BAD_SAMPLE = [
+    ({"levels": vector(1)}, ValueError, r"levels must have shape \(n \+ 1,\) with n >= 1 steps, got \(1,\)"),
+    ({"levels": vector(1, 0.5)[:, None]}, ValueError, r"levels must have shape \(n \+ 1,\)"),
+    ({"levels": vector(2, 1, 1)}, ValueError, "levels must decrease strictly, got 1.0 after 1.0 at step 1"),
+    ({"levels": vector(1, 2)}, ValueError, "levels must decrease strictly, got 2.0 after 1.0 at step 0"),
+    ({"levels": vector(1, -1)}, ValueError, "levels must be >= 0, got -1.0"),
+    ({"levels": vector(math.inf, 1)}, ValueError, "levels must be finite"),
+    ({"levels": [2, 1]}, TypeError, "levels must be a floating-point torch.Tensor, got list"),
+    ({"y": vector(1)}, ValueError, r"y must have shape \(n, D\) with n >= 1, got \(1,\)"),
+    ({"y": torch.zeros(0, 2)}, ValueError, r"y must have shape \(n, D\) with n >= 1, got \(0, 2\)"),
+    ({"y": torch.zeros(2, 1).long()}, TypeError, "y must be a floating-point torch.Tensor"),
+    (
+        {"score": lambda y, s: y[:, 0]},
+        ValueError,
+        r"score must return shape \(2, 1\), as its argument, got \(2,\)",
+    ),
+    (
+        {"method": "rk4"},
+        ValueError,
+        "method must be one of 'euler', 'heun', 'dpmpp_2m', 'ab3', 'maruyama', 'ancestral', got 'rk4'",
+    ),
+    ({"churn": 0.5}, ValueError, "churn must be left at 1 unless method is 'maruyama', got 0.5 for 'euler'"),
+    ({"method": "maruyama", "churn": -0.5}, ValueError, "churn must be finite and >= 0, got -0.5"),
+    ({"method": "maruyama"}, ValueError, "generator must be a torch.Generator where noise is drawn, got NoneType"),
+    ({"method": "ancestral"}, ValueError, "generator must be a torch.Generator where noise is drawn, got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "text"), BAD_SAMPLE)
+def test_bad_input(change, error, text):
+    arguments = {"score": gaussian, "y": torch.zeros(2, 1), "levels": vector(2, 1, 0.5), **change}
+    with pytest.raises(error, match=text):
+        diffusion.sample(**arguments)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_looks_at_the_shape_of_the_score(method):
+    with pytest.raises(ValueError, match="score must return shape"):
+        diffusion.sample(
+            lambda y, s: y[:1], torch.zeros(2, 1), vector(2, 1), method=method, generator=torch.Generator()
+        )
+
+
+@pytest.mark.parametrize("kernel", [diffusion.transition, diffusion.posterior_transition])
+def test_bad_steps(kernel):
+    y = torch.zeros(2, 1)
+    with pytest.raises(ValueError, match=r"s_next must lie in \[0, s\), got s_next = 2.0 and s = 1.0"):
+        kernel(gaussian, y, 1.0, 2.0)
+    with pytest.raises(ValueError, match="s must be finite and > 0, got 0.0"):
+        kernel(gaussian, y, 0.0, 0.0)
+    with pytest.raises(ValueError, match=r"y must have shape \(n, D\)"):
+        kernel(gaussian, y[0], 1.0, 0.5)
+
+
+def test_bad_scores_and_means():
+    with pytest.raises(TypeError, match="mixture must be a GaussianMixture, got int"):
+        diffusion.of_mixture(1)
+    with pytest.raises(ValueError, match="s must be finite and > 0, got 0"):
+        diffusion.denoised(gaussian, torch.zeros(2, 1), 0)
+    with pytest.raises(ValueError, match="churn must be finite and >= 0, got nan"):
+        diffusion.transition(gaussian, torch.zeros(2, 1), 1.0, 0.5, churn=math.nan)
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+def test_loss_by_hand():
+    # y = (1, 2) + 2 (3, -1) = (7, 0); |2 (7 + 1, 0 + 1) + (3, -1)|^2 = 19^2 + 1^2
+    loss = diffusion.denoising_loss(lambda y, s: y + 1, vector(1, 2)[None], 2.0, vector(3, -1)[None])
+    close(loss, [362.0])
+
+
+def test_loss_with_a_level_for_each_point(rng):
+    x0, eps = (torch.rand(5, 3, generator=rng, dtype=F64) for _ in range(2))
+    s = vector(0.1, 0.5, 1, 2, 9)[:, None]
+    got = diffusion.denoising_loss(gaussian, x0, s, eps)
+    one_by_one = [diffusion.denoising_loss(gaussian, x0[i : i + 1], s[i].item(), eps[i : i + 1]) for i in range(5)]
+    close(got, torch.cat(one_by_one))
+
+
+def test_the_loss_is_least_at_the_score_of_the_weighted_law():
+    # x_0 ~ N(1, .25) with weights exp(b x_0): the tilt is N(1 + .25 b, .25). Means over x_0 and eps by quadrature.
+    nodes, mass = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(60))
+    x0, eps = (MEAN + 0.5 * nodes.repeat_interleave(60))[:, None], nodes.repeat(60)[:, None]
+    mass = (mass[:, None] * mass).flatten() / (2 * math.pi)
+    s = 0.7
+    for b in (0.0, 1.0):
+        weights = mass * (b * x0[:, 0]).exp()
+        for tilted in (0.0, 1.0):
+            parameters = vector(MEAN + VARIANCE * tilted, VARIANCE).requires_grad_()
+            score = lambda y, s, p=parameters: gaussian(y, s, p[0], p[1])  # noqa: E731
+            loss = (weights * diffusion.denoising_loss(score, x0, s, eps)).sum()
+            gradient = torch.autograd.grad(loss, parameters)[0]
+            assert (gradient.abs().max() < 1e-12) == (b == tilted), gradient
+            assert (gradient.abs().max() > 0.1) == (b != tilted), gradient
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"eps": torch.zeros(2, 1)}, r"x0 and eps must have one shape, got x0 \(2, 3\), eps \(2, 1\)"),
+        ({"x0": torch.zeros(3), "eps": torch.zeros(3)}, r"x0 must have shape \(n, D\)"),
+        ({"s": 0.0}, "s must be finite and > 0, got 0.0"),
+        ({"s": torch.zeros(2, 1)}, "s must be finite and > 0"),
+        ({"s": torch.ones(2)}, r"s must have shape \(2, 1\), got \(2,\)"),
+        ({"score": lambda y, s: y[0]}, "score must return shape"),
+    ],
+)
+def test_bad_loss(change, text):
+    arguments = {"score": gaussian, "x0": torch.zeros(2, 3), "s": 1.0, "eps": torch.zeros(2, 3), **change}
+    with pytest.raises(ValueError, match=text):
+        diffusion.denoising_loss(**arguments)

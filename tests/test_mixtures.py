@@ -1,0 +1,677 @@
+"""Gaussian mixtures: every closed form against its definition, by autograd, by quadrature or point by point."""
+
+import math
+
+import pytest
+import torch
+from helpers import F64, check_sampler, law, vector
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import ndtr
+from torch.distributions import MultivariateNormal
+
+from tiltlib import mixtures, verify
+from tiltlib.mixtures import GaussianMixture
+
+# Two components at -1 and 1, variance 1/4; the reward -(x - 1)^2 / 2 at beta = 1 is -x^2 / 2 + x - 1/2.
+PAIR = GaussianMixture(law(0.5, 0.5), vector(-1, 1)[:, None], vector(0.25))
+ONE = torch.eye(1, dtype=F64)
+
+J, D = 3, 4
+SHAPES = {
+    "one variance": (1,),
+    "variances": (J,),
+    "one diagonal": (1, D),
+    "diagonals": (J, D),
+    "one full": (1, D, D),
+    "full": (J, D, D),
+}
+KINDS = [*SHAPES, "one basis, many spectra"]
+
+
+def close(a, b, tolerance=1e-12):
+    torch.testing.assert_close(torch.as_tensor(a, dtype=F64), torch.as_tensor(b, dtype=F64), rtol=0, atol=tolerance)
+
+
+def normal(shape, rng):
+    return torch.randn(shape, generator=rng, dtype=F64)
+
+
+def spd(shape, rng):
+    """Symmetric matrices with eigenvalues from about .2 up, no two alike."""
+    root = normal(shape, rng)
+    return root @ root.mT / shape[-1] + 0.2 * torch.eye(shape[-1], dtype=F64)
+
+
+def random_mixture(kind, rng, *, d=D, scale=1.0):
+    priors = normal(J, rng).log_softmax(-1)
+    means = scale * normal((J, d), rng)
+    shape = tuple(d if size == D else size for size in SHAPES.get(kind, (J,)))
+    covariances = spd(shape, rng) if len(shape) == 3 else 0.2 + normal(shape, rng).square()
+    mixture = GaussianMixture(priors, means, covariances)
+    # A multiple of I per component, bent in one and the same way, has one basis and several spectra.
+    return mixture.tilt(spd((d, d), rng), None, 1.0).mixture if kind == KINDS[-1] else mixture
+
+
+def definition(mixture, x, alpha=1.0, sigma=0.0):
+    """Log of p_k N(x; alpha m_k, alpha^2 S_k + sigma^2 I) from torch's own Gaussian, shape (n, J)."""
+    covariances = alpha**2 * mixture.covariances + sigma**2 * torch.eye(mixture.dimension, dtype=F64)
+    return mixture.priors + MultivariateNormal(alpha * mixture.means, covariances).log_prob(x[:, None])
+
+
+def reward(x, quadratic, linear):
+    return -((x @ quadratic) * x).sum(-1) / 2 + x @ linear
+
+
+GRID = torch.linspace(-20, 20, 40001, dtype=F64)  # the trapezoid rule is exact to rounding for such smooth functions
+STEP = 1e-3
+
+
+# --- densities and scores --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_density_posterior_and_score_are_those_of_the_definition(kind, rng):
+    mixture = random_mixture(kind, rng)
+    if kind in SHAPES:
+        assert mixture.covariances.shape == (J, D, D)
+    x = (3 * normal((40, D), rng)).requires_grad_()
+    joint = definition(mixture, x)
+    (score,) = torch.autograd.grad(joint.logsumexp(-1).sum(), x)
+    x = x.detach()
+    close(mixture.component_logps(x), joint.detach(), 1e-10)
+    close(mixture.logps(x), joint.detach().logsumexp(-1), 1e-10)
+    close(mixture.posterior(x), joint.detach().log_softmax(-1), 1e-10)
+    close(mixture.score(x), score, 1e-10)
+    # The score is differentiable, as guidance needs it: its Jacobian is symmetric, being a Hessian.
+    hessian = torch.autograd.functional.jacobian(lambda y: mixture.score(y[None])[0], x[0])
+    close(hessian, hessian.mT, 1e-10)
+    assert hessian.abs().max() > 0.01
+
+
+def test_a_density_by_hand():
+    # .5 N(0; -1, .25) + .5 N(0; 1, .25) = exp(-2) / sqrt(pi / 2)
+    close(PAIR.logps(vector(0)[:, None]), [-2 - math.log(math.pi / 2) / 2])
+    # The odds at 1/4 are exp(2 * 2 * 1/4 * 2) = e^2, the score is 4 (tanh(1) - 1/4).
+    close(PAIR.posterior(vector(0.25)[:, None]), law(1 / (1 + math.e**2), 1 / (1 + math.e**-2))[None])
+    close(PAIR.score(vector(0.25)[:, None]), [[4 * (math.tanh(1) - 0.25)]])
+    close(PAIR.logps(GRID[:, None]).exp().sum() * STEP, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_kinds_are_the_full_kind(kind, rng):
+    mixture = random_mixture(kind, rng)
+    full = GaussianMixture(mixture.priors, mixture.means, mixture.covariances)
+    x = 3 * normal((40, D), rng)
+    for f in (
+        lambda m: m.component_logps(x),
+        lambda m: m.posterior(x),
+        lambda m: m.score(x),
+        lambda m: m.noised(0.8, 0.6).score(x),
+        lambda m: m.denoise(x, 0.8, 0.6),
+        lambda m: m.denoise_covariance(x, 0.8, 0.6),
+        lambda m: m.uniforms(x),
+        lambda m: m.project(x[0]).covariances,
+        lambda m: m.covariance(),
+        lambda m: m.of_class(torch.tensor([1, 0, 1]), 1).score(x),
+        lambda m: m.tilt(spd((D, D), verify.rng("tilt")), x[0], 0.7).log_partition,
+        lambda m: m.tilt(None, x[0], 0.7).mixture.score(x),
+    ):
+        close(f(mixture), f(full), 1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_far_away_are_finite(kind, rng):
+    mixture = random_mixture(kind, rng)
+    x = 1e9 * normal((20, D), rng)
+    k = mixture.component_logps(x).argmax(-1)
+    expected = -torch.linalg.solve(mixture.covariances[k], (x - mixture.means[k])[..., None])[..., 0]
+    torch.testing.assert_close(mixture.score(x), expected, rtol=1e-6, atol=0)
+    assert mixture.denoise(x, 0.5, 2.0).isfinite().all() and mixture.uniforms(x).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_far_from_zero_lose_no_digits(kind, rng):
+    mixture, x = random_mixture(kind, rng), normal((20, D), rng)
+    moved = GaussianMixture(mixture.priors, mixture.means + 2.0**20, mixture.covariances)
+    # The sums x + 2^20 are themselves rounded to 2^-32 = 2e-10.
+    close(moved.logps(x + 2.0**20), mixture.logps(x), 1e-7)
+    close(moved.score(x + 2.0**20), mixture.score(x), 1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_rows_do_not_show(kind, rng):
+    mixture = random_mixture(kind, rng)
+    n = 2**20 // 8 // J // (D if mixture._own_bases() else 1) + 5
+    x = normal((n, D), rng)
+    some = torch.tensor([0, 1, n // 2, n - 6, n - 5, n - 1])
+    for f in (mixture.score, lambda y: mixture.denoise(y, 0.8, 0.6)):
+        whole = f(x)
+        assert whole.shape == (n, D)
+        close(whole[some], torch.cat([f(x[i : i + 1]) for i in some.tolist()]))
+    assert mixture.score(x[:0]).shape == (0, D)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_precision(kind, rng):
+    mixture = random_mixture(kind, rng)
+    half = GaussianMixture(mixture.priors.float(), mixture.means.float(), mixture.covariances.float())
+    x = 2 * normal((40, D), rng)
+    tilted = half.tilt(torch.eye(D), torch.ones(D), 1.0)
+    for got, expected in (
+        (half.logps(x.float()), mixture.logps(x)),
+        (half.score(x.float()), mixture.score(x)),
+        (half.denoise(x.float(), 0.8, 0.6), mixture.denoise(x, 0.8, 0.6)),
+        (half.denoise_covariance(x.float(), 0.8, 0.6), mixture.denoise_covariance(x, 0.8, 0.6)),
+        (tilted.log_partition, mixture.tilt(torch.eye(D, dtype=F64), torch.ones(D, dtype=F64), 1.0).log_partition),
+        (half.mean(), mixture.mean()),
+        (half.covariance(), mixture.covariance()),
+    ):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+    assert half.sample(3, generator=rng).dtype == tilted.mixture.score(x.float()).dtype == torch.float32
+    assert half.uniforms(x.float()).dtype == torch.float64  # for tests, which count in float64
+    line = half.project(torch.ones(D))
+    assert line.cdf(x.float()).dtype == line.quantile(torch.rand(3, generator=rng)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_component_that_is_switched_off_is_not_there(kind, rng):
+    mixture = random_mixture(kind, rng)
+    off = GaussianMixture(law(0.4, 0, 0.6), mixture.means, mixture.covariances)
+    without = GaussianMixture(law(0.4, 0.6), mixture.means[[0, 2]], mixture.covariances[[0, 2]])
+    x = normal((20, D), rng)
+    close(off.logps(x), without.logps(x), 1e-10)
+    close(off.score(x), without.score(x), 1e-10)
+    close(off.uniforms(x), without.uniforms(x), 1e-10)
+    close(off.denoise_covariance(x, 1.0, 1.0), without.denoise_covariance(x, 1.0, 1.0), 1e-10)
+    close(off.tilt(None, x[0], 1.0).log_partition, without.tilt(None, x[0], 1.0).log_partition, 1e-10)
+    u = torch.rand(9, generator=rng, dtype=F64)
+    close(off.project(x[0]).quantile(u), without.project(x[0]).quantile(u), 1e-10)
+
+
+# --- classes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_classes_follow_bayes(kind, rng):
+    mixture, classes, x = random_mixture(kind, rng), torch.tensor([1, 0, 1]), normal((20, D), rng)
+    logps = mixture.class_logps(x, classes)
+    joint = definition(mixture, x).exp()
+    close(logps[:, 0], (joint[:, 1] / joint.sum(-1)).log(), 1e-10)
+    close(logps.exp().sum(-1), torch.ones(20))
+    for c in range(2):
+        part = mixture.of_class(classes, c)
+        log_prior = mixture.priors[classes == c].logsumexp(-1)
+        close(part.priors.logsumexp(-1), 0.0)
+        # p(c | x) p(x) = p(c) p(x | c)
+        close(logps[:, c] + mixture.logps(x), log_prior + part.logps(x), 1e-10)
+    assert mixture.of_class(classes, 0).components == 1 and mixture.of_class(classes, 1).components == 2
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_changes_means_and_covariances(kind, rng):
+    mixture, x = random_mixture(kind, rng), 2 * normal((20, D), rng)
+    noised = mixture.noised(0.8, 0.6)
+    close(noised.component_logps(x), definition(mixture, x, 0.8, 0.6), 1e-10)
+    assert noised._spectrum.shape == mixture._spectrum.shape and noised._basis is mixture._basis
+    # Twice noised: b (a x0 + s eps) + t eps' = a b x0 + sqrt(b^2 s^2 + t^2) eps.
+    once, twice = mixture.noised(0.4, math.hypot(0.5 * 0.6, 0.7)), noised.noised(0.5, 0.7)
+    close(twice.logps(x), once.logps(x), 1e-10)
+    close(mixture.noised(1.0, 0.0).logps(x), mixture.logps(x), 1e-10)
+
+
+def posterior_by_quadrature(mixture, xt, alpha, sigma):
+    """Mean and variance of x0 given one noised number, straight from Bayes' rule."""
+    log_joint = mixture.logps(GRID[:, None]) - (xt - alpha * GRID) ** 2 / (2 * sigma**2)
+    w = torch.softmax(log_joint, 0)
+    mean = (w * GRID).sum()
+    return mean, (w * (GRID - mean) ** 2).sum()
+
+
+@pytest.mark.parametrize(("alpha", "sigma"), [(1.0, 0.7), (0.8, 0.6), (0.3, 2.0), (0.05, 0.99)])
+def test_posterior_of_the_clean_point_by_quadrature(alpha, sigma):
+    mixture = GaussianMixture(law(0.3, 0.7), vector(-1, 2)[:, None], vector(0.3, 0.8))
+    for xt in (-1.5, 0.2, 3.0):
+        mean, variance = posterior_by_quadrature(mixture, xt, alpha, sigma)
+        point = vector(xt)[:, None]
+        close(mixture.denoise(point, alpha, sigma), mean.view(1, 1), 1e-9)
+        close(mixture.denoise_covariance(point, alpha, sigma), variance.view(1, 1, 1), 1e-9)
+        close(mean, (xt + sigma**2 * mixture.noised(alpha, sigma).score(point).item()) / alpha, 1e-9)
+        if alpha < 1:  # the near-miss that forgets to divide by alpha
+            assert abs(mean - xt - sigma**2 * mixture.noised(alpha, sigma).score(point).item()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tweedie_and_its_derivative(kind, rng):
+    mixture, xt = random_mixture(kind, rng), 2 * normal((6, D), rng)
+    mean = mixture.denoise(xt, 0.8, 0.6)
+    close(mean, (xt + 0.6**2 * mixture.noised(0.8, 0.6).score(xt)) / 0.8, 1e-10)
+    for i in range(len(xt)):
+        slope = torch.autograd.functional.jacobian(lambda y: mixture.denoise(y[None], 0.8, 0.6)[0], xt[i])
+        close(mixture.denoise_covariance(xt, 0.8, 0.6)[i], slope * 0.6**2 / 0.8, 1e-10)
+    assert torch.linalg.eigvalsh(mixture.denoise_covariance(xt, 0.8, 0.6)).min() > 0
+    # Without noise the point is known; under much noise only the law itself is.
+    close(mixture.denoise(xt, 0.8, 0.0), xt / 0.8, 1e-10)
+    close(mixture.denoise_covariance(xt, 0.8, 0.0), torch.zeros(6, D, D), 1e-10)
+    close(mixture.denoise(xt, 0.8, 1e6), mixture.mean().expand(6, D), 1e-5)
+    close(mixture.denoise_covariance(xt, 0.8, 1e6), mixture.covariance().expand(6, D, D), 1e-5)
+
+
+# --- tilts -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_tilt_of_the_pair():
+    tilted, log_partition = PAIR.tilt(ONE, vector(1), 1.0)
+    # Both components have precision 4 + 1; one mean is (4 (-1) + 1) / 5, the other stays at 1.
+    close(tilted.means, vector(-0.6, 1)[:, None])
+    close(tilted.covariances, torch.full((2, 1, 1), 0.2, dtype=F64))
+    # Z = sum of p_k sqrt(.25 / .2)^-1 exp(-(mu_k - 1)^2 / (2 (1 + .25))); the reward was stated without its -1/2.
+    z = math.sqrt(0.8) * (0.5 * math.exp(-1.6) + 0.5)
+    close(log_partition - 0.5, math.log(z))
+    close(tilted.priors.exp(), vector(math.exp(-1.6), 1) / (1 + math.exp(-1.6)))
+    assert f"{z:.6f}" == "0.537504"
+    assert [f"{w:.6f}" for w in tilted.priors.exp()] == ["0.167982", "0.832018"]
+    assert f"{tilted.mean().item():.6f}" == "0.731229"
+    # Weights from the reward at the means alone, or no new weights, are far off.
+    off = PAIR.priors + reward(PAIR.means, ONE, vector(1))
+    assert f"{(off.softmax(-1) @ tilted.means).item():.6f}" == "0.809275"
+    assert f"{(PAIR.priors.exp() @ tilted.means).item():.6f}" == "0.200000"
+
+
+def test_a_tilt_by_quadrature():
+    mixture = GaussianMixture(law(0.3, 0.7), vector(-1, 2)[:, None], vector(0.3, 0.8))
+    for a, b, beta in ((2.0, 0.5, 0.7), (-0.5, 1.0, 1.0), (0.0, -1.0, 0.5)):
+        w = mixture.logps(GRID[:, None]) + (-a * GRID**2 / 2 + b * GRID) / beta
+        tilted, log_partition = mixture.tilt(a * ONE, vector(b), beta)
+        close(log_partition, w.logsumexp(0) + math.log(STEP), 1e-10)
+        close(tilted.mean(), (w.softmax(0) @ GRID)[None], 1e-10)
+
+
+def test_an_indefinite_tilt_in_two_dimensions_by_quadrature():
+    covariances = torch.tensor([[[0.5, 0.2], [0.2, 0.4]], [[0.3, -0.1], [-0.1, 0.6]]], dtype=F64)
+    mixture = GaussianMixture(law(0.3, 0.7), torch.tensor([[-1, 0.5], [1, -0.2]], dtype=F64), covariances)
+    quadratic = torch.tensor([[1, 1.3], [1.3, -0.5]], dtype=F64)  # of determinant < 0
+    linear, beta = vector(0.4, -1), 1.2
+    axis = torch.linspace(-14, 14, 701, dtype=F64)
+    x = torch.cartesian_prod(axis, axis)
+    log_w = mixture.logps(x) + reward(x, quadratic, linear) / beta
+    tilted, log_partition = mixture.tilt(quadratic, linear, beta)
+    close(log_partition, log_w.logsumexp(0) + 2 * math.log(0.04), 1e-9)
+    w = log_w.softmax(0)
+    close(tilted.mean(), w @ x, 1e-9)
+    close(tilted.covariance(), ((x - w @ x).mT * w) @ (x - w @ x), 1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_tilt_point_by_point(kind, sign, rng):
+    """Both sides are normalised, so log p* = log p + r / beta - log Z at every point says that Z is right, too."""
+    mixture, x, linear = random_mixture(kind, rng), 2 * normal((40, D), rng), normal(D, rng)
+    quadratic = sign * spd((D, D), rng)
+    if sign < 0:  # as far down as half of the least precise direction allows
+        quadratic = quadratic * (0.35 / torch.linalg.eigvalsh(mixture.covariances).max())
+        quadratic = quadratic / torch.linalg.eigvalsh(-quadratic).max().clamp(min=1)
+        quadratic = quadratic / (1 + torch.linalg.eigvalsh(mixture.covariances).max())
+    for a, b in ((quadratic, linear), (quadratic, None), (None, linear), (None, None)):
+        tilted, log_partition = mixture.tilt(a, b, 0.7)
+        r = reward(x, torch.zeros(D, D, dtype=F64) if a is None else a, torch.zeros(D, dtype=F64) if b is None else b)
+        expected = mixture.logps(x) + r / 0.7 - log_partition
+        close(tilted.logps(x), expected, 1e-9)
+        close(definition(tilted, x).logsumexp(-1), expected, 1e-9)
+        assert log_partition.shape == ()
+        if a is None:
+            assert tilted._spectrum.shape == mixture._spectrum.shape and tilted._basis is mixture._basis
+    assert abs(mixture.tilt(quadratic, linear, 0.7).log_partition) > 1e-3
+
+
+@given(st.integers(0, 10**6), st.sampled_from(KINDS))
+def test_tilts_add_up(seed, kind):
+    rng = verify.rng(f"tilts-{seed}")
+    mixture, x = random_mixture(kind, rng), normal((5, D), rng)
+    (a, b), (c, d) = ((spd((D, D), rng), normal(D, rng)) for _ in range(2))
+    first = mixture.tilt(a, b, 0.5)
+    second = first.mixture.tilt(c, d, 0.5)
+    both = mixture.tilt(a + c, b + d, 0.5)
+    close(first.log_partition + second.log_partition, both.log_partition, 1e-9)
+    close(second.mixture.logps(x), both.mixture.logps(x), 1e-8)
+    # Tilted back, it is what it was.
+    back = first.mixture.tilt(-a, -b, 0.5)
+    close(back.mixture.logps(x), mixture.logps(x), 1e-8)
+    close(back.log_partition, -first.log_partition, 1e-8)
+
+
+def test_where_a_tilt_exists():
+    two = torch.eye(2, dtype=F64)
+    unit = GaussianMixture(law(1), torch.zeros(1, 2, dtype=F64), vector(1))
+    unit.tilt(-0.999 * two, None, 1.0)
+    # I + S A / beta = -I has determinant 1: positive, and yet there is no tilt.
+    for scale, lowest in ((-2, "-1"), (-1, "0")):
+        with pytest.raises(ValueError, match=f"got smallest eigenvalue {lowest} in component 0"):
+            unit.tilt(scale * two, None, 1.0)
+    # At the edge up to rounding, in directions that are no axes.
+    edge = spd((2, 2), verify.rng("edge"))
+    full = GaussianMixture(law(1), torch.zeros(1, 2, dtype=F64), torch.linalg.inv(edge)[None])
+    with pytest.raises(ValueError, match="positive definite for every component of positive weight"):
+        full.tilt(-edge, None, 1.0)
+    full.tilt(-edge * (1 - 1e-9), None, 1.0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 2, 2)])
+def test_one_bad_component_spoils_a_tilt(shape):
+    variances = torch.ones(3, dtype=F64).index_fill(0, torch.tensor(1), 4.0)
+    covariances = variances.view(-1, *[1] * (len(shape) - 1)).expand(shape) * (
+        torch.eye(2, dtype=F64) if len(shape) == 3 else 1
+    )
+    means = torch.zeros(3, 2, dtype=F64)
+    rare = vector(0.5, 1e-9, 0.5 - 1e-9).log()
+    with pytest.raises(ValueError, match="of positive weight, got smallest eigenvalue -0.25 in component 1"):
+        GaussianMixture(rare, means, covariances).tilt(-0.5 * torch.eye(2, dtype=F64), None, 1.0)
+    tilted = GaussianMixture(law(0.5, 0, 0.5), means, covariances).tilt(-0.5 * torch.eye(2, dtype=F64), None, 1.0)
+    close(tilted.log_partition, math.log(2))  # 1 / sqrt(1 - 1/2) for each of two dimensions
+    close(tilted.mixture.priors.exp(), vector(0.5, 0, 0.5))
+
+
+# --- lines, uniforms and moments -------------------------------------------------------------------------------------
+
+
+def test_cdf_and_quantile():
+    mixture = GaussianMixture(law(0.3, 0.7), vector(-1, 2)[:, None], vector(0.3, 0.8))
+    # From 0 to 1, with the density as its derivative.
+    x = GRID.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(mixture.cdf(x).sum(), x)
+    close(slope, mixture.logps(GRID[:, None]).exp())
+    close(mixture.cdf(vector(-1e3, 1e3)), [0, 1])
+    # The left tail keeps its digits.
+    tail = vector(-9, -7, -5, -3)
+    parts = (torch.from_numpy(ndtr(z.numpy())) for z in ((tail + 1) / math.sqrt(0.3), (tail - 2) / math.sqrt(0.8)))
+    expected = law(0.3, 0.7).exp() @ torch.stack(list(parts))
+    torch.testing.assert_close(mixture.cdf(tail), expected, rtol=1e-11, atol=0)
+    u = torch.cat([vector(1e-300, 1e-12, 1 - 1e-12), torch.linspace(0.001, 0.999, 97, dtype=F64)])
+    torch.testing.assert_close(mixture.cdf(mixture.quantile(u)), u, rtol=1e-11, atol=0)
+    assert mixture.quantile(u.view(10, 10)).shape == (10, 10) and mixture.quantile(u[:0]).shape == (0,)
+    # Where one component is all there is, its quantiles are exact.
+    single = GaussianMixture(law(1), vector(3)[None], vector(4))
+    close(single.quantile(u[1:]), 3 + 2 * torch.special.ndtri(u[1:]), 1e-13)
+    # To the last bits: no number within two roundings is nearer.
+    q = mixture.quantile(vector(0.5))
+    assert ((mixture.cdf(q) - 0.5).abs() / mixture.logps(q[None]).exp()).item() < 5e-16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_projections_are_marginals(kind, rng):
+    mixture = random_mixture(kind, rng, d=2)
+    # Along the first axis: integrate the second coordinate out.
+    axis = torch.linspace(-30, 30, 6001, dtype=F64)
+    x = vector(-0.7, 0.4)
+    points = torch.stack([x[:, None].expand(2, 6001), axis.expand(2, 6001)], -1).view(-1, 2)
+    marginal = mixture.logps(points).view(2, 6001).logsumexp(-1) + math.log(0.01)
+    close(mixture.project(vector(1, 0)).logps(x[:, None]), marginal, 1e-9)
+    v = normal(2, rng)
+    line = mixture.project(v)
+    assert line.dimension == 1
+    close(line.mean()[0], mixture.mean() @ v, 1e-12)
+    close(line.covariance()[0, 0], v @ mixture.covariance() @ v, 1e-12)
+    close(line.covariances[:, 0, 0], torch.einsum("d,jde,e->j", v, mixture.covariances, v), 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_uniforms_have_the_density_as_their_jacobian(kind, rng):
+    """A triangular map onto the cube with determinant p(x) turns p into the uniform law."""
+    mixture = random_mixture(kind, rng)
+    x = mixture.sample(6, generator=rng)
+    close(mixture.uniforms(x)[:, 0], mixture.project(torch.eye(D, dtype=F64)[0]).cdf(x[:, 0]), 1e-12)
+    for point in x:
+        jacobian = torch.autograd.functional.jacobian(lambda y: mixture.uniforms(y[None])[0], point)
+        close(jacobian.triu(1), torch.zeros(D, D))
+        assert (jacobian.diagonal() > 0).all()
+        close(jacobian.diagonal().log().sum(), mixture.logps(point[None])[0], 1e-9)
+        for d in range(D):
+            ends = point.repeat(2, 1)
+            ends[:, d] = vector(-1e4, 1e4)
+            close(mixture.uniforms(ends)[:, d], [0, 1])
+
+
+def test_moments(rng):
+    mixture = random_mixture("full", rng)
+    second = mixture.covariances + mixture.means[:, :, None] * mixture.means[:, None, :]
+    p, m = mixture.priors.exp(), mixture.mean()
+    close(m, sum(p[k] * mixture.means[k] for k in range(J)))
+    close(mixture.covariance(), sum(p[k] * second[k] for k in range(J)) - m[:, None] * m)
+
+
+# --- draws -----------------------------------------------------------------------------------------------------------
+
+CELLS = 8
+
+
+def cells_of(mixture, direction):
+    """Eight cells of equal mass along a line, and the law of any other mixture on them."""
+    line = mixture.project(direction)
+    edges = line.quantile(torch.arange(1, CELLS, dtype=F64) / CELLS)
+
+    def law_of(other):
+        return torch.cat([vector(0), other.project(direction).cdf(edges), vector(1)]).diff().log()
+
+    return edges, law_of
+
+
+def turned(mixture):
+    """The mixture that a transposed basis would give."""
+    basis, spectrum = mixture._basis, mixture._spectrum.expand(-1, D)
+    return GaussianMixture(mixture.priors, mixture.means, basis.mT * spectrum[:, None] @ basis)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_follow_the_mixture_along_lines(kind, rng):
+    mixture = random_mixture(kind, rng)
+    wrong = {
+        "priors": GaussianMixture(mixture.priors.roll(1), mixture.means, mixture.covariances),
+        "variances": GaussianMixture(mixture.priors, mixture.means, 1.2 * mixture.covariances),
+        "squared": GaussianMixture(mixture.priors, mixture.means, mixture.covariances @ mixture.covariances),
+    }
+    if mixture._basis is not None:
+        wrong["turned"] = turned(mixture)
+    for direction in (*torch.eye(D, dtype=F64)[:2], normal(D, rng)):
+        edges, law_of = cells_of(mixture, direction)
+        bad = {name: other for name, other in wrong.items() if (law_of(other).exp() - 1 / CELLS).abs().max() > 0.01}
+        assert len(bad) >= 2
+
+        def draw(m, n, g, edges=edges, direction=direction):
+            return torch.searchsorted(edges, m.sample(n, generator=g) @ direction)
+
+        check_sampler(
+            lambda n, g, draw=draw: draw(mixture, n, g),
+            law_of(mixture),
+            {
+                name: ((lambda n, g, other=other, draw=draw: draw(other, n, g)), law_of(other))
+                for name, other in bad.items()
+            },
+            rng,
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_fill_the_cube_evenly(kind, rng):
+    """All coordinates at once: uniforms in 3^D cells; the wrong laws are a wrong tilt and a wrong rotation."""
+    mixture, n = random_mixture(kind, rng), 40_000
+    target = torch.full((3**D,), -D * math.log(3), dtype=F64)
+
+    def cells(x):
+        return ((3 * mixture.uniforms(x)).long().clamp(max=2) * 3 ** torch.arange(D)).sum(-1)
+
+    assert verify.match(cells(mixture.sample(n, generator=rng)), target, claim="cube").decision != "REJECT"
+    wrong = mixture.tilt(0.3 * torch.eye(D, dtype=F64), None, 1.0).mixture
+    # The same lines along the axes, other ties between them: covariances without their off-diagonal entries.
+    diagonal = mixture.covariances.diagonal(dim1=-2, dim2=-1)
+    others = [wrong] + [GaussianMixture(mixture.priors, mixture.means, diagonal)] * (mixture._basis is not None)
+    for other in others:
+        assert verify.match(cells(other.sample(n, generator=rng)), target, claim="cube!other").decision == "REJECT"
+
+
+def test_a_uniform_of_zero_is_a_finite_point(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.zeros(*size, dtype=F64))
+    x = PAIR.sample(3, generator=torch.Generator())
+    assert x.isfinite().all() and (x < -4).all()
+
+
+# --- fits ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fit_by_hand():
+    x = torch.tensor([[0, 0], [2, 0], [1, 3], [5, 1], [5, 3]], dtype=F64)
+    fitted = GaussianMixture.fit(x, torch.tensor([0, 0, 0, 1, 1]), 0.5)
+    close(fitted.priors.exp(), vector(0.6, 0.4))
+    close(fitted.means, [[1, 1], [5, 2]])
+    # First label: deviations (-1,-1), (1,-1), (0,2), so squares 2/3 and 6/3, products 0.
+    close(fitted.covariances, [[[2 / 3 + 0.5, 0], [0, 2.5]], [[0.5, 0], [0, 1.5]]])
+    # The mean and covariance of the data are those of the mixture, but for the ridge.
+    close(fitted.mean(), x.mean(0))
+    close(fitted.covariance(), x.mT.cov(correction=0) + 0.5 * torch.eye(2))
+    one = GaussianMixture.fit(x[:, :1], torch.tensor([0, 0, 0, 1, 1]), 0.5)
+    close(one.covariances[:, 0, 0], vector(2 / 3 + 0.5, 0.5))
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+MEANS = torch.tensor([[0, 0, 0], [1, 2, 3]], dtype=F64)
+EYES = torch.eye(3, dtype=F64).expand(2, 3, 3)
+SKEW = EYES.clone()
+SKEW[1, 0, 2] = 0.1
+FLAT = EYES.clone()
+FLAT[1] = 1.0
+FLOATS = torch.ones(2, dtype=F64)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"logps": vector(0, 0)}, ValueError, "logps must be log-probabilities that sum to 1"),
+        (
+            {"logps": law(1)},
+            ValueError,
+            r"means must have shape \(J, D\) and logps shape \(J,\), got \(2, 3\) and \(1,",
+        ),
+        ({"means": MEANS[0]}, ValueError, r"means must have shape \(J, D\) .* got \(3,\)"),
+        ({"means": MEANS[:, :0]}, ValueError, r"means must have shape \(J, D\) .* got \(2, 0\)"),
+        ({"means": MEANS.float()}, TypeError, "must have one dtype, got torch.float64, torch.float32, torch.float64"),
+        ({"means": MEANS.long()}, TypeError, "means must be a floating-point torch.Tensor, got a torch.int64"),
+        ({"means": MEANS / 0}, ValueError, "means must be finite, got 6 of 6 entries"),
+        ({"covariances": vector(1, math.nan)}, ValueError, "covariances must be finite, got 1 of 2 entries"),
+        (
+            {"covariances": EYES[0]},
+            ValueError,
+            r"covariances must have shape \(2,\), \(2, 3\) or \(2, 3, 3\), or 1 in place of 2, got \(3, 3\)",
+        ),
+        ({"covariances": torch.tensor(1.0, dtype=F64)}, ValueError, r"covariances must have shape .* got \(\)"),
+        ({"covariances": vector(1, 0)}, ValueError, "positive definite, got smallest eigenvalue 0 in component 1"),
+        ({"covariances": vector(-1)}, ValueError, "positive definite, got smallest eigenvalue -1 in component 0"),
+        ({"covariances": -MEANS + 2.5}, ValueError, "got smallest eigenvalue -0.5 in component 1"),
+        ({"covariances": FLAT}, ValueError, r"covariances must be positive definite, .* in component 1"),
+        (
+            {"covariances": SKEW},
+            ValueError,
+            "covariances must be symmetric, got entries that differ by 0.1 in component 1",
+        ),
+    ],
+)
+def test_bad_mixtures(change, error, text):
+    arguments = {"logps": law(0.5, 0.5), "means": MEANS, "covariances": FLOATS, **change}
+    with pytest.raises(error, match=text):
+        GaussianMixture(**arguments)
+
+
+MIX = GaussianMixture(law(0.5, 0.5), MEANS, FLOATS)
+CLASSES = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: MIX.logps(MEANS[0]), ValueError, r"x must have shape \(n, 3\), got \(3,\)"),
+        (lambda: MIX.score(MEANS[:, :2]), ValueError, r"x must have shape \(n, 3\), got \(2, 2\)"),
+        (
+            lambda: MIX.score(MEANS.float()),
+            TypeError,
+            "x must have the dtype of the mixture, torch.float64, got torch.fl",
+        ),
+        (lambda: MIX.posterior(MEANS / 0), ValueError, "x must be finite, got"),
+        (lambda: MIX.uniforms([1.0]), TypeError, "x must be a floating-point torch.Tensor, got list"),
+        (lambda: MIX.denoise(MEANS[:, :1], 1.0, 1.0), ValueError, r"xt must have shape \(n, 3\), got \(2, 1\)"),
+        (lambda: MIX.denoise_covariance(MEANS[0], 1.0, 1.0), ValueError, r"must have shape \(n, 3\), got \(3,\)"),
+        (lambda: MIX.noised(0.0, 1.0), ValueError, "alpha must be finite and > 0, got 0.0"),
+        (lambda: MIX.noised(1.0, -1.0), ValueError, "sigma must be finite and >= 0, got -1.0"),
+        (lambda: MIX.noised(1.0, math.inf), ValueError, "sigma must be finite and >= 0, got inf"),
+        (lambda: MIX.noised(1.0, True), ValueError, "sigma must be finite and >= 0, got True"),
+        (lambda: MIX.sample(0, generator=torch.Generator()), ValueError, "n must be an integer >= 1, got 0"),
+        (lambda: MIX.tilt(EYES[0], None, 0.0), ValueError, "beta must be finite and > 0, got 0.0"),
+        (lambda: MIX.tilt(EYES, None, 1.0), ValueError, r"quadratic must have shape \(3, 3\), got \(2, 3, 3\)"),
+        (lambda: MIX.tilt(None, MEANS, 1.0), ValueError, r"linear must have shape \(3,\), got \(2, 3\)"),
+        (lambda: MIX.tilt(None, [1.0], 1.0), TypeError, "linear must be a floating-point torch.Tensor, got list"),
+        (
+            lambda: MIX.tilt(SKEW[1], None, 1.0),
+            ValueError,
+            "quadratic must be symmetric, got entries that differ by 0.1$",
+        ),
+        (
+            lambda: MIX.project(MEANS[1, :2]),
+            ValueError,
+            r"direction must be a vector of 3 numbers, .* got shape \(2,\)",
+        ),
+        (lambda: MIX.project(MEANS[0]), ValueError, "direction must be a vector of 3 numbers, not all 0, got only 0"),
+        (lambda: MIX.cdf(MEANS[0]), ValueError, "the mixture must have dimension 1, got 3: project it first"),
+        (lambda: MIX.quantile(FLOATS / 2), ValueError, "the mixture must have dimension 1, got 3: project it first"),
+        (lambda: PAIR.cdf(vector(math.nan)), ValueError, "x must be finite"),
+        (lambda: PAIR.quantile(vector(0.5, 1)), ValueError, "u must lie strictly between 0 and 1, got 1"),
+        (lambda: PAIR.quantile(vector(0.5, -1)), ValueError, r"u must lie in \[0, 1\], got -1"),
+        (lambda: MIX.class_logps(MEANS, vector(0, 1)), TypeError, "classes must be an integer torch.Tensor"),
+        (lambda: MIX.class_logps(MEANS, CLASSES[:1]), ValueError, r"one number >= 0 for each of the 2 comp.* \(1,\)"),
+        (lambda: MIX.class_logps(MEANS, CLASSES - 1), ValueError, "one number >= 0 for each .* smallest -1"),
+        (lambda: MIX.class_logps(MEANS, 2 * CLASSES), ValueError, "positive probability, got 0 for class 1"),
+        (
+            lambda: GaussianMixture(law(1, 0), MEANS, FLOATS).of_class(CLASSES, 0),
+            ValueError,
+            "classes must each have positive probability, got 0 for class 1",
+        ),
+        (lambda: MIX.of_class(CLASSES, 2), ValueError, r"c must lie in 0\.\.1, got 2"),
+        (lambda: GaussianMixture.fit(MEANS, CLASSES, -0.1), ValueError, "ridge must be finite and >= 0, got -0.1"),
+        (lambda: GaussianMixture.fit(MEANS, CLASSES, 0.0), ValueError, "covariances must be positive definite"),
+        (
+            lambda: GaussianMixture.fit(MEANS, CLASSES[:1], 1.0),
+            ValueError,
+            r"labels shape \(n,\), got \(2, 3\) and \(1,",
+        ),
+        (lambda: GaussianMixture.fit(MEANS, 0 * CLASSES + 1, 1.0), ValueError, "every number from 0 to 1, got no 0"),
+        (
+            lambda: GaussianMixture.fit(MEANS, CLASSES + 9, 1.0),
+            ValueError,
+            r"labels must lie in 0\.\.1, got values from 9",
+        ),
+        (lambda: GaussianMixture.fit(MEANS, FLOATS, 1.0), TypeError, "labels must be an integer torch.Tensor"),
+    ],
+)
+def test_bad_arguments(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_inputs_are_not_changed(rng):
+    tensors = [law(0.2, 0.3, 0.5), normal((3, 2), rng), spd((3, 2, 2), rng), normal((5, 2), rng), spd((2, 2), rng)]
+    copies = [t.clone() for t in tensors]
+    priors, means, covariances, x, a = tensors
+    mixture = GaussianMixture(priors, means, covariances)
+    for result in (mixture, mixture.tilt(a, x[0], 1.0).mixture, mixture.noised(0.5, 0.5)):
+        result.score(x)
+        result.denoise(x, 0.5, 0.5)
+        result.denoise_covariance(x, 0.5, 0.5)
+        result.uniforms(x)
+        result.sample(5, generator=rng)
+        result.project(x[0]).quantile(x.abs() / 9)
+    assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))
+
+
+def test_the_result_of_a_tilt_has_names():
+    assert isinstance(PAIR.tilt(None, vector(1), 1.0), mixtures.Tilted)

@@ -1,0 +1,432 @@
+"""Diffusion in one coordinate: levels of noise, samplers that differ in one step, and the loss that a score minimises.
+
+A noised sample is x_t = alpha x_0 + sigma eps. In y = x_t / alpha, with the level of noise s = sigma / alpha, every
+schedule is the same process, y = x_0 + s eps, so a score is a function `score(y, s)`: the gradient in y of the log
+density of x_0 + s eps, for y of shape (n, D) and a number s. What a schedule chooses is the levels that a sampler
+visits, from the largest down; a run in x is a run in y, scaled by alpha at its two ends.
+
+With D = y + s^2 score(y, s), the mean of x_0 given y, and lambda = -log s, the samplers of `sample` are
+
+    method        one step, from level s to s'                                        calls  noise  order  also known as
+    "euler"       D + (s'/s) (y - D)                                                    1     no     1     DDIM
+    "heun"        trapezoid rule for dy/ds = -s score, first guess by "euler"           2     no     2     EDM
+    "dpmpp_2m"    "euler" with D extrapolated linearly to lambda + h/2                  1     no     2     DPM++(2M)
+    "ab3"         exact integral of the parabola in lambda through the last three D     1     no     3     DEIS
+    "maruyama"    y + (1 + c^2)/2 (s^2 - s'^2) score + c sqrt(s^2 - s'^2) eps           1     yes    1     reverse SDE
+    "ancestral"   D + (s'/s)^2 (y - D) + s' sqrt(1 - s'^2/s^2) eps                      1     yes    1     DDPM
+
+where order is that of the Wasserstein distance in 1/n, for a smooth target on levels that stay above 0. "maruyama" has
+the noise factor c = `churn`: at 1 it is the reverse SDE, at 0 the probability-flow ODE in the clock s^2. A sampler has
+to start from the law at its first level; started elsewhere, an ODE keeps the error. The first step of "ab3" is "euler":
+it leaves an error of order 2, times the squared ratio of the spread of x_0 to the first level, which is small.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from tiltlib import _checks
+from tiltlib.mixtures import GaussianMixture
+
+__all__ = [
+    "Transition",
+    "denoised",
+    "denoising_loss",
+    "geometric",
+    "karras",
+    "of_mixture",
+    "posterior_transition",
+    "sample",
+    "transition",
+    "variance_preserving",
+]
+
+# score(y, s): gradient in y of the log density of x_0 + s eps. Only `denoising_loss` may pass a tensor of levels.
+Level = Any
+Score = Callable[[Tensor, Level], Tensor]
+# step(score, y, s, s_next, generator): the points at the next level.
+Step = Callable[[Score, Tensor, float, float, Generator | None], Tensor]
+
+_ORDERS = {"euler": 1, "dpmpp_2m": 2, "ab3": 3}
+_METHODS = ("euler", "heun", "dpmpp_2m", "ab3", "maruyama", "ancestral")
+# A parabola multiplies errors of D by 11/3 on a fine even grid, by up to 7 where steps are long, by more where they
+# grow: past 5 for a growth of 1.2 per step. Below 16 steps of `karras` it helps on some targets and harms on others.
+_LIMIT = 5.0
+_FEW = 16
+
+
+class Transition(NamedTuple):
+    """A step with Gaussian noise: N(mean, std^2 I).
+
+    Attributes:
+        mean: Mean of each next point, shape (n, D).
+        std: Standard deviation of each coordinate; 0 where the step draws no noise.
+    """
+
+    mean: Tensor
+    std: float
+
+
+def _fractions(n: int) -> Tensor:
+    """Cut [0, 1] into n steps. Levels are numbers that the host loops over, so they live on the CPU."""
+    _checks.count("n", n)
+    return torch.linspace(0, 1, n + 1, dtype=torch.float64)
+
+
+def _range(low: float, high: float) -> None:
+    _checks.positive("high", high)
+    if not 0 < low < high:
+        raise ValueError(f"low must lie in (0, high), got low = {low!r} and high = {high!r}")
+
+
+def karras(n: int, low: float, high: float, rho: float = 7.0) -> Tensor:
+    """Space levels evenly in s^(1/rho): the larger rho, the more steps at small noise.
+
+        s_i = (high^(1/rho) + (i/n) (low^(1/rho) - high^(1/rho)))^rho
+
+    Args:
+        n: Number of steps, >= 1.
+        low: Last level, > 0 and below `high`.
+        high: First level.
+        rho: Exponent, > 0; 1 is even in s, large nears even in log s.
+
+    Returns:
+        Levels, strictly decreasing, float64, shape (n + 1,).
+
+    Raises:
+        TypeError: `n` is not an int.
+        ValueError: `n` < 1, not 0 < `low` < `high`, or a number that is not finite and > 0.
+
+    Source: [karras2022].
+    """
+    fractions = _fractions(n)
+    _range(low, high)
+    _checks.positive("rho", rho)
+    top, bottom = high ** (1 / rho), low ** (1 / rho)
+    return _ends((top + fractions * (bottom - top)) ** rho, low, high)
+
+
+def geometric(n: int, low: float, high: float) -> Tensor:
+    """Space levels evenly in log s.
+
+        s_i = high (low / high)^(i/n)
+
+    Args:
+        n: Number of steps, >= 1.
+        low: Last level, > 0 and below `high`.
+        high: First level.
+
+    Returns:
+        Levels, strictly decreasing, float64, shape (n + 1,).
+
+    Raises:
+        TypeError: `n` is not an int.
+        ValueError: `n` < 1, not 0 < `low` < `high`, or a number that is not finite and > 0.
+
+    Source: [song2021sde].
+    """
+    fractions = _fractions(n)
+    _range(low, high)
+    return _ends(high * (low / high) ** fractions, low, high)
+
+
+def _ends(levels: Tensor, low: float, high: float) -> Tensor:
+    levels[0], levels[-1] = high, low  # to the last digit: a start drawn at `high` is a start at the first level
+    return levels
+
+
+def variance_preserving(n: int, time: float) -> Tensor:
+    """Take the levels of an Ornstein-Uhlenbeck process at even times, from `time` down to 0.
+
+        s_i = sqrt(exp(2 t_i) - 1),    t_i = time (1 - i/n);   alpha_i = exp(-t_i),  x = alpha y
+
+    The last level above 0 is about sqrt(2 time / n), and the step from there to 0 limits every method to order 1.
+
+    Args:
+        n: Number of steps, >= 1.
+        time: Time at which sampling starts, > 0; the law there is normal up to an error of about exp(-time).
+
+    Returns:
+        Levels, strictly decreasing, the last one 0, float64, shape (n + 1,).
+
+    Raises:
+        TypeError: `n` is not an int.
+        ValueError: `n` < 1, or `time` not in (0, 350).
+
+    Source: [song2021sde].
+    """
+    fractions = _fractions(n)
+    _checks.positive("time", time)
+    if time >= 350:  # exp(2 time) would overflow
+        raise ValueError(f"time must lie below 350, got {time!r}")
+    return torch.expm1(2 * time * (1 - fractions)).sqrt()
+
+
+def _floats(levels: Tensor) -> list[float]:
+    _checks.finite("levels", levels)
+    if levels.ndim != 1 or len(levels) < 2:
+        raise ValueError(f"levels must have shape (n + 1,) with n >= 1 steps, got {tuple(levels.shape)}")
+    numbers: list[float] = levels.tolist()
+    if numbers[-1] < 0:
+        raise ValueError(f"levels must be >= 0, got {numbers[-1]!r}")
+    for i, (s, s_next) in enumerate(itertools.pairwise(numbers)):
+        if not s_next < s:
+            raise ValueError(f"levels must decrease strictly, got {s_next!r} after {s!r} at step {i}")
+    return numbers
+
+
+def _points(name: str, value: Tensor) -> None:
+    _checks.tensor(name, value)
+    if value.ndim != 2 or not len(value):
+        raise ValueError(f"{name} must have shape (n, D) with n >= 1, got {tuple(value.shape)}")
+
+
+def _evaluate(score: Score, y: Tensor, s: Level) -> Tensor:
+    value = score(y, s)
+    if value.shape != y.shape:
+        raise ValueError(f"score must return shape {tuple(y.shape)}, as its argument, got {tuple(value.shape)}")
+    return value
+
+
+def _step_between(y: Tensor, s: float, s_next: float) -> None:
+    _points("y", y)
+    _checks.positive("s", s)
+    if not 0 <= s_next < s:
+        raise ValueError(f"s_next must lie in [0, s), got s_next = {s_next!r} and s = {s!r}")
+
+
+def _required(generator: Generator | None) -> Generator:
+    # torch.rand would take None for the global generator.
+    if not isinstance(generator, Generator):
+        raise ValueError(f"generator must be a torch.Generator where noise is drawn, got {type(generator).__name__}")
+    return generator
+
+
+def _normal(like: Tensor, generator: Generator) -> Tensor:
+    """Draw standard normal noise of the shape, dtype and device of a tensor."""
+    u = torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float64)
+    # A uniform number may be 0, whose quantile is -inf.
+    return torch.special.ndtri(u.clamp_(min=2.0**-54)).to(like.dtype)
+
+
+def _draw(step: Transition, generator: Generator | None) -> Tensor:
+    return step.mean + step.std * _normal(step.mean, _required(generator)) if step.std > 0 else step.mean
+
+
+def _mixture(name: str, value: object) -> None:
+    if not isinstance(value, GaussianMixture):
+        raise TypeError(f"{name} must be a GaussianMixture, got {type(value).__name__}")
+
+
+def of_mixture(mixture: GaussianMixture) -> Score:
+    """Make the score function of a Gaussian mixture.
+
+        score(y, s) = gradient in y of log sum_k prior_k N(y; mean_k, covariance_k + s^2 I)
+
+    Args:
+        mixture: Law of x_0.
+
+    Returns:
+        The function `score(y, s)`, exact at every level s >= 0.
+
+    Raises:
+        TypeError: `mixture` is not a `GaussianMixture`.
+    """
+    _mixture("mixture", mixture)
+    return lambda y, s: mixture.noised(1.0, s).score(y)
+
+
+def denoised(score: Score, y: Tensor, s: float) -> Tensor:
+    """Compute the mean of x_0 given its noised value, by Tweedie's formula.
+
+        D = E[x_0 | x_0 + s eps = y] = y + s^2 score(y, s)
+
+    Args:
+        score: Score function (y, s).
+        y: Noised points, shape (n, D).
+        s: Level of noise, > 0.
+
+    Returns:
+        D, shape (n, D).
+
+    Raises:
+        TypeError: `y` is not a floating tensor.
+        ValueError: `y` not (n, D), `s` not finite and > 0, or a score of another shape.
+
+    Source: [efron2011].
+    """
+    _points("y", y)
+    _checks.positive("s", s)
+    return y + s**2 * _evaluate(score, y, s)
+
+
+def transition(score: Score, y: Tensor, s: float, s_next: float, churn: float = 1.0) -> Transition:
+    """Compute the Euler-Maruyama step of the reverse process, whose clock is s^2.
+
+        mean = y + (1 + c^2)/2 (s^2 - s'^2) score(y, s),    std = c sqrt(s^2 - s'^2)
+
+    Args:
+        score: Score function (y, s).
+        y: Points at level s, shape (n, D).
+        s: Level of the points, > 0.
+        s_next: Level s' to go to, in [0, s).
+        churn: Noise factor c >= 0; 0 is the probability-flow ODE, 1 the reverse SDE.
+
+    Returns:
+        `Transition(mean, std)`.
+
+    Raises:
+        TypeError: `y` is not a floating tensor.
+        ValueError: `y` not (n, D), not 0 <= `s_next` < `s`, `churn` negative or not finite, or a score of another
+            shape.
+
+    Source: [song2021sde], [karras2022].
+    """
+    _step_between(y, s, s_next)
+    _checks.nonnegative("churn", churn)
+    elapsed = (s - s_next) * (s + s_next)
+    return Transition(y + (1 + churn**2) / 2 * elapsed * _evaluate(score, y, s), churn * math.sqrt(elapsed))
+
+
+def posterior_transition(score: Score, y: Tensor, s: float, s_next: float) -> Transition:
+    """Compute the ancestral step: the exact reverse step if x_0 were known to be its mean D.
+
+        mean = D + (s'/s)^2 (y - D),    std = s' sqrt(1 - s'^2/s^2)
+
+    Args:
+        score: Score function (y, s).
+        y: Points at level s, shape (n, D).
+        s: Level of the points, > 0.
+        s_next: Level s' to go to, in [0, s); at 0 the step draws no noise.
+
+    Returns:
+        `Transition(mean, std)`.
+
+    Raises:
+        TypeError: `y` is not a floating tensor.
+        ValueError: `y` not (n, D), not 0 <= `s_next` < `s`, or a score of another shape.
+
+    Source: [ho2020].
+    """
+    _step_between(y, s, s_next)
+    mean, kept = denoised(score, y, s), (s_next / s) ** 2
+    return Transition(mean + kept * (y - mean), s_next * math.sqrt(1 - kept))
+
+
+def _extrapolated(past: list[tuple[float, Tensor]], s_next: float, order: int) -> Tensor:
+    """Average D over the step, from its last values, newest first: y' = (s'/s) y + (1 - s'/s) average.
+
+    D is a polynomial in x = lambda - lambda_0 through these values. With h the length of the step and E = 1 - exp(-h),
+
+        average of f = int_0^h exp(x - h) f(x) dx / E;    m1 = h/E - 1 for x,  m2 = h^2/E - 2 m1 for x^2
+    """
+    (s, d), *older = past
+    if order == 1 or not older or s_next == 0:
+        return d
+    h, h1 = math.log(s / s_next), math.log(older[0][0] / s)
+    slope = (d - older[0][1]) / h1
+    if order == 3 and len(older) == 2:
+        h2 = math.log(older[1][0] / older[0][0])
+        m1 = h / -math.expm1(-h) - 1
+        bend = h**2 / -math.expm1(-h) - 2 * m1 + h1 * m1  # the average of x (x + h1)
+        # The sum of the absolute weights of the three D.
+        if 1 + 2 * m1 / h1 + 2 * bend / (h1 * h2) <= _LIMIT:
+            change = (slope - (older[0][1] - older[1][1]) / h2) / (h1 + h2)
+            return d + m1 * slope + bend * change
+    return d + h / 2 * slope
+
+
+def sample(
+    score: Score,
+    y: Tensor,
+    levels: Tensor,
+    *,
+    method: str | Step = "euler",
+    churn: float = 1.0,
+    generator: Generator | None = None,
+) -> Tensor:
+    """Carry points from the first level down to the last, step by step.
+
+    The table at the top of the module gives one step of each method. A step to level 0 is the "euler" step, y' = D, for
+    every deterministic method. "ab3" starts with an "euler" and a "dpmpp_2m" step, and falls back to "dpmpp_2m"
+    for runs of fewer than 16 steps and wherever levels are too uneven for a parabola.
+
+    Args:
+        score: Score function (y, s) of the law to sample.
+        y: Points drawn from the law at the first level, shape (n, D).
+        levels: Levels of noise, >= 0 and strictly decreasing, shape (steps + 1,).
+        method: One of "euler", "heun", "dpmpp_2m", "ab3", "maruyama", "ancestral", or a function `step(score, y, s,
+            s_next, generator)` that returns the points at the next level.
+        churn: Noise factor of "maruyama", >= 0. Other methods have none.
+        generator: Source of randomness, on the device of `y`; required where noise is drawn.
+
+    Returns:
+        Points at the last level, shape (n, D).
+
+    Raises:
+        TypeError: `y` or `levels` is not a floating tensor.
+        ValueError: `levels` not finite, negative or not strictly decreasing; `y` not (n, D); a score of another shape;
+            an unknown `method`; `churn` negative, not finite, or given to another method; no `generator` for noise.
+
+    Source: [song2021ddim], [karras2022], [lu2022dpmpp], [zhang2023deis], [song2021sde], [ho2020].
+    """
+    numbers = _floats(levels)
+    _points("y", y)
+    if isinstance(method, str):
+        _checks.one_of("method", method, _METHODS)
+    if churn != 1 and method != "maruyama":
+        raise ValueError(f"churn must be left at 1 unless method is 'maruyama', got {churn!r} for {method!r}")
+    past: list[tuple[float, Tensor]] = []
+    for s, s_next in itertools.pairwise(numbers):
+        if not isinstance(method, str):
+            y = method(score, y, s, s_next, generator)
+        elif method in _ORDERS:
+            past = [(s, denoised(score, y, s)), *past[:2]]
+            order = 2 if method == "ab3" and len(numbers) - 1 < _FEW else _ORDERS[method]
+            y = y * (s_next / s) + (1 - s_next / s) * _extrapolated(past, s_next, order)
+        elif method == "heun":
+            slope = -s * _evaluate(score, y, s)
+            guess = y + (s_next - s) * slope
+            y = guess if s_next == 0 else y + (s_next - s) / 2 * (slope - s_next * _evaluate(score, guess, s_next))
+        else:
+            kernel = partial(transition, churn=churn) if method == "maruyama" else posterior_transition
+            y = _draw(kernel(score, y, s, s_next), generator)
+    return y
+
+
+def denoising_loss(score: Score, x0: Tensor, s: float | Tensor, eps: Tensor) -> Tensor:
+    """Compute the denoising loss of a score, one value per point.
+
+        |s score(x_0 + s eps, s) + eps|^2, summed over the D coordinates
+
+    Over draws of x_0 and eps its mean is least for the score of the law of x_0; times weights w(x_0), for that of the
+    tilt by w. Differentiable in what `score` depends on.
+
+    Args:
+        score: Score function (y, s).
+        x0: Clean points, shape (n, D).
+        s: Level of noise, > 0: a number, or a tensor of shape (n, 1) with a level for each point. The score gets it as
+            it is.
+        eps: Standard normal noise, shape (n, D).
+
+    Returns:
+        Loss of each point, shape (n,).
+
+    Raises:
+        TypeError: `x0` is not a floating tensor.
+        ValueError: `x0` not (n, D), `eps` of another shape, `s` not finite and > 0 or of another shape, or a score of
+            another shape.
+
+    Source: [hyvarinen2005], [vincent2011].
+    """
+    _points("x0", x0)
+    _checks.same_shape(x0=x0, eps=eps)
+    if isinstance(s, Tensor) and s.shape != (len(x0), 1):
+        raise ValueError(f"s must have shape {(len(x0), 1)}, got {tuple(s.shape)}")
+    _checks.positive_per_row("s", s, x0.shape)
+    return (_evaluate(score, x0 + eps * s, s) * s + eps).square().sum(-1)

@@ -1,0 +1,383 @@
+"""Guidance: a change of the score, or of one step, of a sampler in `diffusion`.
+
+The tilt of p by w multiplies the density at each level s by the value h(y, s) = E[w(x_0) | x_0 + s eps = y], up to Z.
+So its score is that of p plus grad log h. Four changes of the score, each a score function (y, s) again:
+
+    exact_value        score + grad log h: the score of the tilt, for Gaussian mixtures
+    classifier_free    s_u + g (s_c - s_u): h = p(c | y), and its gradient times g
+    plug_in            grad log h replaced by the gradient of r(D(y, s)) / beta, D = E[x_0 | y]
+    plug_in, damped    that gradient times (I + A C / beta)^-1, C = Cov[x_0 | y]: exact for one Gaussian
+
+One change of the step, from values alone: `soft_best_of_n_step` draws candidates for the next point and keeps one. And
+one correction of whatever the score gets wrong: `particles` weights and resamples points that follow any score. Guided
+points have to start from the guided law at the first level, not from that of the reference.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from tiltlib import _checks, diffusion, mixtures, resampling, selection, weights
+from tiltlib.diffusion import Score, Step, Transition
+from tiltlib.mixtures import GaussianMixture, Tilted
+
+__all__ = [
+    "Particles",
+    "classifier_free",
+    "exact_value",
+    "log_value",
+    "particles",
+    "plug_in",
+    "soft_best_of_n_step",
+    "value_gradient",
+]
+
+# log_value(y, s): one number per point.
+LogValue = Callable[[Tensor, float], Tensor]
+# kernel(score, y, s, s_next): `diffusion.transition` or `posterior_transition`.
+Kernel = Callable[[Score, Tensor, float, float], Transition]
+# A resampling scheme: scheme(log_weights, n, generator=g) gives ancestors.
+Scheme = Callable[..., Tensor]
+
+
+class Particles(NamedTuple):
+    """What `particles` returns.
+
+    Attributes:
+        y: Points at the last level, shape (runs, n, D).
+        log_weights: Their unnormalised log weights since the last resampling, float64, shape (runs, n).
+        log_partition: Estimate of log Z per run, float64, shape (runs,); exp of it is unbiased for Z. -inf where all
+            particles died.
+        ess: Effective sample size after each step, float64, shape (runs, steps); 0 where all particles died.
+    """
+
+    y: Tensor
+    log_weights: Tensor
+    log_partition: Tensor
+    ess: Tensor
+
+
+def _number(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+
+
+def _per_point(name: str, value: Tensor, y: Tensor) -> Tensor:
+    if value.shape != y.shape[:1]:
+        raise ValueError(
+            f"{name} must return shape {tuple(y.shape[:1])}, one number per point, got {tuple(value.shape)}"
+        )
+    return value
+
+
+def classifier_free(conditional: Score, unconditional: Score, guidance_scale: float) -> Score:
+    """Extrapolate from the unconditional score through the conditional one.
+
+        s_u(y, s) + g (s_c(y, s) - s_u(y, s))
+
+    The difference is the gradient of log p(c | y) at level s. For g other than 0 and 1 the sum is in general not the
+    score of any one law at all levels, and the samplers of `diffusion` end at different laws.
+
+    Args:
+        conditional: Score function s_c.
+        unconditional: Score function s_u.
+        guidance_scale: g, finite; 0 is unconditional, 1 conditional, above 1 guided.
+
+    Returns:
+        The guided score function.
+
+    Raises:
+        ValueError: `guidance_scale` is not finite.
+
+    Source: [ho2022cfg].
+    """
+    _number("guidance_scale", guidance_scale)
+
+    def score(y: Tensor, s: float) -> Tensor:
+        start = unconditional(y, s)
+        return start + guidance_scale * (conditional(y, s) - start)
+
+    return score
+
+
+def exact_value(tilted: Tilted) -> Score:
+    """Guide by the exact value: the score of the tilted mixture.
+
+        grad log p_s + grad log h = grad log p*_s
+
+    Args:
+        tilted: Tilt of the reference, from `GaussianMixture.tilt`.
+
+    Returns:
+        The guided score function.
+
+    Raises:
+        TypeError: `tilted` is not a `Tilted`.
+    """
+    _tilted(tilted)
+    return diffusion.of_mixture(tilted.mixture)
+
+
+def _tilted(tilted: Tilted) -> None:
+    if not isinstance(tilted, Tilted):
+        raise TypeError(f"tilted must be a Tilted, from GaussianMixture.tilt, got {type(tilted).__name__}")
+
+
+def value_gradient(ref: GaussianMixture, tilted: Tilted, y: Tensor, s: float) -> Tensor:
+    """Compute the gradient of the log value: what exact guidance adds to the score of the reference.
+
+        grad log h(y, s) = grad log p*_s(y) - grad log p_s(y)
+
+    Args:
+        ref: Reference law p.
+        tilted: Its tilt, from `ref.tilt`.
+        y: Points at level s, shape (n, D).
+        s: Level of noise, >= 0.
+
+    Returns:
+        The gradient, shape (n, D).
+
+    Raises:
+        TypeError: `ref` is not a `GaussianMixture`, `tilted` not a `Tilted`, or `y` not a floating tensor.
+        ValueError: `y` not (n, D), or `s` negative or not finite.
+    """
+    diffusion._mixture("ref", ref)
+    return exact_value(tilted)(y, s) - diffusion.of_mixture(ref)(y, s)
+
+
+def log_value(ref: GaussianMixture, tilted: Tilted) -> LogValue:
+    """Make the exact log value of a tilt, for `soft_best_of_n_step` and as the twist of `particles`.
+
+        log h(y, s) = log E[w(x_0) | x_0 + s eps = y] = log Z + log p*_s(y) - log p_s(y)
+
+    Args:
+        ref: Reference law p.
+        tilted: Its tilt, from `ref.tilt`.
+
+    Returns:
+        The function `log_value(y, s)`, shape (n,); at s = 0 it is r(y) / beta.
+
+    Raises:
+        TypeError: `ref` is not a `GaussianMixture`, or `tilted` not a `Tilted`.
+    """
+    diffusion._mixture("ref", ref)
+    _tilted(tilted)
+    law, log_z = tilted
+
+    def value(y: Tensor, s: float) -> Tensor:
+        return log_z + law.noised(1.0, s).logps(y) - ref.noised(1.0, s).logps(y)
+
+    return value
+
+
+def plug_in(
+    ref: GaussianMixture,
+    quadratic: Tensor | None,
+    linear: Tensor | None,
+    beta: float,
+    *,
+    damped: bool = False,
+) -> Score:
+    """Guide by the reward of the denoised point, in place of the value.
+
+        score(y, s) + (C / s^2) (b - A D) / beta,    r(x) = -x'Ax / 2 + b'x,  D = E[x_0 | y],  C = Cov[x_0 | y]
+
+    C / s^2 is the derivative of D, so the second term is the gradient in y of r(D) / beta. It would be that of log h if
+    the mean could be taken through the exponential. `damped` multiplies the gradient at D by (I + A C / beta)^-1, which
+    makes it exact where x_0 given y is normal: for one Gaussian, not for a mixture.
+
+    Args:
+        ref: Reference law p.
+        quadratic: A, symmetric, shape (D, D); None is 0.
+        linear: b, shape (D,); None is 0.
+        beta: Temperature in reward units, > 0.
+        damped: Whether to damp.
+
+    Returns:
+        The guided score function, for levels s > 0.
+
+    Raises:
+        TypeError: `ref` is not a `GaussianMixture`, or `quadratic` or `linear` not a floating tensor.
+        ValueError: `quadratic` or `linear` not finite, of another shape or not symmetric, or `beta` not finite and > 0.
+
+    Source: [chung2023].
+    """
+    diffusion._mixture("ref", ref)
+    _checks.positive("beta", beta)
+    for name, value, shape in (("quadratic", quadratic, (ref.dimension,) * 2), ("linear", linear, (ref.dimension,))):
+        if value is not None:
+            _checks.finite(name, value)
+            if value.shape != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    if quadratic is not None:
+        mixtures._symmetric("quadratic", quadratic)
+
+    score = diffusion.of_mixture(ref)
+
+    def guided(y: Tensor, s: float) -> Tensor:
+        _checks.positive("s", s)
+        covariance = ref.denoise_covariance(y, 1.0, s)
+        slope = torch.zeros_like(y) if linear is None else (linear / beta).expand_as(y)
+        if quadratic is not None:
+            slope = slope - ref.denoise(y, 1.0, s) @ quadratic / beta
+            if damped:
+                identity = torch.eye(ref.dimension, dtype=y.dtype, device=y.device)
+                slope = torch.linalg.solve(identity + quadratic @ covariance / beta, slope)
+        return score(y, s) + (covariance @ slope[..., None])[..., 0] / s**2
+
+    return guided
+
+
+def soft_best_of_n_step(log_value: LogValue, n: int, power: float, *, kernel: Kernel = diffusion.transition) -> Step:
+    """Make a step that draws n candidates for the next point and keeps one by its value.
+
+        y'_1 ... y'_n from kernel(score, y, s, s'),    P(i) proportional to exp(power log_value(y'_i, s'))
+
+    For `diffusion.sample(..., method=step)`. In the limit of many steps it guides like the reverse SDE with the score
+    plus power (1 - 1/n) grad log_value, from values alone. Cost n values and one score per point.
+
+    Args:
+        log_value: Function (y, s) that gives the log value of each point, shape (n,); -inf excludes a candidate.
+        n: Number of candidates, >= 1; 1 leaves the sampler as it is.
+        power: Exponent of the value, finite.
+        kernel: Law of the candidates: `diffusion.transition` (partial for another `churn`) or `posterior_transition`.
+
+    Returns:
+        The step, for the argument `method` of `diffusion.sample`.
+
+    Raises:
+        TypeError: `n` is not an int.
+        ValueError: `n` < 1, or `power` is not finite.
+
+    Source: [li2024svdd], [verdun2025].
+    """
+    _checks.count("n", n)
+    _number("power", power)
+
+    def step(score: Score, y: Tensor, s: float, s_next: float, generator: Generator | None) -> Tensor:
+        mean, std = kernel(score, y, s, s_next)
+        pool = diffusion._draw(Transition(mean.repeat_interleave(n, 0), std), generator)
+        values = power * _per_point("log_value", log_value(pool, s_next), pool).view(-1, n)
+        chosen = selection.soft_best_of_n(values, 1.0, generator=diffusion._required(generator))
+        return pool.view(-1, n, y.shape[-1]).take_along_dim(chosen[:, None, None], 1)[:, 0]
+
+    return step
+
+
+def particles(
+    ref: Score,
+    proposal: Score,
+    y: Tensor,
+    levels: Tensor,
+    log_tilt: Callable[[Tensor], Tensor],
+    log_twist: LogValue | None = None,
+    *,
+    generator: Generator,
+    kernel: Kernel = diffusion.transition,
+    threshold: float = 0.5,
+    scheme: Scheme = resampling.systematic,
+    start_log_weights: Tensor | None = None,
+) -> Particles:
+    """Correct guidance by particles: propose with one score, weight toward the other and toward the tilt, resample.
+
+        y' from K(y' | y; proposal),    log g = log K(y' | y; ref) - log K(y' | y; proposal) + V(y', s') - V(y, s)
+        V = log_twist, at the last level V = log_tilt
+        resample before a step iff ESS < threshold n;  then log_partition += log of the mean weight, all weights are 1
+
+    With more particles the weighted points follow the tilt by w of the chain of K(.; ref) at these levels, whatever
+    proposal and twist are; that of p itself only as steps grow too, or if K is the exact reverse kernel. Likewise Z is
+    the mean of w under that chain. Weights are carried from step to step until a resampling spends them; dropping them
+    is a bias.
+
+    Args:
+        ref: Score function of the reference.
+        proposal: Score function that points follow; `ref` itself for unguided proposals.
+        y: Points at the first level from the reference law there, shape (runs, n, D): independent systems of n points.
+        levels: Levels of noise, >= 0 and strictly decreasing, shape (steps + 1,).
+        log_tilt: Function that gives log w of finished points (m, D), shape (m,); -inf excludes a point.
+        log_twist: Function (y, s) for points (m, D) on the way, shape (m,), finite. Exact: `log_value`. Default: 0.
+        generator: Source of randomness, on the device of `y`.
+        kernel: Law K of a step: `diffusion.transition` (partial for another `churn`) or `posterior_transition`.
+        threshold: Resample when ESS / n falls below it, in [0, 1]: 0 is never, 1 whenever weights differ.
+        scheme: One of `resampling.multinomial`, `residual`, `stratified`, `systematic`.
+        start_log_weights: For points from another law at the first level, log of reference density over theirs, shape
+            (runs, n).
+
+    Returns:
+        `Particles(y, log_weights, log_partition, ess)`.
+
+    Raises:
+        TypeError: `y` or `levels` is not a floating tensor.
+        ValueError: a kernel without noise, as an ODE has no ratio of densities; `levels` as for `diffusion.sample`; `y`
+            not (runs, n, D); functions that return another shape, or values that are not finite; `threshold` outside
+            [0, 1].
+
+    Source: [delmoral2006], [wu2023].
+    """
+    numbers = diffusion._floats(levels)
+    _checks.tensor("y", y)
+    if y.ndim != 3 or not y.numel():
+        raise ValueError(f"y must have shape (runs, n, D), none of them 0, got {tuple(y.shape)}")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must lie in [0, 1], got {threshold!r}")
+    runs, n, d = y.shape
+
+    def twist(points: Tensor, s: float) -> Tensor:
+        if log_twist is None:
+            return torch.zeros(runs, n, dtype=torch.float64, device=y.device)
+        value = _per_point("log_twist", log_twist(points, s), points)
+        _checks.finite("log_twist", value)
+        return value.double().view(runs, n)
+
+    points = y.flatten(0, 1)
+    values = twist(points, numbers[0])
+    log_weights = values
+    if start_log_weights is not None:
+        _checks.finite("start_log_weights", start_log_weights)
+        if start_log_weights.shape != (runs, n):
+            raise ValueError(f"start_log_weights must have shape {(runs, n)}, got {tuple(start_log_weights.shape)}")
+        log_weights = values + start_log_weights.double()
+    log_partition = torch.zeros(runs, dtype=torch.float64, device=y.device)
+    # Equal weights may differ in their last digits; that is no reason to resample.
+    enough = threshold * n * (1 - 1e-9)
+    sizes = [weights.ess(log_weights)]
+    for i, (s, s_next) in enumerate(itertools.pairwise(numbers)):
+        uneven = (sizes[-1] < enough)[:, None]
+        if bool(uneven.any()):
+            itself = torch.arange(n, device=y.device).expand(runs, n)
+            spent = torch.where(uneven, log_weights, 0.0)
+            parents = torch.where(uneven, scheme(spent, n, generator=generator), itself)
+            log_partition = log_partition + weights.log_mean(spent)
+            log_weights = torch.where(uneven, 0.0, log_weights)
+            values = values.gather(-1, parents)
+            points = points.view(runs, n, d).take_along_dim(parents[..., None], 1).flatten(0, 1)
+        mean, std = kernel(proposal, points, s, s_next)
+        if not std > 0:
+            raise ValueError(
+                f"kernel must draw noise at every step, since weights are ratios of densities, "
+                f"got std = {std!r} from level {s!r} to {s_next!r}"
+            )
+        noise = diffusion._normal(mean, generator)
+        if proposal is not ref:
+            # Both kernels have one std: log N(y'; ref) - log N(y'; proposal) with y' = mean + std noise.
+            gap = (mean - kernel(ref, points, s, s_next).mean) / std
+            log_weights = log_weights - (gap * (gap / 2 + noise)).sum(-1).double().view(runs, n)
+        points = mean + std * noise
+        if i < len(numbers) - 2:
+            ahead = twist(points, s_next)
+        else:
+            ahead = _per_point("log_tilt", log_tilt(points), points).double().view(runs, n)
+            _checks.rewards("log_tilt", ahead)
+        log_weights, values = log_weights + ahead - values, ahead
+        alive = (log_weights > -math.inf).any(-1)
+        sizes.append(torch.where(alive, weights.ess(torch.where(alive[:, None], log_weights, 0.0)), 0.0))
+    return Particles(
+        points.view(runs, n, d),
+        log_weights,
+        log_partition + log_weights.logsumexp(-1) - math.log(n),
+        torch.stack(sizes[1:], -1),
+    )
