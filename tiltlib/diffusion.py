@@ -258,7 +258,7 @@ def denoised(score: Score, y: Tensor, s: float) -> Tensor:
         TypeError: `y` is not a floating tensor.
         ValueError: `y` not (n, D), `s` not finite and > 0, or a score of another shape.
 
-    Source: [efron2011].
+    Source: [efron2011]; book chapter 8, `noised-mixture`.
     """
     _points("y", y)
     _checks.positive("s", s)
@@ -285,7 +285,7 @@ def transition(score: Score, y: Tensor, s: float, s_next: float, churn: float = 
         ValueError: `y` not (n, D), not 0 <= `s_next` < `s`, `churn` negative or not finite, or a score of another
             shape.
 
-    Source: [song2021sde], [karras2022].
+    Source: [song2021sde], [karras2022]; book chapter 8, `reverse-process`.
     """
     _step_between(y, s, s_next)
     _checks.nonnegative("churn", churn)
@@ -311,7 +311,7 @@ def posterior_transition(score: Score, y: Tensor, s: float, s_next: float) -> Tr
         TypeError: `y` is not a floating tensor.
         ValueError: `y` not (n, D), not 0 <= `s_next` < `s`, or a score of another shape.
 
-    Source: [ho2020].
+    Source: [ho2020]; book chapter 8, `gaussian-chain`.
     """
     _step_between(y, s, s_next)
     mean, kept = denoised(score, y, s), (s_next / s) ** 2
@@ -373,7 +373,8 @@ def sample(
         ValueError: `levels` not finite, negative or not strictly decreasing; `y` not (n, D); a score of another shape;
             an unknown `method`; `churn` negative, not finite, or given to another method; no `generator` for noise.
 
-    Source: [song2021ddim], [karras2022], [lu2022dpmpp], [zhang2023deis], [song2021sde], [ho2020].
+    Source: [song2021ddim], [karras2022], [lu2022dpmpp], [zhang2023deis], [song2021sde], [ho2020]; book chapter 8,
+    `sampler-order`.
     """
     numbers = _floats(levels)
     _points("y", y)

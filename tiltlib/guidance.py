@@ -93,7 +93,7 @@ def classifier_free(conditional: Score, unconditional: Score, guidance_scale: fl
     Raises:
         ValueError: `guidance_scale` is not finite.
 
-    Source: [ho2022cfg].
+    Source: [ho2022cfg]; book chapter 9, `cfg-is-value-guidance` and `cfg-is-not-a-tilt`.
     """
     _number("guidance_scale", guidance_scale)
 
@@ -117,6 +117,8 @@ def exact_value(tilted: Tilted) -> Score:
 
     Raises:
         TypeError: `tilted` is not a `Tilted`.
+
+    Source: book chapter 8, `tilted-score`.
     """
     _tilted(tilted)
     return diffusion.of_mixture(tilted.mixture)
@@ -144,6 +146,8 @@ def value_gradient(ref: GaussianMixture, tilted: Tilted, y: Tensor, s: float) ->
     Raises:
         TypeError: `ref` is not a `GaussianMixture`, `tilted` not a `Tilted`, or `y` not a floating tensor.
         ValueError: `y` not (n, D), or `s` negative or not finite.
+
+    Source: book chapter 8, `tilted-score`.
     """
     diffusion._mixture("ref", ref)
     return exact_value(tilted)(y, s) - diffusion.of_mixture(ref)(y, s)
@@ -163,6 +167,8 @@ def log_value(ref: GaussianMixture, tilted: Tilted) -> LogValue:
 
     Raises:
         TypeError: `ref` is not a `GaussianMixture`, or `tilted` not a `Tilted`.
+
+    Source: book chapter 8, `tilted-score`.
     """
     diffusion._mixture("ref", ref)
     _tilted(tilted)
@@ -204,7 +210,7 @@ def plug_in(
         TypeError: `ref` is not a `GaussianMixture`, or `quadratic` or `linear` not a floating tensor.
         ValueError: `quadratic` or `linear` not finite, of another shape or not symmetric, or `beta` not finite and > 0.
 
-    Source: [chung2023].
+    Source: [chung2023]; book chapter 9, `plug-in-bias`.
     """
     diffusion._mixture("ref", ref)
     _checks.positive("beta", beta)
@@ -253,7 +259,7 @@ def soft_best_of_n_step(log_value: LogValue, n: int, power: float, *, kernel: Ke
         TypeError: `n` is not an int.
         ValueError: `n` < 1, or `power` is not finite.
 
-    Source: [li2024svdd], [verdun2025].
+    Source: [li2024svdd], [verdun2025]; book chapter 9, `stepwise-soft-bon`.
     """
     _checks.count("n", n)
     _number("power", power)
@@ -316,7 +322,7 @@ def particles(
             not (runs, n, D); functions that return another shape, or values that are not finite; `threshold` outside
             [0, 1].
 
-    Source: [delmoral2006], [wu2023].
+    Source: [delmoral2006], [wu2023]; book chapter 9, `smc-guidance`.
     """
     numbers = diffusion._floats(levels)
     _checks.tensor("y", y)

@@ -426,7 +426,7 @@ class GaussianMixture:
         Returns:
             Posterior means, shape (n, D).
 
-        Source: [efron2011].
+        Source: [efron2011]; book chapter 8, `noised-mixture`.
         """
         noised = self.noised(alpha, sigma)
         noised._points("xt", xt)
@@ -456,7 +456,7 @@ class GaussianMixture:
         Returns:
             Posterior covariances, shape (n, D, D).
 
-        Source: [efron2011].
+        Source: [efron2011]; book chapter 8, `noised-mixture`.
         """
         noised = self.noised(alpha, sigma)
         shares = noised.posterior(xt).exp()
@@ -491,6 +491,8 @@ class GaussianMixture:
             TypeError: `quadratic` or `linear` is not a floating tensor.
             ValueError: `quadratic` not symmetric, a shape that does not fit, `beta` not finite and > 0, or a tilt that
                 does not exist (the message names the component).
+
+        Source: book chapter 8, `mixture-tilt`.
         """
         _checks.positive("beta", beta)
         law, d, dtype = self._double(), self.dimension, self.means.dtype
@@ -611,9 +613,8 @@ class GaussianMixture:
             raise ValueError(f"u must lie strictly between 0 and 1, got {ends[0].item():g}")
         p = u.double()
         # The quantile of a mixture lies between the smallest and the largest quantile of its components.
-        live = self.priors > -math.inf
-        scales = self._spectrum[:, 0].double().sqrt().expand(self.components)[live]
-        quantiles = self.means[live, 0].double() + scales * torch.special.ndtri(p)[..., None]
+        scales = self._spectrum[:, 0].double().sqrt()
+        quantiles = self.means[:, 0].double() + scales * torch.special.ndtri(p)[..., None]
         low, high = quantiles.amin(-1), quantiles.amax(-1)
         # Halve until the widest interval is one rounding of the narrowest component.
         smallest = torch.finfo(torch.float64).eps * scales.min()
