@@ -423,7 +423,7 @@ def denoising_loss(score: Score, x0: Tensor, s: float | Tensor, eps: Tensor) -> 
         ValueError: `x0` not (n, D), `eps` of another shape, `s` not finite and > 0 or of another shape, or a score of
             another shape.
 
-    Source: [hyvarinen2005], [vincent2011].
+    Source: [hyvarinen2005], [vincent2011]; book chapter 10, `weighted-score-matching`.
     """
     _points("x0", x0)
     _checks.same_shape(x0=x0, eps=eps)
