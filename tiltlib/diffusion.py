@@ -373,8 +373,7 @@ def sample(
         ValueError: `levels` not finite, negative or not strictly decreasing; `y` not (n, D); a score of another shape;
             an unknown `method`; `churn` negative, not finite, or given to another method; no `generator` for noise.
 
-    Source: [song2021ddim], [karras2022], [lu2022dpmpp], [zhang2023deis], [song2021sde], [ho2020]; book chapter 8,
-    `sampler-order`.
+    Source: [song2021ddim], [karras2022], [lu2022dpmpp], [zhang2023deis], [ho2020]; book chapter 8, `sampler-order`.
     """
     numbers = _floats(levels)
     _points("y", y)
