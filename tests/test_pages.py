@@ -215,6 +215,9 @@ INK = r"""() => {
     for (let n = e; n && paper === null; n = n.parentElement) paper = light(getComputedStyle(n).backgroundColor);
     if (Math.abs(ink - (paper ?? 1)) < 0.3) bad.push("ink and paper are too alike: " + e.outerHTML.slice(0, 60));
   }
+  const looks = (e) => [getComputedStyle(e).color, getComputedStyle(e).fontWeight].join(", weight ");
+  for (const e of document.querySelectorAll(".bk-fig figcaption")) // it states the finding
+    if (looks(e) !== looks(e.parentElement)) bad.push(`a caption fainter than its figure: ${looks(e)}`);
   return bad;
 }"""
 
