@@ -190,6 +190,11 @@ LOOK = r"""(width) => {
   if (width >= 1280) // on a phone an equation may scroll; here it would be cut in print
     for (const e of all("div.math, mjx-container[display]"))
       if (e.scrollWidth > e.clientWidth + 1) bad.push(`${e.scrollWidth} px of maths in ${e.clientWidth}: ${short(e)}`);
+  for (const e of all("span.math")) { // the glyphs, as a box may be narrower than what it holds
+    const right = Math.max(...[...e.querySelectorAll("mjx-c")].map((c) => c.getBoundingClientRect().right));
+    const past = right - e.closest("p, li, dt, dd, td, th, h1, h2, h3").getBoundingClientRect().right;
+    if (seen(e) && past > 1) bad.push(`a formula runs ${Math.round(past)} px past its column: ${short(e)}`);
+  }
 
   const named = (words) => words && !/\.(png|jpe?g|svg)$/.test(words); // a file name says nothing
   for (const e of all("img")) if (!named(e.alt)) bad.push("image without words: " + e.src);
