@@ -187,9 +187,9 @@ LOOK = r"""(width) => {
 
   const over = document.documentElement.scrollWidth - width;
   if (over > 0) bad.push(`the page is ${over} px wider than the window`);
-  if (width >= 1280) // on a phone an equation may scroll; here it would be cut in print
-    for (const e of all("div.math, mjx-container[display]"))
-      if (e.scrollWidth > e.clientWidth + 1) bad.push(`${e.scrollWidth} px of maths in ${e.clientWidth}: ${short(e)}`);
+  if (width >= 1280) // on a phone an equation or a table may scroll; here it would be cut in print
+    for (const e of all("div.math, mjx-container[display], .bk-table, .pst-scrollable-table-container"))
+      if (e.scrollWidth > e.clientWidth + 1) bad.push(`${e.scrollWidth} px in ${e.clientWidth}: ${short(e)}`);
   for (const e of all("span.math")) { // the glyphs, as a box may be narrower than what it holds
     const right = Math.max(...[...e.querySelectorAll("mjx-c")].map((c) => c.getBoundingClientRect().right));
     const past = right - e.closest("p, li, dt, dd, td, th, h1, h2, h3").getBoundingClientRect().right;
@@ -244,8 +244,8 @@ def test_page(name, view, visit):
 def look_at(page, name):
     SHOTS.mkdir(parents=True, exist_ok=True)
     width, height = page.evaluate("[document.documentElement.clientWidth, document.documentElement.scrollHeight]")
-    for part, top in enumerate(range(0, height, 65_000), 1):  # a JPEG of over 65,535 rows would be an empty file
-        clip = {"x": 0, "y": top, "width": width, "height": min(65_000, height - top)}
+    for part, top in enumerate(range(0, height, 32_000), 1):  # the browser leaves out what lies lower in one picture
+        clip = {"x": 0, "y": top, "width": width, "height": min(32_000, height - top)}
         page.screenshot(path=SHOTS / f"{name}-{part}.jpg", type="jpeg", quality=80, full_page=True, clip=clip)
 
 
