@@ -102,6 +102,30 @@ class DropRepeatedIds(SphinxPostTransform):
             seen |= numbered
 
 
+# --- formulas ------------------------------------------------------------------------------------------------------
+
+
+class KeepPunctuation(SphinxPostTransform):
+    """Join a formula with the punctuation around it: a browser would begin a line with the comma after it."""
+
+    default_priority = 5
+
+    def run(self, **kwargs):
+        for math in list(self.document.findall(nodes.math)):
+            parent, i = math.parent, math.parent.index(math)
+            before, after = (parent[k] if 0 <= k < len(parent) else None for k in (i - 1, i + 1))
+            joined = nodes.inline("", "", math.deepcopy(), classes=["joined"])
+            if isinstance(after, nodes.Text) and after[0] in ",.;:?!)":
+                rest = after.lstrip(",.;:?!)")
+                joined += nodes.Text(after[: len(after) - len(rest)])
+                parent[i + 1] = nodes.Text(rest)
+            if isinstance(before, nodes.Text) and before.endswith("("):
+                joined.insert(0, nodes.Text("("))
+                parent[i - 1] = nodes.Text(before[:-1])
+            if len(joined) > 1:
+                parent[i] = joined
+
+
 # --- the claims page -----------------------------------------------------------------------------------------------
 
 
@@ -310,6 +334,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive_to_domain("prf", "proof", Proof, override=True)
     app.add_post_transform(ResolveStatus)
     app.add_post_transform(DropRepeatedIds)
+    app.add_post_transform(KeepPunctuation)
     app.connect("config-inited", configure)
     app.connect("env-get-outdated", read_names)
     app.connect("source-read", note_run)
