@@ -253,8 +253,16 @@ def test_nbnorm_accepts_only_a_run_of_the_same_code():
 
 
 def test_docstrings_become_restructured_text():
-    lines = ["Tilt |w|.", "    P_ = a * b", "", "Args:", "    x: Reward `r`.", "", "Source: [known], `a-label`."]
-    text = "\n".join(rst_docstring(lines, {"a-label"}, {"known"}))
+    lines = [
+        "Tilt |w|.",
+        "    P_ = a * b",
+        "",
+        "Args:",
+        "    x: As in `a-label`, `churn`, -inf.",
+        "",
+        "Source: [known], `churn`.",
+    ]
+    text = "\n".join(rst_docstring(lines, {"a-label", "churn"}, {"known"}))
     assert "Tilt \\|w\\|.\n\n.. code-block:: text\n\n    P_ = a * b\n" in text
-    assert "x: Reward ``r``." in text
-    assert ":Source: :cite:t:`known`, :prf:ref:`a-label`." in text
+    assert "x: As in :prf:ref:`a-label`, ``churn``, \N{MINUS SIGN}inf." in text
+    assert ":Source: :cite:t:`known`, :prf:ref:`churn`." in text

@@ -196,6 +196,7 @@ def rst_prose(line: str, labels: set[str]) -> str:
             parts[i] = f":prf:ref:`{name}`" if name in labels else f"``{name}``"
         else:  # |x|, a * b and x_ are mathematics here; only *args at the start of a line is left to napoleon
             parts[i] = re.sub(r"(?<!\\)(\||\*|(?<=\w)_(?!\w))", r"\\\1", part)
+            parts[i] = re.sub(r"(?<!\w)-(?=inf\b)", "\N{MINUS SIGN}", parts[i])  # a line may end after a hyphen
     parts[0] = re.sub(r"^( *)((?:\\\*)+)(?=\w)", lambda m: m[1] + m[2].replace("\\", ""), parts[0])
     return "".join(parts)
 
@@ -227,7 +228,8 @@ def rst_docstring(lines: list[str], labels: set[str], keys: set[str]) -> list[st
             formula = False
             out.append("")
         if not section.startswith("Example"):  # code
-            line = rst_prose(line, labels)
+            # Elsewhere a name without a hyphen is that of an argument or a function: `churn`, `rejection`.
+            line = rst_prose(line, labels if section == "Source" else {label for label in labels if "-" in label})
         if section == "Source":
             line = re.sub(
                 r"\[([\w:-]+)\]",
