@@ -194,6 +194,8 @@ LOOK = r"""(width) => {
     const right = Math.max(...[...e.querySelectorAll("mjx-c")].map((c) => c.getBoundingClientRect().right));
     const past = right - e.closest("p, li, dt, dd, td, th, h1, h2, h3").getBoundingClientRect().right;
     if (seen(e) && past > 1) bad.push(`a formula runs ${Math.round(past)} px past its column: ${short(e)}`);
+    const loose = /^[,.;:?!)]/.test(e.nextSibling?.data ?? "") && !e.parentElement.matches(".joined");
+    if (loose) bad.push("a line may begin with the mark after " + short(e));
   }
 
   const named = (words) => words && !/\.(png|jpe?g|svg)$/.test(words); // a file name says nothing
