@@ -6,6 +6,7 @@ absence fails, elsewhere it skips. Screenshots go to `_build/screenshots`: some 
 
 import functools
 import http.server
+import itertools
 import math
 import os
 import re
@@ -295,6 +296,34 @@ def test_the_page_computes_the_law_that_tiltlib_computes(visit):
         torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), law.exp(), rtol=1e-9, atol=1e-15)
         torch.testing.assert_close(torch.tensor(our_goal, dtype=torch.float64), goal.exp(), rtol=1e-12, atol=1e-15)
         assert tv == pytest.approx(total_variation(law, goal).item(), rel=1e-6, abs=1e-13)
+
+
+def churned_variance(A, B, g, c):
+    """The integral of `churn`, by another rule."""
+    from scipy.integrate import quad
+
+    power = (1 + c**2) * (g - 1)
+    return A * (quad(lambda q: ((A + (B - A) * q**c**-2) / B) ** power, 0, 1)[0] if c else (A / B) ** (g - 1))
+
+
+def test_the_page_computes_the_variances_that_chapter_9_proves(visit):
+    from scipy.stats import norm
+
+    page, A, B = visit("search.html"), 1.0, 2.0
+    for g, c in itertools.product((1, 1.5, 3, 10), (0, 0.1, 0.5, 1, 2, 10)):
+        ours, goal, tv = page.evaluate(
+            """([A, B, g, c]) => {
+              const v = bookjs.churnVariance(A, B, g, c), goal = bookjs.tiltVariance(A, B, g);
+              return [v, goal, bookjs.normalDistance(v, goal)];
+            }""",
+            [A, B, g, c],
+        )
+        assert ours == pytest.approx(churned_variance(A, B, g, c), rel=1e-8)
+        assert goal == pytest.approx(1 / (g / A + (1 - g) / B), rel=1e-12)
+        if g > 1:  # the densities cross at one distance from 0
+            crossing = math.sqrt(math.log(ours / goal) / (1 / goal - 1 / ours))
+            exact = 2 * abs(norm.cdf(crossing / ours**0.5) - norm.cdf(crossing / goal**0.5))
+            assert tv == pytest.approx(exact, abs=1e-5)
 
 
 def test_the_page_shows_what_it_computes(visit):
