@@ -530,6 +530,21 @@ def test_draws_fill_the_cube_evenly(kind, rng):
         assert verify.match(cells(other.sample(n, generator=rng)), target, claim="cube!other").decision == "REJECT"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_do_not_depend_on_the_basis_that_a_processor_finds(kind, rng, monkeypatch):
+    mixture, eigh = random_mixture(kind, rng), torch.linalg.eigh
+    parts = mixture.priors, mixture.means, mixture.covariances
+    flip = torch.ones(D, dtype=F64)
+    flip[0] = -1
+
+    def draws():
+        return GaussianMixture(*parts).sample(50, generator=torch.Generator().manual_seed(1))
+
+    first = draws()
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (eigh(matrix)[0], eigh(matrix)[1] * flip))
+    close(draws(), first)
+
+
 def test_a_uniform_of_zero_is_a_finite_point(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.zeros(*size, dtype=F64))
     x = PAIR.sample(3, generator=torch.Generator())

@@ -371,7 +371,9 @@ class GaussianMixture:
     def sample(self, n: int, *, generator: torch.Generator) -> Tensor:
         """Draw independent points: a component, then a Gaussian vector by inversion.
 
-            x = m_k + U_k v_k^(1/2) z,    z = inverse normal cdf of uniforms
+            x = m_k + S_k^(1/2) z,    z = inverse normal cdf of uniforms
+
+        The root is the symmetric one. It does not depend on the basis that a processor finds, so neither do the draws.
 
         Args:
             n: Number of points, >= 1.
@@ -384,14 +386,14 @@ class GaussianMixture:
         u = torch.rand(n, self.dimension, generator=generator, device=self.means.device, dtype=torch.float64)
         # A uniform of exactly 0 would be a point at infinity.
         z = torch.special.ndtri(u.clamp(min=2**-54)).to(self.means.dtype)
-        z = z * self._spectrum.sqrt().expand(self.components, -1)[component]
-        if self._own_bases():
-            assert self._basis is not None
-            for k, basis in enumerate(self._basis):
-                rows = component == k
-                z[rows] = z[rows] @ basis.mT
-        elif self._basis is not None:
-            z = z @ self._basis[0].mT
+        root = self._spectrum.sqrt()
+        if self._basis is None:
+            z = z * root.expand(self.components, -1)[component]
+        else:
+            roots = self._matrices(root)
+            for k, matrix in enumerate(roots):
+                rows = component == k if len(roots) > 1 else slice(None)
+                z[rows] = z[rows] @ matrix
         return self.means[component] + z
 
     def noised(self, alpha: float, sigma: float) -> "GaussianMixture":
