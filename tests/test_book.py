@@ -258,11 +258,15 @@ def test_docstrings_become_restructured_text():
         "    P_ = a * b",
         "",
         "Args:",
-        "    x: As in `a-label`, `churn`, -inf.",
+        "    x: Reward `r`.",
+        "    y: As in `a-label`, `churn`, -inf.",
         "",
-        "Source: [known], `churn`.",
+        "Source: [known], `a-label`.",
+        "Source: `churn`.",
     ]
     text = "\n".join(rst_docstring(lines, {"a-label", "churn"}, {"known"}))
     assert "Tilt \\|w\\|.\n\n.. code-block:: text\n\n    P_ = a * b\n" in text
-    assert "x: As in :prf:ref:`a-label`, ``churn``, \N{MINUS SIGN}inf." in text
-    assert ":Source: :cite:t:`known`, :prf:ref:`churn`." in text
+    assert "x: Reward ``r``." in text
+    assert "y: As in :prf:ref:`a-label`, ``churn``, \N{MINUS SIGN}inf." in text
+    assert ":Source: :cite:t:`known`, :prf:ref:`a-label`." in text
+    assert ":Source: :prf:ref:`churn`." in text

@@ -258,7 +258,7 @@ def samples(columns: Mapping[str, Sequence[str]], mark: str, alt: str) -> Html:
 
 
 def table(columns: Mapping[str, Sequence[str]], alt: str) -> Html:
-    """Show a small table that scrolls in its own box on a narrow screen.
+    """Show a small table that on a narrow screen wraps, then scrolls in its own box.
 
     Args:
         columns: Heading of each column and its entries, already formatted; columns of one length.

@@ -208,6 +208,8 @@ def rst_docstring(lines: list[str], labels: set[str], keys: set[str]) -> list[st
     becomes a field beside the arguments; its `[key]` become citations.
     """
     out: list[str] = []
+    # Outside of Source a name without a hyphen is that of an argument or a function: `churn`, `rejection`.
+    hyphenated = {label for label in labels if "-" in label}
     section = ""
     formula = False
     for line in lines:
@@ -228,8 +230,7 @@ def rst_docstring(lines: list[str], labels: set[str], keys: set[str]) -> list[st
             formula = False
             out.append("")
         if not section.startswith("Example"):  # code
-            # Elsewhere a name without a hyphen is that of an argument or a function: `churn`, `rejection`.
-            line = rst_prose(line, labels if section == "Source" else {label for label in labels if "-" in label})
+            line = rst_prose(line, labels if section == "Source" else hyphenated)
         if section == "Source":
             line = re.sub(
                 r"\[([\w:-]+)\]",

@@ -190,7 +190,7 @@
           + line(PAD, up(goal), width - 16, up(goal), GOAL) + curve([...dial, [at(1), up(goal)]], CURVE) + point([on(churn), up(v)]));
         const tv = Math.round(normalDistance(v, goal) * 1e5) / 1e5; // at g = 1 there is only rounding
         const name = { 0: " (ODE)", 1: " (SDE)" }[churn] ?? "";
-        return `variance ${digits(v)}${name}, of the tilt ${digits(goal)} &emsp; TV = ${digits(tv)}`;
+        return `variance ${v.toPrecision(4)}${name}, of the tilt ${goal.toPrecision(4)} &emsp; TV = ${digits(tv)}`;
       };
     },
   };
