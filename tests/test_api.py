@@ -15,6 +15,7 @@ from tiltlib import (
     categorical,
     diffusion,
     guidance,
+    losses,
     markov,
     mcmc,
     mixtures,
@@ -401,3 +402,37 @@ def test_the_syntax_walks_see_what_they_look_for():
     assert list(factory_calls_without_device(bad)) == [("f", "nn.utils.skip_init on line 6")]
     head, found = sections("Do it.\n\n    Args:\n        x: a\n        y: b\n\n    Returns:\n        c")
     assert head.strip() == "Do it." and list(found) == ["Args", "Returns"]
+
+
+# --- indices -------------------------------------------------------------------------------------------------------
+
+INTEGERS = [torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8]
+# As many indices as there are places, so that a mask in place of an index would go unnoticed.
+INDEX = torch.tensor([[2, 0, 1], [1, 0, 2], [0, 0, 1]])
+CHAIN = markov.MarkovChain(torch.log_softmax(torch.arange(9.0, dtype=torch.float64).view(3, 3), -1), "abc")
+POINTS = torch.tensor([[0.0], [1.0], [5.0]], dtype=torch.float64)
+MIXTURE = mixtures.GaussianMixture(S0, POINTS, torch.eye(1, dtype=torch.float64).expand(3, 1, 1))
+
+# What each function makes of an index tensor that the caller gives it.
+BY_INDEX = {
+    "TabularPolicy.logps": lambda i: policies.TabularPolicy(S0).logps(i),
+    "natural_step": lambda i: policies.natural_step(S0, i[:, 0], S0, S0_REWARDS, beta=1.0, step=0.5),
+    "count_wins": lambda i: losses.count_wins(i[:, 0], i[:, 1], torch.ones(3), 3),
+    "trace": lambda i: smc.trace(INDEX, i),
+    "lengths": lambda i: mcmc.lengths(i[:, :1], 0),
+    "power_mh": lambda i: mcmc.power_mh(CHAIN, i, 2.0, 3, generator=verify.rng("index")).tokens,
+    "MarkovChain.logps": lambda i: CHAIN.logps(i),
+    "MarkovChain.total_reward": lambda i: CHAIN.total_reward(i, S0_REWARDS),
+    "MarkovChain.refit": lambda i: CHAIN.refit(i, per_step=False).logps(INDEX),
+    "MarkovChain.decode": lambda i: CHAIN.decode(i),
+    "GaussianMixture.fit": lambda i: mixtures.GaussianMixture.fit(POINTS, i[0], 1.0).means,
+    "GaussianMixture.class_logps": lambda i: MIXTURE.class_logps(POINTS, i[0]),
+    "GaussianMixture.of_class": lambda i: MIXTURE.of_class(i[0], 2).means,
+}
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("name", BY_INDEX)
+def test_an_index_of_any_integer_type_means_the_same(name, dtype):
+    expected, got = BY_INDEX[name](INDEX), BY_INDEX[name](INDEX.to(dtype))
+    assert torch.equal(got, expected) if isinstance(got, torch.Tensor) else got == expected

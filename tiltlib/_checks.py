@@ -6,7 +6,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
 
 
 def described(value: object) -> str:
@@ -21,21 +24,22 @@ def tensor(name: str, value: object) -> None:
         raise ValueError(f"{name} must have a last dimension of size >= 1, got shape {tuple(value.shape)}")
 
 
-def integers(name: str, value: object) -> None:
-    """Require a non-empty tensor of an integer dtype."""
+def integers(name: str, value: object) -> Tensor:
+    """Require a non-empty tensor of an integer dtype; return it as int64, since a uint8 index is taken for a mask."""
     if not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
         raise TypeError(f"{name} must be an integer torch.Tensor, got {described(value)}")
     if value.numel() == 0:
         raise ValueError(f"{name} must hold at least one number, got shape {tuple(value.shape)}")
+    return value.long()
 
 
-def indices(name: str, value: object, k: int) -> None:
-    """Require a non-empty integer tensor with entries in 0..k-1."""
-    integers(name, value)
-    assert isinstance(value, Tensor)
-    low, high = int(value.min()), int(value.max())
+def indices(name: str, value: object, k: int) -> Tensor:
+    """Require a non-empty integer tensor with entries in 0..k-1; return it as int64."""
+    index = integers(name, value)
+    low, high = int(index.min()), int(index.max())
     if low < 0 or high >= k:
         raise ValueError(f"{name} must lie in 0..{k - 1}, got values from {low} to {high}")
+    return index
 
 
 def logps(name: str, value: Tensor) -> None:

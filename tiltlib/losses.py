@@ -351,14 +351,13 @@ def count_wins(first: Tensor, second: Tensor, labels: Tensor, k: int) -> Tensor:
     _checks.count("k", k)
     if k < 2:
         raise ValueError(f"k must be an integer >= 2, got {k}")
-    _checks.indices("first", first, k)
-    _checks.indices("second", second, k)
+    first, second = _checks.indices("first", first, k), _checks.indices("second", second, k)
     _checks.same_shape(first=first, second=second, labels=labels)
     other = labels[(labels != 0) & (labels != 1)]
     if len(other):
         raise ValueError(f"labels must be 0 or 1, got {other[0].item()}")
     winner, loser = torch.where(labels == 1, first, second), torch.where(labels == 1, second, first)
-    cells = winner.flatten().long() * k + loser.flatten().long()
+    cells = winner.flatten() * k + loser.flatten()
     return torch.bincount(cells, minlength=k * k).double().view(k, k)
 
 

@@ -307,7 +307,7 @@ class MarkovChain:
         return torch.stack(contexts, -1)
 
     def _check_tokens(self, tokens: Tensor) -> None:
-        _checks.integers("tokens", tokens)
+        tokens = _checks.integers("tokens", tokens)
         if tokens.ndim == 0:
             raise ValueError("tokens must have a last dimension, the positions of a string, got a single number")
         if int(tokens.min()) < 0 or int(tokens.max()) >= self._v:

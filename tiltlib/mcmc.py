@@ -47,7 +47,7 @@ def lengths(tokens: Tensor, end: int) -> Tensor:
         TypeError: `tokens` is not an integer tensor.
         ValueError: `tokens` empty, or with symbols other than `end` after the first `end`.
     """
-    _checks.integers("tokens", tokens)
+    tokens = _checks.integers("tokens", tokens)
     ended = (tokens == end).cummax(-1).values
     broken = int((ended & (tokens != end)).any(-1).sum())
     if broken:

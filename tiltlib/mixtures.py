@@ -186,14 +186,14 @@ class GaussianMixture:
             ValueError: shapes that do not fit, a label without points, `ridge` < 0, or a singular covariance.
         """
         _checks.finite("x", x)
-        _checks.integers("labels", labels)
+        labels = _checks.integers("labels", labels)
         if x.ndim != 2 or labels.shape != x.shape[:1]:
             raise ValueError(
                 f"x must have shape (n, D) and labels shape (n,), got {tuple(x.shape)} and {tuple(labels.shape)}"
             )
         _checks.nonnegative("ridge", ridge)
         _checks.indices("labels", labels, len(x))
-        counts = labels.long().bincount()
+        counts = labels.bincount()
         if bool((counts == 0).any()):
             raise ValueError(f"labels must use every number from 0 to {len(counts) - 1}, got no {int(counts.argmin())}")
         groups = [x[labels == k] for k in range(len(counts))]
@@ -307,7 +307,7 @@ class GaussianMixture:
         return self._blockwise(lambda part: pull(part)[1], x)
 
     def _class_masks(self, classes: Tensor) -> list[Tensor]:
-        _checks.integers("classes", classes)
+        classes = _checks.integers("classes", classes)
         if classes.shape != (self.components,) or int(classes.min()) < 0:
             raise ValueError(
                 f"classes must hold one number >= 0 for each of the {self.components} components, "

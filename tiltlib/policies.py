@@ -59,8 +59,7 @@ class TabularPolicy(nn.Module):
             TypeError: `outcomes` is not an integer tensor.
             ValueError: `outcomes` outside 0..K-1 or empty.
         """
-        _checks.indices("outcomes", outcomes, len(self.logits))
-        return self.law()[outcomes.long()]
+        return self.law()[_checks.indices("outcomes", outcomes, len(self.logits))]
 
     def sample(self, n: int, *, generator: torch.Generator) -> Tensor:
         """Draw independent outcomes; see `categorical.sample`.
@@ -117,11 +116,11 @@ def natural_step(
             f"logits, ref_logps and rewards must have shape (K,) and one dtype, got shape {tuple(logits.shape)} and "
             f"{logits.dtype}, {ref_logps.dtype}, {rewards.dtype}"
         )
-    _checks.indices("outcomes", outcomes, logits.shape[-1])
+    outcomes = _checks.indices("outcomes", outcomes, logits.shape[-1])
     _checks.positive("beta", beta)
     if not 0 < step < 2 / beta:
         raise ValueError(f"step must lie in (0, 2 / beta) = (0, {2 / beta:g}), got {step!r}")
-    y = outcomes.flatten().long()
+    y = outcomes.flatten()
     moved = logits[y] + step * (rewards[y] - beta * (logits[y] - ref_logps[y]))
     return logits.index_copy(0, y, moved)  # a repeated outcome is written twice with one value
 

@@ -164,7 +164,7 @@ def trace(symbols: Tensor, ancestors: Tensor) -> Tensor:
         ValueError: `ancestors` outside 0..n-1, or shapes that differ.
     """
     _checks.same_shape(symbols=symbols, ancestors=ancestors)
-    _checks.indices("ancestors", ancestors, symbols.shape[-1])
+    ancestors = _checks.indices("ancestors", ancestors, symbols.shape[-1])
     particle = torch.arange(symbols.shape[-1], device=symbols.device).expand(symbols[..., 0, :].shape)
     strings = []
     for t in reversed(range(symbols.shape[-2])):
