@@ -13,8 +13,8 @@ SHELL := /bin/bash
 NOTEBOOKS := $(sort $(wildcard book/*.ipynb))
 SOURCES := $(NOTEBOOKS) $(wildcard tiltlib/*.py) conftest.py requirements.txt
 RUN := _build/run.stamp
-# One worker per notebook. A single cell may take two minutes, so that a hanging one fails.
-NBVAL := -n 2 --dist loadfile --nbval-cell-timeout 120 --nbval-current-env
+# One worker per notebook. The limit on a cell is for one that hangs: it is far above what a busy machine needs.
+NBVAL := -n 2 --dist loadfile --nbval-cell-timeout 1200 --nbval-current-env
 # After a warning the next build starts afresh: Sphinx would not repeat it for a page that has not changed.
 build = $(BIN)/jupyter-book build . -W --keep-going $(1) || { rm -rf _build/.doctrees; false; }
 
@@ -48,7 +48,7 @@ test: .venv/.stamp
 	touch $(RUN)
 	{ $(call build); } > _build/build.log 2>&1 || { cat _build/build.log; exit 1; }
 	@! grep "Executing notebook" _build/build.log || { echo "The build ran a notebook that the tests had not."; exit 1; }
-	$(BIN)/pytest tests/test_pages.py
+	$(BIN)/pytest -n 2 tests/test_pages.py
 
 quick: .venv/.stamp
 	$(BIN)/pytest --nbval $(NBVAL) --ignore tests/test_pages.py tests $(firstword $(NOTEBOOKS))

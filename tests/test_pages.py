@@ -27,6 +27,7 @@ HTML = ROOT / "_build/html"
 SHOTS = ROOT / "_build/screenshots"
 TOC = verdicts.toc_names_of(ROOT)
 VIEWS = {"wide": 1280, "phone": 390}
+PATIENCE = 600_000  # milliseconds: a busy machine is no fault of a page
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
@@ -138,6 +139,7 @@ def contexts(browser):
     made = {}
     for view, width in VIEWS.items():
         made[view] = browser.new_context(viewport={"width": width, "height": 900})
+        made[view].set_default_timeout(PATIENCE)
         made[view].add_init_script("localStorage.setItem('mode', 'light'); localStorage.setItem('theme', 'light')")
     return made
 
@@ -270,7 +272,7 @@ def move_sliders(page):
 
 def test_search_finds_a_word(visit):
     page = visit("search.html?q=tilt")
-    page.wait_for_selector("#search-results li a", timeout=10_000)
+    page.wait_for_selector("#search-results li a")
     assert page.trouble == []
 
 
