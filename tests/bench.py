@@ -20,9 +20,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import gammaln
 from torch import Generator, Tensor
 
-from tiltlib import categorical, diffusion, losses, mixtures, policies, resampling, selection, verify
+from tiltlib import _checks, categorical, diffusion, losses, mixtures, policies, resampling, selection, verify
 
 torch.set_num_threads(1)  # after the imports, any of which may reset it
 LINUX = sys.platform == "linux"
@@ -336,6 +338,43 @@ def solvers_against_diffusers(g: Generator) -> float:
     return max(abs(ours / other - 1) for ours, other in pairs)
 
 
+def match_by_gammas(samples: Tensor, target: Tensor, wrong: Tensor) -> tuple[float, float]:
+    """Judge as this library did first, with log-gammas and logs of sums: wrong where terms underflow or cancel."""
+
+    def laws() -> list[np.ndarray]:
+        for name, logps in (("target", target), ("wrong", wrong)):
+            _checks.logps(name, logps)
+        return [torch.log_softmax(logps.detach().double(), -1).cpu().numpy() for logps in (target, wrong)]
+
+    log_p, log_q = laws()
+    _checks.indices("samples", samples, len(log_p))
+    c = torch.bincount(samples, minlength=len(log_p)).numpy().astype(float)
+    if not (np.isfinite(c) & (c >= 0) & (c == np.floor(c))).all():
+        raise ValueError
+    n, seen = c.sum(), c > 0
+    k = n * 4.0 ** np.arange(-3, 5)
+    a = k[:, None] * np.exp(log_p[seen])
+    parts = (gammaln(a + c[seen]) - gammaln(a) - c[seen] * log_p[seen]).sum(1) + gammaln(k) - gammaln(k + n)
+    log_e = np.logaddexp(np.logaddexp.reduce(parts) - math.log(8), (c * (log_q - log_p)).sum())
+    log_p, log_q = laws()  # once more, for the plan
+    common = np.isfinite(log_p) & np.isfinite(log_q)
+
+    def samples_at(s: float) -> float:
+        return (18.4 + s * 19.1) / -np.logaddexp.reduce(s * log_p[common] + (1 - s) * log_q[common])
+
+    best = minimize_scalar(samples_at, bounds=(1e-6, 1 - 1e-6), method="bounded", options={"xatol": 1e-6})
+    return log_e, best.fun
+
+
+def judged(k: int, n: int, g: Generator) -> float:
+    ref_logps, rewards = instance(k, 1, g)
+    wrong = categorical.tilt(ref_logps, rewards, 5.0)
+    samples = categorical.sample(ref_logps, n, generator=g)
+    ours = partial(verify.match, samples, ref_logps, claim="bench", versus=[wrong])
+    one, other = medians((ours, partial(match_by_gammas, samples, ref_logps, wrong)))
+    return one / other
+
+
 def resampled(b: int, n: int, g: Generator) -> tuple[Call, ...]:
     log_weights = torch.randn(b, n, generator=g, dtype=torch.float64)
     probs = log_weights.softmax(-1)
@@ -433,6 +472,8 @@ faster("score of a mixture / broadcasting: D = 2, J = 64", 5, partial(score_by_b
 faster("score of a mixture / broadcasting: D = 64, J = 64", 30, partial(score_by_broadcasting, 64, 64, 4000))
 faster("score, full covariances / autograd: D = 16, J = 16", 2, partial(score_by_autograd, 16, 16, 4000))
 faster("score, full covariances / autograd: D = 64, J = 8", 2, partial(score_by_autograd, 64, 8, 4000))
+for k, n in ((4, 20_000), (64, 10**5), (4096, 10**6), (2**18, 10**6)):
+    at_most(f"match / the same by log-gammas: K = {k}, n = {n:.0e}", 1.5, partial(judged, k, n))
 if LINUX:
     at_most("stream, growth of peak memory in MB: N = 1e5 to 1e8", 5, stream_growth)
 

@@ -21,11 +21,21 @@ NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
 
 PASS = "PASS   exact   a-label  n=12  eps=1e-12"
 REJECT = "REJECT exact   a-label!near  n=12  error=0.031  eps=1e-12  [falsifier, expected]"
-MATCH = "PASS   match   a-label  n=200  plan=100  log10E=-4  reject_at=8  power=1-1e-06  alpha=1e-08"
+MATCH = "PASS   match   a-label  n=200  plan=100  declared=1  log10E=-4  reject_at=8  power=1-1e-08  alpha=1e-08"
 MEAN = MATCH.replace("match", "mean ")
 MISSED = "REJECT match   a-label!beta*1.05  n=200  log10E=29  reject_at=8  [falsifier, expected]"
+MISSED_TOO = MISSED.replace("beta*1.05", "not-declared")
+BOUND = "PASS   bound   a-label  n=2  delta=1e-08"
+NOTE = "NOTE   observed  a-label.seen  n=2  limit=0.6"
 WITHIN = "PASS   within  a-label  n=200  plan=100  tv_hi=0.02  eps=0.03  delta=1e-08  tier=ratio"
-STATEMENT = "```{prf:theorem} Title\n:label: a-label\n\n{status}`proved here` It holds.\n```"
+STATEMENT = (
+    "```{prf:theorem} Title\n:label: a-label\n\n{status}`proved here` It holds.\n\n{support}`exact (a-label)`\n```"
+)
+PARTS = STATEMENT.replace("It holds.", "We have\n\n1. this,\n2. that.")
+
+
+# Statements without a right-hand side that could be 5 % off, and why.
+NO_CLOSED_FORM: dict[str, str] = {}
 
 
 def book(prose=STATEMENT, output=f"{PASS}\n{REJECT}", source="check()", tags=()):
@@ -44,6 +54,8 @@ def nothing(found):
     [
         checks.statements,
         checks.claims,
+        checks.support,
+        lambda pages: checks.near_misses(pages, NO_CLOSED_FORM),
         checks.claims_page,
         checks.verdict_cells,
         checks.cell_lengths,
@@ -94,7 +106,10 @@ def test_a_good_book_passes_every_check():
     pages = book()
     for check in (checks.statements, checks.claims, checks.claims_page, checks.verdict_cells, checks.exercises):
         assert check(pages) == []
-    assert checks.claims(book(output=f"{MATCH}\n{MISSED}")) == []
+    assert checks.claims(book(output=f"{MATCH}\n{MISSED}\n{MISSED_TOO}")) == []
+    assert checks.claims(book(output=f"{MEAN}\n{MISSED.replace('match', 'mean ')}")) == []
+    assert checks.claims(book(output=f"{PASS}\n{REJECT}\n{NOTE}")) == []  # an observation needs no falsifier
+    assert checks.support(pages) == []
 
 
 @pytest.mark.parametrize(
@@ -128,21 +143,134 @@ def test_statements_finds(prose, problem):
         (f"{MATCH.replace('PASS', 'INCONCLUSIVE')}\n{MISSED}", "a-label: INCONCLUSIVE"),
         (f"{MATCH.replace('n=200', 'n=99')}\n{MISSED}", "n=99 is below plan=100"),
         (f"{MATCH.replace('plan=100  ', '')}\n{MISSED}", "below plan=None"),
-        (f"{MATCH.replace('1-1e-06', '1-1e-03')}\n{MISSED}", "power is 1-1e-03"),
-        (f"{MATCH.replace('power=1-1e-06  ', '')}\n{MISSED}", "power is None"),
+        (f"{MATCH.replace('1-1e-08', '1-1e-06')}\n{MISSED}", "power is 1-1e-06"),
+        (f"{MATCH.replace('power=1-1e-08  ', '')}\n{MISSED}", "power is None"),
+        (f"{MATCH}\n{MISSED}", "a-label: no wrong version was rejected that was not declared to it"),
+        (f"{MATCH.replace('declared=1  ', '')}\n{MISSED}\n{MISSED_TOO}", "no wrong version was rejected that was not"),
         (f"{MATCH.replace('alpha=1e-08', 'alpha=1e-06')}\n{MISSED}", "alpha is 1e-06"),
         (WITHIN.replace("1e-08", "1e-06"), "delta is 1e-06"),
         (WITHIN.replace("tv_hi=0.02", "tv_hi=0.04"), "tv_hi=0.04 is above eps=0.03"),
         (WITHIN.replace("n=200", "n=9"), "n=9 is below plan=100"),
-        ("\n".join(MATCH.replace("a-label", f"a-label.{i}") for i in range(101)), "101 match and mean claims, at most"),
-        ("\n".join(MEAN.replace("a-label", f"a-label.{i}") for i in range(101)), "101 match and mean claims, at most"),
+        *[
+            ("\n".join(line.replace("a-label", f"a-label.{i}") for i in range(101)), f"chance of any {error}: 1.0e-06")
+            for line in (MATCH, MEAN, BOUND, WITHIN)
+            for error in ("false alarm", "false pass")
+        ],
         (f"{MEAN.replace('n=200', 'n=99')}\n{MISSED}", "n=99 is below plan=100"),
-        (f"{MEAN.replace('1-1e-06', '1-1e-03')}\n{MISSED}", "power is 1-1e-03"),
+        (f"{MEAN.replace('1-1e-08', '1-1e-06')}\n{MISSED}", "power is 1-1e-06"),
+        (BOUND.replace("1e-08", "1e-07"), "delta is 1e-07"),
+        (NOTE.replace("NOTE  ", "REJECT"), "a-label.seen: REJECT"),
+        (NOTE.replace("observed", "noted"), "cannot read the verdict line"),
         (f"{MEAN.replace('alpha=1e-08', 'alpha=1e-06')}\n{MISSED}", "alpha is 1e-06"),
     ],
 )
 def test_claims_finds(output, problem):
     assert problem in " ".join(checks.claims(book(output=output)))
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        ("", "cannot read ''"),
+        ("1 exact (a-label)", "says how parts ['1'] are supported, has parts ['1', '2']"),
+        ("1 exact (a-label); 2 proof; 3 proof", "says how parts ['1', '2', '3'] are supported"),
+        ("exact (a-label)", "says how parts [''] are supported"),
+        ("1 exact (a-label); 2 obvious", "cannot read 'obvious'"),
+        ("1 exact; 2 proof", "exact must name verdicts"),
+        ("1 exact (a-label); 2 proof (a-label)", "proof names verdicts"),
+        ("1 exact (a-label); 2 exact (other)", "no verdict is named other"),
+        ("1 sampled (a-label); 2 proof", "a-label is exact, not sampled"),
+        ("1 proof; 2 open", "a-label is printed but supports no part"),
+    ],
+)
+def test_support_finds(said, problem):
+    assert problem in " ".join(checks.support(book(PARTS.replace("exact (a-label)", said))))
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [(PASS, "exact"), (BOUND, "certified"), (WITHIN, "certified"), (MATCH, "sampled"), (MEAN, "sampled")]
+    + [(BOUND.replace("  delta=1e-08", ""), "exact"), (NOTE.replace("a-label.seen", "a-label"), "observed")],
+)
+def test_support_knows_what_each_kind_shows(line, word):
+    for said in verdicts.SUPPORT:
+        if said not in ("proof", "open"):
+            pages = book(STATEMENT.replace("exact (a-label)", f"{said} (a-label)"), line)
+            assert (checks.support(pages) == []) == (said == word)
+
+
+def test_what_is_also_shown_supports_no_part():
+    said = PARTS.replace("exact (a-label)", "1 exact (a-label); 2 proof; also (seen)")
+    pages = book(said, f"{PASS}\n{REJECT}\n{NOTE}")
+    assert checks.support(pages) == []
+    (_, [entry]), *_ = verdicts.entries(pages)
+    assert [(head, [v.id for v in found]) for head, found in entry.by_part] == [
+        ("Part 1: exact", ["a-label", "a-label!near"]),
+        ("Part 2: by proof alone", []),
+        (verdicts.ALSO, ["a-label.seen"]),
+    ]
+    assert verdicts.support_in_words(pages[0].statements[0].support) == "part 1: exact; part 2: by proof alone"
+    only = book(STATEMENT.replace("exact (a-label)", "also (a-label)"))
+    assert "says how parts [] are supported, has parts ['']" in " ".join(checks.support(only))
+    single = book(STATEMENT.replace("exact (a-label)", "exact (a-label); also (seen)"), f"{PASS}\n{REJECT}\n{NOTE}")
+    assert checks.support(single) == []
+    (_, [entry]), *_ = verdicts.entries(single)
+    assert [head for head, _ in entry.by_part] == ["exact", verdicts.ALSO]
+
+
+def test_support_is_said_by_every_statement_but_an_open_one():
+    assert checks.support(book(STATEMENT.replace("{support}`exact (a-label)`", "")))
+    bare = STATEMENT.replace("{support}`exact (a-label)`", "").replace("proved here", "open")
+    assert checks.support(book(bare, "")) == []
+    pages = book(PARTS.replace("exact (a-label)", "1 exact (a-label), proof; 2 exact (a-label)"))
+    assert checks.support(pages) == []
+    assert (
+        verdicts.support_in_words(pages[0].statements[0].support) == "part 1: exact and by proof alone; part 2: exact"
+    )
+
+
+def test_near_misses_finds_a_formula_that_was_never_wrong_by_a_little():
+    (problem,) = checks.near_misses(book(), {})
+    assert problem == "a-label: no falsifier is 5 % off"
+    for slug in ("beta*1.05", "rhs*0.95", "5-percent"):
+        assert checks.near_misses(book(output=REJECT.replace("near", slug)), {}) == []
+    assert checks.near_misses(book(), {"a-label": "it says that something exists"}) == []
+    assert "said to have no closed form" in checks.near_misses(book(output=MISSED), {"a-label": "none"})[0]
+    assert checks.near_misses(book(output=MISSED), {"gone": "none"}) == ["gone: no such statement"]
+
+
+def test_the_chances_of_error_add_up():
+    lines = [MATCH, MEAN.replace("a-label", "b"), BOUND.replace("a-label", "c"), WITHIN.replace("a-label", "d")]
+    pages = book(
+        output="\n".join([*lines, MISSED, NOTE, PASS.replace("a-label", "e"), WITHIN.replace("a-label", "d!x")])
+    )
+    assert verdicts.false_alarms(pages) == pytest.approx(4e-8) and verdicts.false_passes(pages) == pytest.approx(4e-8)
+    weaker = book(output=MATCH.replace("alpha=1e-08", "alpha=3e-08").replace("power=1-1e-08", "power=1-2e-07"))
+    assert verdicts.false_alarms(weaker) == pytest.approx(3e-8)
+    assert verdicts.false_passes(weaker) == pytest.approx(2e-7)
+    assert "any true claim is rejected: at most 4e-8; that" in verdicts.summary(pages)
+    assert (
+        "any true claim is rejected: at most 3e-8; that a declared wrong version or a false bound passes: at most 2e-7."
+        in verdicts.summary(weaker)
+    )
+
+
+def test_the_summary_of_this_book_adds_up_its_verdict_lines():
+    # Again from the text of the notebooks, without the parser.
+    lines = [line for p in PAGES for c in p.cells for line in c.output.splitlines() if line.startswith("PASS ")]
+    assert lines
+    lines = [line for line in lines if "!" not in line]
+    numbers = {
+        name: sum(float(x) for line in lines for x in re.findall(rf" {name}=(?:1-)?(\S+)", line))
+        for name in ("alpha", "power", "delta")
+    }
+    alarms, passes = numbers["alpha"] + numbers["delta"], numbers["power"] + numbers["delta"]
+    said = re.search(
+        r"rejected: at most (\S+); that a declared wrong version or a false bound passes: at most (\S+)\.\*",
+        verdicts.summary(PAGES),
+    )
+    assert [float(x) for x in said.groups()] == [pytest.approx(alarms, rel=0.1), pytest.approx(passes, rel=0.1)]
+    assert alarms <= float(said[1]) * (1 + 1e-9) <= 1e-6 and passes <= float(said[2]) * (1 + 1e-9) <= 1e-6
 
 
 def test_claims_page_finds_what_is_not_shown():
@@ -199,16 +327,17 @@ def test_a_verdict_line_is_read_field_by_field():
     v = verdicts.parse_verdict(MISSED.replace("a-label", "a-label.k32"))
     assert (v.decision, v.kind, v.claim, v.slug, v.label) == ("REJECT", "match", "a-label.k32", "beta*1.05", "a-label")
     assert v.expected and v.fields == {"n": "200", "log10E": "29", "reject_at": "8"}
-    assert verdicts.parse_verdict(MATCH).number("power") == 1e-6
+    assert verdicts.parse_verdict(MATCH).number("power") == 1e-8
+    assert (v.name, verdicts.parse_verdict(MATCH).name) == ("k32", "a-label")
     assert verdicts.parse_verdict("PASS the salt") is None
 
 
 def test_the_claims_page_says_what_each_line_shows():
     (_, [entry]), *_ = verdicts.entries(book(output=f"{MISSED}\n{MATCH}"))
     claim, falsifier = entry.verdicts  # a falsifier follows its claim whatever was printed first
-    assert "200 draws (100 planned)" in verdicts.evidence(claim) and "1 − 1e-6" in verdicts.evidence(claim)
+    assert "200 draws (100 planned)" in verdicts.evidence(claim) and "1 − 1e-8" in verdicts.evidence(claim)
     assert "Wrong variant, rejected: log10 E = 29" in verdicts.evidence(falsifier)
-    assert "1 of 1 falsifiers rejected" in verdicts.summary(book())
+    assert "1 of 1 wrong versions rejected" in verdicts.summary(book())
     (_, [entry]), *_ = verdicts.entries(book(output=f"{MEAN}\n{MISSED.replace('match', 'mean ')}"))
     claim, falsifier = map(verdicts.evidence, entry.verdicts)
     assert "200 values (100 planned). Evidence against the mean" in claim

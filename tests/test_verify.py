@@ -2,8 +2,10 @@ import hashlib
 import itertools
 import math
 
+import mpmath
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from helpers import F64, S0, S0_REWARDS, compositions, law, log_multinomial, random_law, vector, without
@@ -68,6 +70,191 @@ def test_e_value_of_two_draws_by_hand():
     grid = [2 * g for g in (1 / 64, 1 / 16, 1 / 4, 1, 4, 16, 64, 256)]
     expected = sum((k + 2) / (k + 1) for k in grid) / 8
     assert math.exp(log_e_value([2, 0], law(0.5, 0.5))) == pytest.approx(expected, rel=1e-13)
+
+
+# --- the E-value, beside sixty digits --------------------------------------------------------------------------------
+
+
+def log_law(logps):
+    """Normalise a law in sixty digits."""
+    logs = [mpmath.mpf(x) for x in logps.tolist()]
+    total = mpmath.log(mpmath.fsum(mpmath.exp(x) for x in logs))
+    return [x - total for x in logs]
+
+
+def reference(counts, target, versus=()):
+    """The formula of the docstring, with (1 - c) log p for log p - c log p: sixty digits are few at log p = -1e300."""
+    n, log_p, seen = sum(counts), log_law(target), [y for y, c in enumerate(counts) if c]
+    logs = []
+    for g in (mpmath.mpf(4) ** j for j in range(-3, 5)):
+        k = g * n
+        logs.append(mpmath.loggamma(k) - mpmath.loggamma(k + n))
+        for y in seen:
+            a, c = k * mpmath.exp(log_p[y]), counts[y]
+            logs[-1] += mpmath.log(k) + (1 - c) * log_p[y] + mpmath.loggamma(a + c) - mpmath.loggamma(a + 1)
+    log_e = log_mean(logs)
+    if versus:
+        laws = map(log_law, versus)
+        log_e = log_mean([log_e, log_mean([mpmath.fsum(counts[y] * (q[y] - log_p[y]) for y in seen) for q in laws])])
+    return log_e
+
+
+def log_mean(logs):
+    top = max(logs)
+    return top if mpmath.isinf(top) else top + mpmath.log(mpmath.fsum(mpmath.exp(x - top) for x in logs) / len(logs))
+
+
+def relative_error(got, want):
+    if abs(want) > mpmath.mpf(10) ** 308:  # no float is that large
+        return 0.0 if got == math.copysign(math.inf, want) else math.inf
+    return float(abs(mpmath.mpf(got) - want) / max(1, abs(want)))
+
+
+# A long double that is a double cannot do better at 1e15 counts, see `_excess_counts`.
+PRECISION = 1e-9 if np.finfo(np.longdouble).eps < 1e-18 else 1e-7
+
+
+def reference_laws(rng):
+    def gaussian(k, scale):
+        return torch.rand(k, generator=rng, dtype=F64) * scale
+
+    yield "one outcome", law(1)
+    yield "uniform", torch.log_softmax(torch.zeros(4, dtype=F64), -1)
+    yield "ordinary", torch.log_softmax(gaussian(12, 4), -1)
+    yield "wide", torch.log_softmax(-gaussian(12, 60), -1)
+    yield "underflow", torch.log_softmax(torch.cat([gaussian(5, 3), vector(-800, -1e4)]), -1)
+    yield "huge", torch.log_softmax(torch.cat([gaussian(5, 3), vector(-1e300)]), -1)
+    yield "with a zero", torch.log_softmax(torch.cat([gaussian(5, 3), vector(-math.inf)]), -1)
+    yield "float32", torch.log_softmax(gaussian(12, 4), -1).float()
+
+
+def reference_counts(p, n, rng):
+    """Typical counts, counts one in a thousand off, all on one outcome, and a few draws of the rarest."""
+    probs = p.double().exp().numpy()
+    for noise in (np.sqrt(n * probs), 1e-3 * n * probs):
+        u = torch.rand(len(p), generator=rng, dtype=F64).numpy() * 4 - 2
+        yield np.maximum(np.rint(n * probs + noise * u), 0)
+    yield np.where(np.arange(len(p)) == n % len(p), n, 0)
+    yield np.where(probs == probs.min(), 3, np.rint(n * probs))
+
+
+@pytest.mark.parametrize("n", [1, 30, 1000, 10**6, 2**30 - 1, 2**30, 10**10, 10**12, 10**14, 10**15])
+def test_log_e_value_in_sixty_digits(n, rng):
+    with mpmath.workdps(60):
+        for name, p in reference_laws(rng):
+            distance = 10.0 ** -(9 * torch.rand(1, generator=rng, dtype=F64).item())
+            near = p.double() + distance * torch.rand(len(p), generator=rng, dtype=F64)
+            versus = [torch.log_softmax(near, -1), torch.log_softmax(torch.arange(len(p)).double(), -1)]
+            for counts in reference_counts(p, n, rng):
+                c = [int(x) for x in counts]
+                if not sum(c):
+                    continue
+                if any(c[y] and p[y] == -math.inf for y in range(len(p))):
+                    assert log_e_value(c, p, versus) == math.inf
+                    continue
+                for wrong in ([], versus[:1], versus):
+                    error = relative_error(log_e_value(c, p, wrong), reference(c, p, wrong))
+                    assert error <= PRECISION, (name, c, len(wrong), error)
+
+
+def test_log_e_value_of_rare_outcomes_by_hand():
+    # Outcomes so rare that their probability underflows used to count as evidence for the target.
+    half = math.log(0.5)
+    assert log_e_value([0, 0, 10], vector(half, half, -800)) == pytest.approx(7197.7904, abs=1e-4)
+    assert log_e_value([0, 0, 1], vector(half, half, -1e300)) < 3  # one draw alone is no evidence, whatever its p
+    assert log_e_value([0, 0, 2], vector(half, half, -1e300)) == pytest.approx(1e300)
+    assert log_e_value([0, 0, 10**10], vector(half, half, -1e300)) == math.inf  # beyond the largest float
+    # n/4 of each of four: every term is of order n log n, what is left is not.
+    for n in (10**4, 10**12, 10**14, 4 * 10**15):
+        assert log_e_value([n // 4] * 4, law(0.25, 0.25, 0.25, 0.25)) == pytest.approx(-0.6785, abs=1e-4)
+
+
+def test_a_sampler_that_never_tilted_is_rejected(rng):
+    target = tilt(law(1 / 3, 1 / 3, 1 / 3), vector(0, 1, 2), 0.001)
+    drawn = sample(law(1 / 3, 1 / 3, 1 / 3), 10_000, generator=rng)
+    assert match(drawn, target, claim="c").decision == "REJECT"
+    assert match(torch.full((10_000,), 2), target, claim="c")
+
+
+def test_a_law_may_hold_many_outcomes(rng):
+    # More than fit in one block of columns: the sum over blocks is the sum over all.
+    k = 30_000
+    target, counts = random_law(k, rng), torch.zeros(k, dtype=torch.int64)
+    counts[::2] = 7
+    concentration = counts.sum().item() * verify._GRID
+    a = concentration[:, None] * target.exp().numpy()
+    terms = scipy.special.gammaln(a + counts.numpy()) - scipy.special.gammaln(a) - (counts * target).numpy()
+    rest = scipy.special.gammaln(concentration) - scipy.special.gammaln(concentration + counts.sum().item())
+    expected = scipy.special.logsumexp(terms.sum(1) + rest) - math.log(8)
+    assert log_e_value(counts, target) == pytest.approx(expected, rel=1e-9)
+
+
+# --- the plan, beside sixty digits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [1e-1, 1e-3, 1e-5, 1e-7, 1e-9, 1e-12])
+def test_plan_for_laws_that_are_close(change, rng):
+    target = random_law(1000, rng)
+    sign = torch.randint(0, 2, (1000,), generator=rng) * 2 - 1
+    wrong = torch.log_softmax(target + torch.log1p(change * sign), -1)
+    with mpmath.workdps(60):
+        log_p, log_q = log_law(target), log_law(wrong)
+        ratios = [q - p for p, q in zip(log_p, log_q, strict=True)]
+        chi2 = mpmath.fsum(mpmath.exp(p) * mpmath.expm1(x) ** 2 for p, x in zip(log_p, ratios, strict=True))
+        square = mpmath.fsum(mpmath.exp(p) * x**2 for p, x in zip(log_p, ratios, strict=True))
+
+        def samples_at(s):
+            affinity = mpmath.fsum(mpmath.exp(p + (1 - s) * x) for p, x in zip(log_p, ratios, strict=True))
+            return (mpmath.log(1e8) + s * mpmath.log(2e8)) / -mpmath.log(affinity)
+
+        # The minimum over s of the numerator over s (1 - s) / 2 is at s = (sqrt(A (A + B)) - A) / B.
+        big, more = mpmath.log(1e8), mpmath.log(2e8)
+        s = (mpmath.sqrt(big * (big + more)) - big) / more
+        second_order = (big + s * more) / (s * (1 - s) / 2)
+        assert plan(target, wrong) >= samples_at(s) * (1 - 1e-4)  # the best s, up to terms of third order
+        assert plan(target, wrong) <= samples_at(s) * (1 + 3 * change + 1e-4)
+        if change < 0.01:
+            assert plan(target, wrong) >= second_order / min(chi2, square) * (1 - 1e-9)
+    few, many = plan(target, wrong, declared=None) * float(chi2), plan(UNIFORM8, law(*[0.126] * 4, *[0.124] * 4))
+    assert few == pytest.approx(680.093, abs=1e-3 + change)  # the noncentrality for 1000 outcomes
+    assert many > 0
+
+
+@pytest.mark.parametrize(
+    ("p", "q"),
+    [
+        ([0.5, 0.2999, 0.2, 1e-4], [0.5001, 0.3, 0.1, 0.0999]),  # some outcomes close, some far
+        ([0.9, 0.1, 0.0], [0.9, 0.0, 0.1]),
+        ([0.9, 0.1], [0.905, 0.095]),
+        ([1.0, 1e-300], [1e-300, 1.0]),  # nearly disjoint
+        ([1e-3, 1 - 1e-3], [1 - 1e-9, 1e-9]),
+        ([1e-300, 1.0], [0.3, 0.7]),
+    ],
+)
+def test_plan_for_laws_that_are_far(p, q):
+    target, wrong = law(*p), law(*q)
+    with mpmath.workdps(60):
+        log_p, log_q = log_law(target), log_law(wrong)
+        pairs = [(a, b) for a, b in zip(log_p, log_q, strict=True) if mpmath.isfinite(a) and mpmath.isfinite(b)]
+
+        def samples_at(s):
+            affinity = mpmath.fsum(mpmath.exp(s * a + (1 - s) * b) for a, b in pairs)
+            return (mpmath.log(1e8) + s * mpmath.log(2e8)) / -mpmath.log(affinity)
+
+        # On a fine grid of s; between its points the bound is flat.
+        least = min(samples_at(mpmath.mpf(i) / 2000) for i in range(1, 2000))
+        ends = [samples_at(mpmath.mpf(10) ** -6), samples_at(1 - mpmath.mpf(10) ** -6)]
+    assert plan(target, wrong) == pytest.approx(float(min([least, *ends])), rel=1e-4, abs=1)
+
+
+def test_plan_counts_what_underflows():
+    # All the difference is where p = e^-800: half of q is there.
+    target, wrong = vector(0, -800), vector(math.log(0.5), math.log(0.5))
+    assert plan(target, wrong, miss=2**-20) in (20, 21)  # as for p = 0
+    with pytest.raises(ValueError, match="wrong must be declared here"):
+        plan(target, wrong, declared=None)
+    with pytest.raises(ValueError, match="wrong must differ from target where there is mass"):
+        plan(vector(0, -800), vector(0, -810))
 
 
 # --- false alarms and power, measured --------------------------------------------------------------------------------
@@ -189,10 +376,41 @@ def test_an_impossible_outcome_is_rejected_not_an_error():
     assert "log10E=inf" in verdict.line()
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
-def test_match_takes_any_integer_type_and_float32_laws(dtype):
-    drawn = torch.tensor([0, 1, 1, 2], dtype=dtype)
-    assert match(drawn, S0.float(), claim="c")
+INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_samples_of_any_integer_type(dtype, rng):
+    # A uint8 index is a mask to PyTorch; K = n lets such a mask pass for an index.
+    target = random_law(100, rng)
+    wrong = tilt(target, torch.rand(100, generator=rng, dtype=F64), 1.0)
+    drawn, cells = sample(wrong, 100, generator=rng), torch.arange(100) % 7
+    small, small_cells = drawn.to(dtype), cells.to(dtype)
+    assert match(small, target.float(), claim="c") == match(drawn, target.float(), claim="c")
+    for more, fewer in [({"log_q": wrong}, {"log_q": wrong}), ({}, {}), ({"cells": cells}, {"cells": small_cells})]:
+        assert within(small, target, 0.5, claim="c", **fewer) == within(drawn, target, 0.5, claim="c", **more)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_law_in_half_precision_is_refused_by_name(dtype):
+    flat = torch.full((4,), -math.log(4), dtype=F64)
+    text = f"target must be float32 or float64, got {dtype}: rounded to that, it is another law"
+    for check in (match, lambda y, p, claim: within(y, p, 0.5, claim=claim)):
+        with pytest.raises(TypeError, match=text):
+            check(Y, flat.to(dtype), claim="c")
+    with pytest.raises(TypeError, match=r"versus\[0\] must be float32 or float64"):
+        match(Y, flat, claim="c", versus=[torch.log_softmax(torch.arange(4.0), -1).to(dtype)])
+
+
+@pytest.mark.parametrize("convert", [lambda x: x, list, np.asarray, torch.tensor, lambda x: torch.tensor(x).bfloat16()])
+def test_numbers_may_be_lists_arrays_and_tensors(convert):
+    x = [0.5, 0.25, 1.0]
+    values = convert(x)
+    assert exact(values, x, claim="c") and bound(values, x, claim="c") and verify.observed(values, x, claim="c")
+    assert verify.mean(values, 0.5, low=0, high=1, claim="c") == verify.mean(x, 0.5, low=0, high=1, claim="c")
+    assert verify.tv_upper_bound(values) == verify.tv_upper_bound(x)
+    counts = convert([2.0, 3.0, 0.0])
+    assert log_e_value(counts, S0) == log_e_value([2, 3, 0], S0)
 
 
 # --- within ----------------------------------------------------------------------------------------------------------
@@ -247,6 +465,8 @@ def test_within_by_density_ratio(rng):
     assert verdict.plan == math.ceil(2 * math.log(1e8) / (0.75 * 2 * distance))
     perfect = sample(S0, within(drawn, S0, 0.01, claim="c", log_q=S0).plan, generator=rng)
     assert within(perfect, S0, 0.01, claim="c", log_q=S0).tv_hi == pytest.approx(0.005, rel=0.02)
+    # Where the target has more mass than the sampler, by whatever factor, nothing is missing.
+    assert within(drawn, lambda y: S0[y] + 1e4, 0.5, claim="c", log_q=S0).tv_lo == 0
     # Outcomes that the target never has count in full.
     assert within(torch.tensor([1] * 500), law(1, 0), 0.5, claim="c", log_q=law(0, 1)).tv_lo > 0.9
 
@@ -335,6 +555,39 @@ def test_exact():
     assert exact([1.0, 5.0], [1.0, 2.0], claim="c").error == 3
 
 
+def test_exact_compares_integers_and_complex_numbers_as_they_are():
+    for big in (2**53, 2**62, 10**400):
+        assert exact(big + 1, big + 1, claim="c") and exact(big + 1, big, claim="c").decision == "REJECT"
+    assert exact(torch.tensor([2**53 + 1]), [2**53], claim="c").error == 1
+    assert exact(2**60, float(2**60), claim="c")  # fits into a float
+    assert exact(3 + 4j, 0, claim="c").error == 5
+    assert exact(torch.tensor([1 + 1e-3j]), [1], claim="c").decision == "REJECT"
+    assert exact(complex(1, math.nan), complex(1, math.nan), claim="c").decision == "REJECT"
+    assert exact([True, False], [1, 0], claim="c")
+    assert exact([vector(1)[0], 2.0], vector(1, 2), claim="c")
+
+
+def test_an_observation_is_noted_and_never_a_claim(capsys):
+    verdict = verify.observed([0.1, 0.5], 0.6, claim="c")
+    assert verdict and verdict.decision == "NOTE" and verdict.n == 2 and verdict.eps == 0.6
+    report(verdict)
+    assert capsys.readouterr().out == "NOTE   observed  c  n=2  limit=0.6\n"
+    missed = verify.observed([0.1, 0.7], 0.6, claim="d")
+    assert not missed
+    with pytest.raises(ClaimFailed, match="REJECT observed  d"):
+        report(missed)
+    assert not verify.observed(math.nan, 1.0, claim="c") and not verify.observed(0.0, math.nan, claim="c")
+    assert verify.observed([0.1, 0.5], [0.2, 0.6], claim="c").line() == "NOTE   observed  c  n=2"
+    with pytest.raises(ValueError, match="check must test a claim, got the observation 'c!x'"):
+        falsify(lambda x: verify.observed(x, 0.6, claim="c"), 0.9, claim="c!x")
+
+
+def test_a_bound_carries_the_chance_that_its_certificates_are_false():
+    assert bound(1, 2, claim="c").delta is None
+    verdict = bound(1, 2, claim="c", delta=1e-8)
+    assert verdict and verdict.delta == 1e-8 and verdict.line() == "PASS   bound   c  n=1  delta=1e-08"
+
+
 def test_bound():
     verdict = bound(vector(1, 2, 3), vector(1, 2.5, 3), claim="c")
     assert verdict and verdict.n == 3 and verdict.error == 0
@@ -380,6 +633,50 @@ def test_e_value_of_a_mean_by_hand():
     assert 10**one.log10_e == pytest.approx(fixed / 2 + (1 + 1) / 2, rel=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-290, 1.0, 1e300])
+@pytest.mark.parametrize("expected", [1e-15, 1e-3, 0.3, 1 - 2**-40, 1 - 2**-53])
+def test_e_value_of_a_mean_in_sixty_digits(expected, scale, rng):
+    values = np.concatenate([[0.0, 1.0], torch.rand(20, generator=rng, dtype=F64).numpy(), np.full(30, expected)])
+    versus = [0.5, expected * (1 - 1e-9), 1 - 2**-53 if expected < 0.9 else 2**-53]
+    got = verify.mean(
+        values * scale, expected * scale, low=0, high=scale, claim="c", versus=[q * scale for q in versus]
+    )
+    with mpmath.workdps(60):
+        x, m = [mpmath.mpf(v) * scale for v in values.tolist()], mpmath.mpf(expected * scale) / scale
+        x = [mpmath.mpf(float(v)) / scale for v in x]  # as rounded by the product with the scale
+        bets = [f / m for f in (mpmath.mpf(2) ** -j for j in range(1, 13))]
+        bets += [-f / (1 - m) for f in (mpmath.mpf(2) ** -j for j in range(1, 13))]
+        fixed = log_mean([mpmath.fsum(mpmath.log(1 + b * (v - m)) for v in x) for b in bets])
+        wrong = [mpmath.mpf(q * scale) / scale for q in versus]
+        directed = [mpmath.fsum(mpmath.log(v * q / m + (1 - v) * (1 - q) / (1 - m)) for v in x) for q in wrong]
+        want = log_mean([fixed, log_mean(directed)])
+        assert relative_error(got.log10_e * math.log(10), want) < 1e-9
+
+
+def test_a_mean_may_be_a_float_away_from_an_end():
+    # (v - mean) / (high - mean) is beyond the largest float: log E is about 600 log 10, not infinite and not NaN.
+    verdict = verify.mean([-1e300] + [0.0] * 10, -1e-300, low=-1e300, high=0, claim="c")
+    # All but one bet of each size win nothing: log E = log mean_j (bet_j 1e600 (1 - bet_j)^10) / 2, bet_j = 2^-j.
+    bets = [2.0**-j * (1 - 2.0**-j) ** 10 for j in range(1, 13)]
+    assert verdict.log10_e == pytest.approx(600 + math.log10(sum(bets) / 24), rel=1e-12)
+
+
+def test_a_mean_that_rounds_to_an_end_is_judged():
+    # 1 - m is 0 in floats: bets of size 1 / (1 - m) used to give NaN, and NaN passed.
+    check = lambda values: verify.mean(values, 1 - 1e-14, low=-1000, high=1, claim="c")  # noqa: E731
+    verdict = check([1.0] * 2500 + [-1000.0] * 2500)
+    assert verdict.decision == "REJECT" and verdict.log10_e > 1000
+    assert check([1.0] * 5000)
+
+
+@pytest.mark.parametrize("log_e", [math.nan, math.inf])
+def test_no_verdict_passes_on_nan(log_e):
+    verdict = verify._e_verdict("c", "match", 5, log_e, None, 0, 1e-8, 1e-8)
+    assert verdict.decision == "REJECT" and f"log10E={log_e}" in verdict.line()
+    nothing = verify._e_verdict("c", "match", 5, -math.inf, None, 0, 1e-8, 1e-8)
+    assert nothing.decision == "PASS" and "log10E=-inf" in nothing.line()
+
+
 @pytest.mark.parametrize("hardest", [True, False])
 def test_planned_power_for_a_wrong_mean_is_reached(hardest, rng):
     runs, miss, alpha, low, high = 400, 0.1, 1e-8, 0.0, 2.0
@@ -398,7 +695,7 @@ def test_planned_power_for_a_wrong_mean_is_reached(hardest, rng):
 
 
 def test_a_true_mean_passes_and_small_errors_are_found(rng):
-    x = 1 + torch.rand(20_000, generator=rng, dtype=F64)
+    x = 1 + torch.rand(25_000, generator=rng, dtype=F64)
     check = lambda values: verify.mean(values, 1.5, low=0, high=9, claim="c", versus=[1.6])  # noqa: E731
     assert check(x).decision == "INCONCLUSIVE"  # the plan is for every law on [0, 9]
     assert verify.mean(x, 1.5, low=1, high=2, claim="c", versus=[1.55])
@@ -411,6 +708,9 @@ def test_a_true_mean_passes_and_small_errors_are_found(rng):
 LINES = {
     "PASS   match   soft-bon-law  n=131072  plan=120000  log10E=-42  reject_at=8  power=1-1e-06  alpha=1e-08": Verdict(
         "soft-bon-law", "match", "PASS", 131072, plan=120000, alpha=1e-8, miss=1e-6, log10_e=-41.2
+    ),
+    "PASS   match   a  n=5  plan=4  declared=2  log10E=0  reject_at=8  power=1-1e-08  alpha=1e-08": Verdict(
+        "a", "match", "PASS", 5, plan=4, declared=2, alpha=1e-8, miss=1e-8, log10_e=0.9
     ),
     "PASS   match   a  n=5  log10E=0  reject_at=8  alpha=1e-08": Verdict(
         "a", "match", "PASS", 5, alpha=1e-8, miss=1e-6, log10_e=0.9
@@ -447,8 +747,9 @@ def test_lines(line):
     assert LINES[line].line() == line
 
 
-def test_a_verdict_is_true_only_for_pass():
-    assert [bool(Verdict("a", "exact", d, 1)) for d in ("PASS", "REJECT", "INCONCLUSIVE")] == [True, False, False]
+def test_a_verdict_is_true_only_for_pass_and_note():
+    decisions = ("PASS", "NOTE", "REJECT", "INCONCLUSIVE")
+    assert [bool(Verdict("a", "exact", d, 1)) for d in decisions] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("x", [0.02, 0.02001, 0.0999, 0.1, 0.995, 1.0, 3.3e-7, 1 - 1e-12])
@@ -622,6 +923,7 @@ def test_bad_samples(check, samples, target, error, text):
         ("delta", lambda x: verify.tv_upper_bound([0.5], delta=x)),
         ("delta", lambda x: within(Y, S0, 0.1, claim="c", delta=x)),
         ("eps", lambda x: within(Y, S0, x, claim="c")),
+        ("delta", lambda x: bound(1, 2, claim="c", delta=x)),
     ],
 )
 def test_bad_probabilities(name, call, bad):
@@ -644,6 +946,8 @@ WIDE = torch.full((2000,), -math.log(2000), dtype=F64)
         (lambda: log_e_value([1, 2, 0.5], S0), ValueError, "counts must be 3 whole numbers >= 0"),
         (lambda: log_e_value([1, 2, math.nan], S0), ValueError, "counts must be 3 whole numbers >= 0"),
         (lambda: log_e_value([1, 2, math.inf], S0), ValueError, "counts must be 3 whole numbers >= 0"),
+        (lambda: log_e_value([1, 2, 2**53 + 2], S0), ValueError, r"counts must be .* none above 2\^53"),
+        (lambda: log_e_value(["1", "2", "3"], S0), TypeError, "counts must hold numbers, got str"),
         (lambda: log_e_value([0, 0, 0], S0), ValueError, "counts must be 3 .* with a positive sum"),
         (lambda: log_e_value([1, 2, 3], S0 + 1), ValueError, "target must be log-probabilities that sum to 1"),
         (lambda: log_e_value([1, 2, 3], S0, [S0 + 1]), ValueError, r"versus\[0\] must be log-probabilities"),
@@ -709,6 +1013,34 @@ WIDE = torch.full((2000,), -math.log(2000), dtype=F64)
         (lambda: exact(1, [], claim="c"), ValueError, "expected must hold at least one number, got none"),
         (lambda: exact(1, 1, 0.0, claim="c"), ValueError, "eps must be finite and > 0, got 0.0"),
         (lambda: exact(1, 1, math.inf, claim="c"), ValueError, "eps must be finite and > 0"),
+        (lambda: exact("1.0", 1.0, claim="c"), TypeError, "value must hold numbers, got str"),
+        (lambda: exact(1.0, None, claim="c"), TypeError, "expected must hold numbers, got NoneType"),
+        (lambda: exact([[1], [1, 2]], 1, claim="c"), ValueError, "value must hold numbers of one shape"),
+        (lambda: exact(2**53 + 1, 0.5, claim="c"), ValueError, "value and expected must both be integers where one"),
+        (lambda: bound(1j, 1, claim="c"), TypeError, "lhs must hold real numbers, got complex128"),
+        (lambda: verify.observed([], 1, claim="c"), ValueError, "lhs must hold at least one number, got none"),
+        (lambda: unit_mean([0.5], "x"), TypeError, "expected must be a number, got str"),
+        (lambda: unit_mean([0.5], vector(0.5)[0]), TypeError, "expected must be a number, got a torch.float64 tensor"),
+        (lambda: unit_mean([1j]), TypeError, "values must hold real numbers"),
+        (lambda: match(Y, S0, claim="c", alpha="x"), ValueError, "alpha must lie strictly between 0 and 1, got 'x'"),
+        (lambda: match(Y.numpy(), S0, claim="c"), TypeError, "samples must be an integer torch.Tensor, got ndarray"),
+        (
+            lambda: match(Y, S0.numpy(), claim="c"),
+            TypeError,
+            "target must be a floating-point torch.Tensor, got ndarray",
+        ),
+        (lambda: match(Y > 0, S0, claim="c"), TypeError, "samples must be an integer torch.Tensor, got a torch.bool"),
+        (lambda: within(Y, S0, 0.1, claim="c", log_q=UNIFORM8), ValueError, "log_q must have 3 outcomes .* got 8"),
+        (
+            lambda: within(Y, lambda y: S0[y] + math.inf, 0.1, claim="c", log_q=S0),
+            ValueError,
+            "samples must have finite",
+        ),
+        (
+            lambda: within(Y, lambda y: S0[y] + math.nan, 0.1, claim="c", log_q=S0),
+            ValueError,
+            "samples must have finite",
+        ),
         (lambda: bound([], 1, claim="c"), ValueError, "lhs must hold at least one number, got none"),
         (lambda: bound(1, [], claim="c"), ValueError, "rhs must hold at least one number, got none"),
     ],

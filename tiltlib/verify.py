@@ -1,13 +1,14 @@
 """Evidence that samples follow a law, and that wrong laws are told apart from it.
 
 A check returns a `Verdict`; `report` prints it as one line and raises unless it passed; `falsify` runs the same check
-on a wrong law and raises unless that was rejected. Five kinds of check:
+on a wrong law and raises unless that was rejected. Five kinds of check, and a note:
 
-    match    samples follow the target law          E-value on counts; false alarm <= alpha by Markov's inequality
-    mean     bounded values have the stated mean    E-value of bets on the values; the same error probabilities
-    within   the sampler's law is within eps in TV  confidence bound; false pass <= delta
-    exact    computed numbers agree                 no sampling, so no error probability
-    bound    an inequality holds on all instances   no sampling
+    match     samples follow the target law          E-value on counts; false alarm <= alpha by Markov's inequality
+    mean      bounded values have the stated mean    E-value of bets on the values; the same error probabilities
+    within    the sampler's law is within eps in TV  confidence bound; false pass <= delta
+    exact     computed numbers agree                 no sampling, so no error probability
+    bound     an inequality holds on all instances   computed numbers; delta if a confidence bound is among them
+    observed  a number stayed below a limit          a limit set after looking: reported, never counted as a claim
 
 `plan` and `plan_mean` say how many samples make the rejection of a declared wrong law or mean certain up to a stated
 probability. The theory is in book chapter "Verifying".
@@ -18,7 +19,8 @@ import hashlib
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from numbers import Real
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +41,7 @@ __all__ = [
     "log_e_value",
     "match",
     "mean",
+    "observed",
     "plan",
     "plan_mean",
     "report",
@@ -67,8 +70,10 @@ class ClaimFailed(AssertionError):
 class Verdict:
     """Outcome of one check.
 
-    `decision` is PASS, REJECT or INCONCLUSIVE (too few samples for the stated power, or a bound that straddles eps);
-    the verdict is true only for PASS. Fields that a kind of check does not have are None.
+    `decision` is PASS, REJECT or INCONCLUSIVE (too few samples for the stated power, or a bound that straddles eps),
+    or NOTE for an observation that came out as described. The verdict is true only for PASS and NOTE. `declared` counts
+    the wrong laws or means of `versus`, `delta` is the chance that a confidence bound is false. Fields that a kind of
+    check does not have are None.
     """
 
     claim: str
@@ -76,6 +81,7 @@ class Verdict:
     decision: str
     n: int
     plan: int | None = None
+    declared: int | None = None
     alpha: float | None = None
     miss: float | None = None
     log10_e: float | None = None
@@ -87,7 +93,7 @@ class Verdict:
     method: str = ""
 
     def __bool__(self) -> bool:
-        return self.decision == "PASS"
+        return self.decision in ("PASS", "NOTE")
 
     def line(self) -> str:
         """Format the verdict as one line of fields that are the same on every machine."""
@@ -97,6 +103,7 @@ class Verdict:
             assert self.log10_e is not None and self.alpha is not None
             evidence = f"log10E={_floor(self.log10_e)}", f"reject_at={math.ceil(-math.log10(self.alpha) - 1e-9)}"
             planned = [] if self.plan is None else [f"plan={self.plan}"]
+            planned += [] if not self.declared else [f"declared={self.declared}"]
             power = [] if self.plan is None else [f"power=1-{self.miss:.0e}"]
             fields += evidence if expected else [*planned, *evidence, *power, f"alpha={self.alpha:.0e}"]
         elif self.kind == "within":
@@ -109,12 +116,16 @@ class Verdict:
             fields += [*error, f"eps={self.eps:.0e}"]
         elif expected:
             fields += [f"excess={self.error:.1e}"]
+        elif self.kind == "observed":
+            fields += [] if self.eps is None else [f"limit={self.eps:g}"]
+        elif self.delta is not None:
+            fields += [f"delta={self.delta:.0e}"]
         line = "  ".join([f"{self.decision:<6} {self.kind:<6}  {self.claim}", *fields])
         return line + ("  [falsifier, expected]" if expected and self.decision == "REJECT" else "")
 
 
 def _floor(x: float) -> str:
-    return str(math.floor(x)) if math.isfinite(x) else "inf"
+    return str(math.floor(x)) if math.isfinite(x) else str(x)
 
 
 def _two_digits(x: float, *, up: bool) -> str:
@@ -129,25 +140,57 @@ def _two_digits(x: float, *, up: bool) -> str:
 # --- laws and counts ------------------------------------------------------------------------------------------------
 
 
-def _law(name: str, logps: Tensor) -> Floats:
-    """Check one law over K outcomes and return its log-probabilities as float64, normalised to rounding."""
+class _Law(NamedTuple):
+    """A law over K outcomes, normalised: log-probabilities and probabilities, and the logs as they came."""
+
+    logs: Floats
+    probs: Floats
+    given: Floats
+
+
+def _law(name: str, logps: Tensor) -> _Law:
     _checks.logps(name, logps)
+    if logps.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {logps.dtype}: rounded to that, it is another law")
     if logps.ndim != 1:
         raise ValueError(f"{name} must be one law of shape (K,), got shape {tuple(logps.shape)}")
-    values: Floats = torch.log_softmax(logps.detach().double(), -1).cpu().numpy()
-    return values
+    given = logps.detach().double().cpu()
+    logs = torch.log_softmax(given, -1)
+    return _Law(logs.numpy(), logs.exp().numpy(), given.numpy())
+
+
+def _laws(target: Tensor, others: Sequence[tuple[str, Tensor]]) -> tuple[_Law, list[_Law]]:
+    """Check laws over the same outcomes."""
+    p, laws = _law("target", target), [_law(name, q) for name, q in others]
+    for (name, _), q in zip(others, laws, strict=True):
+        if q.logs.shape != p.logs.shape:
+            raise ValueError(f"{name} must have {len(p.logs)} outcomes as target does, got {len(q.logs)}")
+    return p, laws
+
+
+def _log_ratio(p: _Law, q: _Law) -> Floats:
+    """Compute log(q / p), precisely also where the laws are close; +inf where p is 0, else -inf where q is."""
+    with np.errstate(invalid="ignore"):
+        raw = q.given - p.given
+    raw[np.isneginf(p.given)] = math.inf
+    if np.abs(raw).max() < 0.5:  # differences of close numbers are exact, and so the normaliser can be
+        return raw - math.log1p(float((p.probs * np.expm1(raw)).sum()))
+    return np.subtract(q.logs, p.logs, where=np.isfinite(raw), out=raw)
+
+
+def _indices(name: str, samples: Tensor, k: int) -> Tensor:
+    """Check outcome indices; return them flat, as int64 on the CPU."""
+    return _checks.indices(name, samples, k).flatten().cpu()
 
 
 def _counts(samples: Tensor, k: int) -> NDArray[np.int64]:
-    """Check outcome indices and count them."""
-    _checks.indices("samples", samples, k)
-    counts: NDArray[np.int64] = torch.bincount(samples.flatten().cpu(), minlength=k).numpy()
+    counts: NDArray[np.int64] = torch.bincount(_indices("samples", samples, k), minlength=k).numpy()
     return counts
 
 
-def _probability(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise ValueError(f"{name} must lie strictly between 0 and 1, got {value}")
+def _probability(name: str, value: object) -> None:
+    if not isinstance(value, Real) or not 0 < float(value) < 1:
+        raise ValueError(f"{name} must lie strictly between 0 and 1, got {value!r}")
 
 
 # --- match ----------------------------------------------------------------------------------------------------------
@@ -164,42 +207,147 @@ def log_e_value(counts: ArrayLike, target: Tensor, versus: Sequence[Tensor] = ()
     where no q_i leaves the support of p), so P(E >= 1/alpha) <= alpha.
 
     Args:
-        counts: How often each outcome occurred, shape (K,), whole numbers >= 0, not all 0.
+        counts: How often each outcome occurred, shape (K,), whole numbers from 0 to 2^53, not all 0.
         target: Log-probabilities p of the claimed law, shape (K,), normalised.
         versus: Log-probabilities of declared wrong laws, each of shape (K,), fixed before the data were seen.
 
     Returns:
-        log E; +inf when an outcome of target probability 0 occurred.
+        log E, to 1e-9 max(1, |log E|) for every n and p; +inf when an outcome of target probability 0 occurred.
 
     Raises:
-        TypeError: a law that is not a floating tensor.
-        ValueError: a law not normalised or of another size, or counts that are negative, not whole, or all 0.
+        TypeError: a law that is not a float32 or float64 tensor, or counts that are not numbers.
+        ValueError: a law not normalised or of another size, or counts that are negative, not whole, above 2^53, or all
+            0.
 
     Source: [good1967] for the mixture; [grunwald2024] for E-values; book chapter "Verifying", `e-value-validity`.
     """
-    log_p = _law("target", target)
-    c = np.asarray(counts, dtype=np.float64)
-    whole = np.isfinite(c) & (c >= 0) & (c == np.floor(c))
-    if c.shape != log_p.shape or not whole.all() or c.sum() == 0:
-        raise ValueError(f"counts must be {len(log_p)} whole numbers >= 0 with a positive sum, got {counts!r}")
-    wrong = [_law(f"versus[{i}]", q) for i, q in enumerate(versus)]
-    for i, q in enumerate(wrong):
-        if q.shape != log_p.shape:
-            raise ValueError(f"versus[{i}] must have {len(log_p)} outcomes as target does, got {len(q)}")
-    seen = c > 0
-    c, log_p = c[seen], log_p[seen]
-    if np.isneginf(log_p).any():
+    p, wrong = _laws(target, [(f"versus[{i}]", q) for i, q in enumerate(versus)])
+    c = _numbers("counts", counts)
+    whole = (c >= 0) & (c <= 2**53) & (c == np.floor(c))  # beyond it a float skips numbers
+    if c.shape != p.logs.shape or not whole.all() or c.sum() == 0:
+        raise ValueError(
+            f"counts must be {len(p.logs)} whole numbers >= 0 with a positive sum, none above 2^53, got {counts!r}"
+        )
+    return _log_e(c, p, [(q, _log_ratio(p, q)) for q in wrong])
+
+
+def _log_e(c: Floats, p: _Law, wrong: Sequence[tuple[_Law, Floats]]) -> float:
+    """Compute log E; each wrong law comes with its log(q / p)."""
+    if p.logs[c > 0].min() == -math.inf:
         return math.inf
+    excess = _excess_counts(c, p)
+    with np.errstate(over="ignore"):  # log E beyond the range of a float is infinite
+        log_e = _log_average(_log_dirichlet_ratios(c, p, excess))
+        if wrong:
+            log_e = _log_average([log_e, _log_average([_log_likelihood_ratio(c, p, *q, excess) for q in wrong])])
+    return log_e
+
+
+def _excess_counts(c: Floats, p: _Law) -> Floats:
+    """Compute c - n p, with p in extended precision where n is large: its rounding would be what is left.
+
+    Machines whose long double is a double lose this: at 1e15 counts log E is then good to 1e-7 instead of 1e-9.
+    """
     n = c.sum()
-    k = n * _GRID
-    a = k[:, None] * np.exp(log_p)
-    parts = (gammaln(a + c) - gammaln(a) - c * log_p).sum(1) + gammaln(k) - gammaln(k + n)
-    log_mixture = float(np.logaddexp.reduce(parts)) - math.log(len(_GRID))
-    if not wrong:
-        return log_mixture
-    ratios = [float((c * (q[seen] - log_p)).sum()) for q in wrong]
-    log_directed = float(np.logaddexp.reduce(ratios)) - math.log(len(ratios))
-    return float(np.logaddexp(log_mixture, log_directed)) - math.log(2)
+    if n < 2**30:
+        return c - n * p.probs
+    logs = p.given.astype(np.longdouble)  # 64 bits of mantissa or more on most machines
+    weights = np.exp(logs - logs.max())
+    return (c - c.sum(dtype=np.longdouble) * (weights / weights.sum())).astype(np.float64)
+
+
+def _log_dirichlet_ratios(c: Floats, p: _Law, excess: Floats) -> Floats:
+    """Compute log DM(c; k p) - sum_y c_y log p_y for k = n g and each g of the grid, without leaving log space.
+
+    Written with log-gammas it is a difference of numbers of size n log n. By Stirling's formula, with the remainder S,
+
+        log Gamma(x) = (x - 1/2) log x - x + (1/2) log 2 pi + S(x),
+
+    these cancel on paper. With a = k p, k + n = n (1 + g) and d = (c - n p) / ((k + n) p) what is left is
+
+        (1/2) log(1 + 1/g) + S(k) - S(k + n)
+        + sum_y [ (k + n) p ((1 + d) log(1 + d) - d) - (1/2) log(1 + c / a) + S(a + c) - S(a) ],
+
+    where sum_y (c - n p) = 0 was used. An outcome that is rare under k p (a small), possibly so rare that p underflows,
+    has the same bracket in terms of log p; what has not occurred adds n p (1 - g log(1 + 1/g)).
+    """
+    n, seen = c.sum(), c > 0
+    more = np.log1p(1 / _GRID)
+    of_k, of_k_and_n = _stirling_remainder(n * np.stack([_GRID, 1 + _GRID]))
+    total = more / 2 + of_k - of_k_and_n + n * p.probs[~seen].sum() * (1 - _GRID * more)
+    c, logs, probs, excess = c[seen], p.logs[seen], p.probs[seen], excess[seen]
+    for start in range(0, len(c), 2**13):  # a block at a time, so that eight rows of it stay in the cache
+        block = slice(start, start + 2**13)
+        total += _brackets(c[block], n * probs[block], logs[block] + math.log(n), excess[block])
+    return total
+
+
+def _brackets(c: Floats, expected: Floats, log_expected: Floats, excess: Floats) -> Floats:
+    """Sum the bracket of `_log_dirichlet_ratios` over outcomes, for each g of the grid."""
+    large = _GRID[:, None] * expected >= _STIRLING
+    if large.all():
+        return _bracket_of_large(_GRID[:, None], c, expected, excess).sum(1)
+    terms = np.empty(large.shape)
+    for part, bracket, more in ((large, _bracket_of_large, excess), (~large, _bracket_of_small, log_expected)):
+        row, column = np.nonzero(part)
+        terms[row, column] = bracket(_GRID[row], c[column], expected[column], more[column])
+    return terms.sum(1)
+
+
+def _bracket_of_large(g: Floats, c: Floats, expected: Floats, excess: Floats) -> Floats:
+    a, e = g * expected, (1 + g) * expected
+    rest = _stirling_series(a + c) - _stirling_series(a) - np.log1p(c / a) / 2
+    return e * _log_tail(excess / e) + rest
+
+
+def _bracket_of_small(g: Floats, c: Floats, expected: Floats, log_expected: Floats) -> Floats:
+    a, more = g * expected, np.log1p(1 / g)
+    # (1 - c) log p + ..., not log p - c log p: one draw of an outcome of log p = -1e300 is no evidence by itself.
+    tail = (1 - c) * (log_expected + np.log1p(g))
+    return tail + gammaln(a + c) - gammaln(a + 1) + expected - (1 + a) * more
+
+
+# From here on Stirling's series, cut after x^-9, is exact to rounding.
+_STIRLING = 16.0
+
+
+def _stirling_series(x: Floats) -> Floats:
+    y = 1 / (x * x)
+    return (1 / 12 - y * (1 / 360 - y * (1 / 1260 - y * (1 / 1680 - y / 1188)))) / x
+
+
+def _stirling_remainder(x: Floats) -> Floats:
+    """Compute S(x) = log Gamma(x) - (x - 1/2) log x + x - (1/2) log 2 pi for any x > 0."""
+    if x.min() >= _STIRLING:
+        return _stirling_series(x)
+    direct = gammaln(x) - (x - 0.5) * np.log(x) + x - math.log(2 * math.pi) / 2
+    return np.where(x < _STIRLING, direct, _stirling_series(np.maximum(x, _STIRLING)))
+
+
+def _log_tail(d: Floats) -> Floats:
+    """Compute (1 + d) log(1 + d) - d >= 0 for d > -1; near 0 by its series, where the terms cancel."""
+    x = np.clip(d, -0.01, 0.01)
+    series = x * x * (1 / 2 - x * (1 / 6 - x * (1 / 12 - x * (1 / 20 - x * (1 / 30 - x * (1 / 42 - x / 56))))))
+    return np.where(x == d, series, (1 + d) * np.log1p(d) - d)
+
+
+def _exp_tail(x: Floats) -> Floats:
+    """Compute exp(x) - 1 - x >= 0; near 0 by its series, where the terms cancel."""
+    y = np.clip(x, -0.01, 0.01)
+    series = y * y * (1 / 2 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * (1 / 720 + y * (1 / 5040 + y / 40320))))))
+    return np.where(y == x, series, np.expm1(x) - x)
+
+
+def _log_likelihood_ratio(c: Floats, p: _Law, q: _Law, ratio: Floats, excess: Floats) -> float:
+    """Compute sum_y c_y log(q_y / p_y) as sum_y [c_y log(q_y / p_y) - n (q_y - p_y)], where nothing large cancels."""
+    n = c.sum()
+    if ratio[c > 0].min() == -math.inf:
+        return -math.inf
+    terms = np.multiply(c, ratio, where=c > 0, out=np.zeros_like(c)) - n * (q.probs - p.probs)
+    near = np.abs(ratio) < 0.5
+    close = ratio[near]
+    terms[near] = excess[near] * close - n * p.probs[near] * _exp_tail(close)
+    return float(terms.sum())
 
 
 def match(
@@ -209,7 +357,7 @@ def match(
     claim: str,
     versus: Sequence[Tensor] = (),
     alpha: float = 1e-8,
-    miss: float = 1e-6,
+    miss: float = 1e-8,
 ) -> Verdict:
     """Check that independent samples follow a target law.
 
@@ -231,7 +379,7 @@ def match(
         Verdict of kind "match". An outcome of target probability 0 gives REJECT with E = inf.
 
     Raises:
-        TypeError: `samples` not integer, or a law that is not a floating tensor.
+        TypeError: `samples` not an integer tensor, or a law that is not a float32 or float64 tensor.
         ValueError: indices outside 0..K-1, n = 0, a law not normalised or of another size, `alpha` or `miss` outside
             (0, 1), or a malformed claim id.
 
@@ -240,25 +388,37 @@ def match(
     _claim_id(claim)
     _probability("alpha", alpha)
     _probability("miss", miss)
-    log_p = _law("target", target)
-    c = _counts(samples, len(log_p))
-    log_e = log_e_value(c, target, versus)
-    need = max((plan(target, q, alpha=alpha, miss=miss, declared=len(versus)) for q in versus), default=None)
-    return _e_verdict(claim, "match", int(c.sum()), log_e, need, alpha, miss)
+    p, laws = _laws(target, [(f"versus[{i}]", q) for i, q in enumerate(versus)])
+    wrong = [(q, _log_ratio(p, q)) for q in laws]
+    c = _counts(samples, len(p.logs)).astype(np.float64)
+    log_e = _log_e(c, p, wrong)
+    need = max((_plan(p, *q, alpha, miss, len(wrong)) for q in wrong), default=None)
+    return _e_verdict(claim, "match", int(c.sum()), log_e, need, len(wrong), alpha, miss)
 
 
-def _e_verdict(claim: str, kind: str, n: int, log_e: float, need: int | None, alpha: float, miss: float) -> Verdict:
+def _e_verdict(
+    claim: str, kind: str, n: int, log_e: float, need: int | None, declared: int, alpha: float, miss: float
+) -> Verdict:
     """Decide by an E-value: reject at 1 / alpha, and pass only with the planned number of samples."""
-    if log_e >= -math.log(alpha):
-        decision = "REJECT"
-    else:
+    if log_e < -math.log(alpha):  # in this direction, so that NaN does not pass
         decision = "PASS" if need is None or n >= need else "INCONCLUSIVE"
+    else:
+        decision = "REJECT"
     return Verdict(
-        claim, kind, decision, n, plan=need, alpha=alpha, miss=miss, log10_e=log_e / math.log(10), method="e-value"
+        claim,
+        kind,
+        decision,
+        n,
+        plan=need,
+        declared=declared,
+        alpha=alpha,
+        miss=miss,
+        log10_e=log_e / math.log(10),
+        method="e-value",
     )
 
 
-def plan(target: Tensor, wrong: Tensor, *, alpha: float = 1e-8, miss: float = 1e-6, declared: int | None = 1) -> int:
+def plan(target: Tensor, wrong: Tensor, *, alpha: float = 1e-8, miss: float = 1e-8, declared: int | None = 1) -> int:
     """Compute how many samples make `match` reject a wrong law, except with probability `miss`.
 
     For a declared law the number is proved at every n, by Chernoff's bound on the likelihood-ratio half of E with m
@@ -281,30 +441,36 @@ def plan(target: Tensor, wrong: Tensor, *, alpha: float = 1e-8, miss: float = 1e
         Number of samples.
 
     Raises:
-        TypeError: a law that is not a floating tensor.
-        ValueError: laws not normalised, of different sizes, or equal; `alpha` or `miss` outside (0, 1); or, for an
-            undeclared law, an expected count below 5 where the chi-square approximation is not to be trusted.
+        TypeError: a law that is not a float32 or float64 tensor.
+        ValueError: laws not normalised, of different sizes, equal, or different only where both have no mass to speak
+            of; `alpha` or `miss` outside (0, 1); or, for an undeclared law, an expected count below 5 where the
+            chi-square approximation is not to be trusted.
 
     Source: [chernoff1952]; book chapter "Verifying", `directed-plan`.
     """
     _probability("alpha", alpha)
     _probability("miss", miss)
-    p, q = _law("target", target), _law("wrong", wrong)
-    if p.shape != q.shape:
-        raise ValueError(f"wrong must have {len(p)} outcomes as target does, got {len(q)}")
-    if np.array_equal(p, q):
+    if declared is not None:
+        _checks.count("declared", declared)
+    p, (q,) = _laws(target, [("wrong", wrong)])
+    return _plan(p, q, _log_ratio(p, q), alpha, miss, declared)
+
+
+def _plan(p: _Law, q: _Law, ratio: Floats, alpha: float, miss: float, declared: int | None) -> int:
+    if np.array_equal(p.logs, q.logs):
         raise ValueError("wrong must differ from target, got the same law: no number of samples tells them apart")
     if declared is not None:
-        return _declared_plan(p, q, alpha, miss, declared)
-    support = np.isfinite(p)
-    if np.isfinite(q[~support]).any():
+        return _declared_plan(p.logs, q.logs, ratio, alpha, miss, declared)
+    support = np.isfinite(p.logs)
+    if np.isfinite(q.logs[~support]).any():
         raise ValueError("wrong must have its support in that of target when not declared, got an outcome outside it")
-    k = int(support.sum())
-    chi2 = float((np.exp(p[support]) * np.expm1(q[support] - p[support]) ** 2).sum())
+    k, ratio = int(support.sum()), ratio[support]
+    with np.errstate(divide="ignore", over="ignore"):  # p (q / p - 1)^2 in logs: q / p may be any number
+        chi2 = float(np.exp(p.logs[support] + 2 * np.log(np.abs(np.expm1(ratio)))).sum())
     cut = ((1 + _GRID) * (2 * math.log(len(_GRID) / alpha) + (k - 1) * np.log1p(1 / _GRID))).min()
     noncentrality = brentq(lambda x: ncx2.cdf(cut, k - 1, x) - miss, 1e-9, 1e7)
-    n = math.ceil(float(noncentrality) / chi2)
-    rarest = n * math.exp(p[support].min())
+    n = _whole_number(float(noncentrality) / max(chi2, 1 / _TOO_MANY))
+    rarest = n * float(p.probs[support].min())
     if rarest < 5:
         raise ValueError(
             f"wrong must be declared here: n = {n} expects only {rarest:.3g} samples of the rarest outcome, "
@@ -313,21 +479,52 @@ def plan(target: Tensor, wrong: Tensor, *, alpha: float = 1e-8, miss: float = 1e
     return n
 
 
-def _declared_plan(p: Floats, q: Floats, alpha: float, miss: float, declared: int) -> int:
-    """Minimise Chernoff's bound over its parameter s, for log-probabilities p and q."""
-    _checks.count("declared", declared)
-    common = np.isfinite(p) & np.isfinite(q)
+def _declared_plan(log_p: Floats, log_q: Floats, ratio: Floats, alpha: float, miss: float, declared: int) -> int:
+    """Minimise Chernoff's bound over its parameter s; `ratio` is log(q / p), which the two logs give less precisely.
+
+    For laws that are close, sum_y p^s q^{1-s} rounds to 1. One minus it is a sum of terms that are never negative,
+
+        s p + (1 - s) q - p^s q^{1-s} = p [(1 - s) (e^x - 1) - (e^{(1-s) x} - 1)],    x = log(q / p),
+
+    and for small x the powers of x begin with the second: their sums over y are all that is needed.
+    """
+    p, q = np.exp(log_p), np.exp(log_q)
+    size = np.abs(ratio)
+    near = size < 0.01
+    powers = range(2, 8) if near.any() else ()
+    moments = [(j, float((p[near] * ratio[near] ** j).sum()) / math.factorial(j)) for j in powers]
+    far_p, far_q = float(p[~near].sum()), float(q[~near].sum())
+    common = np.isfinite(log_p) & np.isfinite(log_q)
     if not common.any():
         return 1
+    both = common & ~near
+    log_p_far, log_q_far = log_p[both], log_q[both]
     threshold = math.log(2 * declared / alpha)
 
     def samples_at(s: float) -> float:
-        log_affinity = float(np.logaddexp.reduce(s * p[common] + (1 - s) * q[common]))
-        # An affinity that rounds to 1 near s = 0 or 1 would ask for infinitely many.
-        return (-math.log(miss) + s * threshold) / max(-log_affinity, 1e-300)
+        t = 1 - s
+        gap = sum([(t - t**j) * moment for j, moment in moments])
+        gap += s * far_p + t * far_q - float(np.exp(s * log_p_far + t * log_q_far).sum())
+        if gap < 0.5:
+            log_affinity = math.log1p(-gap)
+        else:
+            log_affinity = float(np.logaddexp.reduce(s * log_p[common] + t * log_q[common]))
+        return (-math.log(miss) + s * threshold) / max(-log_affinity, 1 / _TOO_MANY)
 
-    best = minimize_scalar(samples_at, bounds=(1e-6, 1 - 1e-6), method="bounded", options={"xatol": 1e-6})
-    return math.ceil(float(best.fun))
+    # Flat at its minimum: s off by 1e-4 costs 1e-8 of n. And any s is enough: the best only asks for the fewest.
+    best = minimize_scalar(samples_at, bounds=(1e-6, 1 - 1e-6), method="bounded", options={"xatol": 1e-4})
+    # Among close laws, never less than the expansion to second order asks for, in whichever of p and q it is written.
+    return _whole_number(float(best.fun) * (1 + 2 * float(size.max()) if near.all() else 1))
+
+
+# Laws that differ only where both have nearly no mass would ask for more samples than a float can count.
+_TOO_MANY = 1e300
+
+
+def _whole_number(n: float) -> int:
+    if not n < _TOO_MANY:
+        raise ValueError(f"wrong must differ from target where there is mass, got laws that need {n:.0e} samples")
+    return max(1, math.ceil(n))
 
 
 # --- mean -----------------------------------------------------------------------------------------------------------
@@ -345,7 +542,7 @@ def mean(
     claim: str,
     versus: Sequence[float] = (),
     alpha: float = 1e-8,
-    miss: float = 1e-6,
+    miss: float = 1e-8,
 ) -> Verdict:
     """Check that independent values in [low, high] have a stated mean, whatever else their law is.
 
@@ -379,23 +576,21 @@ def mean(
     _claim_id(claim)
     _probability("miss", miss)
     _probability("alpha", alpha)
-    m = _scaled_mean("expected", expected, low, high)
-    wrong = [_scaled_mean(f"versus[{i}]", value, low, high) for i, value in enumerate(versus)]
+    _between("expected", expected, low, high)
+    for i, value in enumerate(versus):
+        _between(f"versus[{i}]", value, low, high)
     v = _numbers("values", values).ravel()
     if not ((v >= low) & (v <= high)).all():
         raise ValueError(f"values must lie in [{low:g}, {high:g}], got values from {v.min():g} to {v.max():g}")
-    gains = (v - low) / (high - low) - m
-
-    def log_wealth(bets: ArrayLike) -> float:
-        wealths = [float(np.log1p(bet * gains).sum()) for bet in np.ravel(bets)]
-        return float(np.logaddexp.reduce(wealths)) - math.log(len(wealths))
-
-    log_e = log_wealth(np.concatenate([_BETS / m, -_BETS / (1 - m)]))
-    if wrong:
-        directed = log_wealth([(q - m) / (m * (1 - m)) for q in wrong])
-        log_e = float(np.logaddexp(log_e, directed)) - math.log(2)
+    gain, left, right = v - expected, expected - low, high - expected  # never 1 - m, which may round to 0
+    up = _log_average([_log_wealth(bet, gain, left) for bet in _BETS])
+    down = _log_average([_log_wealth(bet, -gain, right) for bet in _BETS])
+    log_e = _log_average([up, down])
+    if versus:
+        directed = _log_average([_log_ratio_of_means(v, expected, q, low, high) for q in versus])
+        log_e = _log_average([log_e, directed])
     plans = (plan_mean(expected, q, low=low, high=high, alpha=alpha, miss=miss, declared=len(versus)) for q in versus)
-    return _e_verdict(claim, "mean", len(v), log_e, max(plans, default=None), alpha, miss)
+    return _e_verdict(claim, "mean", len(v), log_e, max(plans, default=None), len(versus), alpha, miss)
 
 
 def plan_mean(
@@ -405,7 +600,7 @@ def plan_mean(
     low: float,
     high: float,
     alpha: float = 1e-8,
-    miss: float = 1e-6,
+    miss: float = 1e-8,
     declared: int = 1,
 ) -> int:
     """Compute how many values make `mean` reject a declared wrong mean, except with probability `miss`.
@@ -433,25 +628,54 @@ def plan_mean(
     """
     _probability("alpha", alpha)
     _probability("miss", miss)
-    m, q = _scaled_mean("expected", expected, low, high), _scaled_mean("wrong", wrong, low, high)
-    if m == q:
+    _between("expected", expected, low, high)
+    _between("wrong", wrong, low, high)
+    if wrong == expected:
         raise ValueError(f"wrong must differ from expected, got {wrong!r} and {expected!r}")
-    return _declared_plan(np.log([1 - m, m]), np.log([1 - q, q]), alpha, miss, declared)
+    # The law on the two ends that has the mean; logs of differences, since 1 - m may round to 0.
+    log_p, log_q = (np.log([high - mean, mean - low]) - math.log(high - low) for mean in (expected, wrong))
+    _checks.count("declared", declared)
+    change = np.array([(expected - wrong) / (high - expected), (wrong - expected) / (expected - low)])
+    ratio = np.where(np.abs(change) < 0.5, np.log1p(np.clip(change, -0.5, 0.5)), log_q - log_p)
+    return _declared_plan(log_p, log_q, ratio, alpha, miss, declared)
 
 
-def _scaled_mean(name: str, value: float, low: float, high: float) -> float:
-    """Check a mean against its bounds and scale it to (0, 1)."""
-    if not -math.inf < low < high < math.inf:
+def _between(name: str, value: float, low: float, high: float) -> None:
+    """Check a mean against its bounds."""
+    numbers: dict[str, object] = {name: value, "low": low, "high": high}
+    for argument, number in numbers.items():
+        if not isinstance(number, Real):
+            raise TypeError(f"{argument} must be a number, got {_checks.described(number)}")
+    if not (-math.inf < low < high < math.inf and high - low < math.inf):
         raise ValueError(f"low and high must be finite with low < high, got {low!r} and {high!r}")
     if not low < value < high:
         raise ValueError(f"{name} must lie strictly between low = {low:g} and high = {high:g}, got {value!r}")
-    return (value - low) / (high - low)
+
+
+def _log_wealth(bet: float, gain: Floats, unit: float) -> float:
+    """Compute sum log(1 + bet gain / unit), also where gain / unit is beyond the range of a float."""
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        ratio = bet * (gain / unit)
+        logs = np.where(ratio < math.inf, np.log1p(ratio), math.log(bet) + np.log(gain) - math.log(unit))
+    return float(logs.sum())
+
+
+def _log_ratio_of_means(v: Floats, mean: float, other: float, low: float, high: float) -> float:
+    """Compute sum log(x q / m + (1 - x) (1 - q) / (1 - m)), values and means scaled to [0, 1]."""
+    with np.errstate(divide="ignore"):  # log 0 at the ends
+        on_top = np.log(v - low) + math.log(other - low) - math.log(mean - low)
+        below = np.log(high - v) + math.log(high - other) - math.log(high - mean)
+    return float((np.logaddexp(on_top, below) - math.log(high - low)).sum())
+
+
+def _log_average(logs: Sequence[float] | Floats) -> float:
+    return float(np.logaddexp.reduce(logs)) - math.log(len(logs))
 
 
 # --- within ---------------------------------------------------------------------------------------------------------
 
 
-def tv_upper_bound(x: ArrayLike, *, delta: float = 1e-8) -> float:
+def tv_upper_bound(x: ArrayLike | Tensor, *, delta: float = 1e-8) -> float:
     """Bound the mean of independent values in [0, 1] from above, with confidence 1 - delta at every n.
 
         U = inf { m : prod_t (1 - l_t(m) (x_t - m)) >= 1 / delta }
@@ -473,7 +697,7 @@ def tv_upper_bound(x: ArrayLike, *, delta: float = 1e-8) -> float:
     Source: [waudbysmith2024]; book chapter "Verifying", `tv-certificate`.
     """
     _probability("delta", delta)
-    v = np.asarray(x, dtype=np.float64).ravel()
+    v = _numbers("x", x, empty=True).ravel()
     if len(v) == 0 or not ((v >= 0) & (v <= 1)).all():
         got = "none" if len(v) == 0 else f"values from {v.min():g} to {v.max():g}"
         raise ValueError(f"x must hold at least one value, each in [0, 1], got {got}")
@@ -528,9 +752,9 @@ def within(
         INCONCLUSIVE.
 
     Raises:
-        TypeError: `samples` not integer where outcomes are counted.
-        ValueError: indices outside 0..K-1, n = 0, a law not normalised, `eps` or `delta` outside (0, 1), K > 1024 with
-            neither `log_q` nor `cells`, or a malformed claim id.
+        TypeError: `samples` not integer where outcomes are counted, or a law that is not a float32 or float64 tensor.
+        ValueError: indices outside 0..K-1, n = 0, a law not normalised or of another size, `eps` or `delta` outside
+            (0, 1), K > 1024 with neither `log_q` nor `cells`, or a malformed claim id.
 
     Source: [weissman2003] and [mcdiarmid1989] for the radii; book chapter "Verifying", `tv-certificate`.
     """
@@ -548,26 +772,25 @@ def within(
     else:
         if callable(target):
             raise ValueError("target must be log-probabilities of shape (K,) unless log_q is given, got a function")
-        p = np.exp(_law("target", target))
-        indices = samples
+        p = _law("target", target).probs
+        indices = _indices("samples", samples, len(p))
         method = "counts"
         if cells is not None:
-            _counts(samples, len(p))
-            _checks.integers("cells", cells)
-            if cells.shape != target.shape or int(cells.min()) < 0:
+            cell = _checks.integers("cells", cells).cpu()
+            if cell.shape != target.shape or int(cell.min()) < 0:
                 raise ValueError(
                     f"cells must be numbers >= 0 of shape {tuple(target.shape)}, one per outcome, "
-                    f"got shape {tuple(cells.shape)} and least value {int(cells.min())}"
+                    f"got shape {tuple(cell.shape)} and least value {int(cell.min())}"
                 )
-            p = np.bincount(cells.cpu().numpy(), weights=p)
-            indices = cells[samples]
+            p = np.bincount(cell.numpy(), p).astype(np.float64)
+            indices = cell[indices]
             method = f"cells({len(p)})"
         if len(p) > 1024:
             raise ValueError(f"target must have at most 1024 outcomes without log_q or cells, got {len(p)}")
-        c = _counts(indices, len(p))
-        n = int(c.sum())
-        upper = min(1.0, float(np.abs(c / n - p).sum() / 2) + _tv_radius(len(p), n, delta))
-        lower = _tv_lower(indices.flatten(), p, delta)
+        n = len(indices)
+        frequencies = np.bincount(indices.numpy(), minlength=len(p)) / n
+        upper = min(1.0, float(np.abs(frequencies - p).sum() / 2) + _tv_radius(len(p), n, delta))
+        lower = _tv_lower(indices, p, delta)
         need = 1
         if _tv_radius(len(p), 1, delta) > eps / 2:
             need = math.ceil(brentq(lambda m: _tv_radius(len(p), m, delta) - eps / 2, 1, 1e18))
@@ -582,16 +805,17 @@ def _ratio_terms(samples: Tensor, target: LogLaw, log_q: LogLaw) -> Floats:
     logs = []
     for name, law in (("target", target), ("log_q", log_q)):
         if callable(law):
-            value = law(samples)
+            logs.append(_numbers(name, law(samples), empty=True).ravel())
         else:
-            k = len(_law(name, law))
-            _counts(samples, k)
-            value = torch.log_softmax(law.double(), -1)[samples]
-        logs.append(value.detach().double().cpu().numpy().ravel())
+            values = _law(name, law).logs
+            logs.append(values[_indices("samples", samples, len(values)).numpy()])
+    if isinstance(target, Tensor) and isinstance(log_q, Tensor) and target.shape != log_q.shape:
+        raise ValueError(f"log_q must have {len(target)} outcomes as target does, got {len(log_q)}")
     log_p, log_q_at = logs
-    if len(log_p) == 0 or log_p.shape != log_q_at.shape or np.isnan(log_p).any() or not np.isfinite(log_q_at).all():
+    legal = log_p.shape == log_q_at.shape and bool((log_p < math.inf).all() and np.isfinite(log_q_at).all())
+    if len(log_p) == 0 or not legal:
         raise ValueError("samples must have finite log_q and a log-probability under target each, got some without")
-    terms: Floats = np.clip(-np.expm1(log_p - log_q_at), 0, 1)
+    terms: Floats = np.clip(-np.expm1(np.minimum(log_p - log_q_at, 0)), 0, 1)
     return terms
 
 
@@ -608,9 +832,9 @@ def _tv_lower(indices: Tensor, p: Floats, delta: float) -> float:
     half = len(indices) // 2
     if half == 0:
         return 0.0
-    first = np.bincount(indices[:half].cpu().numpy(), minlength=len(p)) / half
+    first = np.bincount(indices[:half].numpy(), minlength=len(p)) / half
     event = first > p
-    rest = indices[half:].cpu().numpy()
+    rest = indices[half:].numpy()
     hits = int(event[rest].sum())
     if hits == 0:
         return 0.0
@@ -620,11 +844,47 @@ def _tv_lower(indices: Tensor, p: Floats, delta: float) -> float:
 # --- exact and bound ------------------------------------------------------------------------------------------------
 
 
-def _numbers(name: str, value: Any) -> Floats:
-    array: Floats = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value, dtype=np.float64)
-    if array.size == 0:
-        raise ValueError(f"{name} must hold at least one number, got none")
+def _array(name: str, value: Any) -> NDArray[Any]:
+    """Convert a number, a tensor on any device, or a nested list of these; refuse what is not a number."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+        return value.resolve_conj().resolve_neg().numpy()
+    if isinstance(value, list | tuple):
+        try:
+            return np.array([_array(name, v) for v in value]) if value else np.empty(0)
+        except ValueError as error:
+            raise ValueError(f"{name} must hold numbers of one shape, got {error}") from None
+    array = np.asarray(value)
+    whole = array.dtype == object and all(type(v) is int for v in array.flat)  # Python's integers have no limit
+    if array.dtype.kind not in "biufc" and not whole:
+        raise TypeError(f"{name} must hold numbers, got {type(value).__name__} of {array.dtype}")
     return array
+
+
+def _numbers(name: str, value: Any, *, empty: bool = False) -> Floats:
+    """Convert to float64; refuse complex numbers and, unless allowed, the absence of any number."""
+    array = _array(name, value)
+    if array.dtype.kind == "c":
+        raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
+    if array.size == 0 and not empty:
+        raise ValueError(f"{name} must hold at least one number, got none")
+    return array.astype(np.float64)
+
+
+def _distance(a: NDArray[Any], b: NDArray[Any]) -> Floats:
+    """Compute |a - b| entry by entry: complex as they are, integers without rounding; equal infinities agree."""
+    if all(x.dtype.kind in "biuO" for x in (a, b)):
+        pairs = np.broadcast(a, b)
+        return np.array([min(abs(int(x) - int(y)), 10**300) for x, y in pairs], np.float64).reshape(pairs.shape)
+    for x in (a, b):
+        if x.dtype.kind in "iuO" and np.any(x.astype(object) != x.astype(np.float64).astype(object)):
+            raise ValueError(
+                "value and expected must both be integers where one needs more than 53 bits, got fractions"
+            )
+    kind = np.complex128 if "c" in (a.dtype.kind, b.dtype.kind) else np.float64
+    a, b = np.broadcast_arrays(a.astype(kind), b.astype(kind))
+    return np.abs(np.subtract(a, b, where=a != b, out=np.zeros(a.shape, kind)))
 
 
 def exact(value: Any, expected: Any, eps: float = 1e-12, *, claim: str) -> Verdict:
@@ -633,7 +893,7 @@ def exact(value: Any, expected: Any, eps: float = 1e-12, *, claim: str) -> Verdi
         PASS iff max |value - expected| <= eps,    equal infinities agree, NaN never does
 
     Args:
-        value: Number, array or tensor.
+        value: Number, list, array or tensor; complex numbers and integers of any size are compared as they are.
         expected: The same shape, or a scalar.
         eps: Largest absolute difference allowed, > 0.
         claim: Claim id: the label of the theorem, or label.part.
@@ -642,39 +902,83 @@ def exact(value: Any, expected: Any, eps: float = 1e-12, *, claim: str) -> Verdi
         Verdict of kind "exact"; `n` counts the numbers compared.
 
     Raises:
-        ValueError: different shapes, nothing to compare, `eps` not finite and > 0, or a malformed claim id.
+        TypeError: something that is not a number.
+        ValueError: different shapes, nothing to compare, an integer of more than 53 bits beside fractions, `eps` not
+            finite and > 0, or a malformed claim id.
 
     Source: book chapter "Verifying".
     """
     _claim_id(claim)
     _checks.positive("eps", eps)
-    a, b = _numbers("value", value), _numbers("expected", expected)
+    a, b = _array("value", value), _array("expected", expected)
+    for name, array in (("value", a), ("expected", b)):
+        if array.size == 0:
+            raise ValueError(f"{name} must hold at least one number, got none")
     if b.ndim and a.shape != b.shape:
         raise ValueError(f"value and expected must have the same shape, got {a.shape} and {b.shape}")
-    difference = np.where(a == b, 0.0, np.abs(np.subtract(a, b, where=a != b, out=np.zeros(a.shape))))
+    difference = _distance(a, b)
     error = math.inf if np.isnan(difference).any() else float(difference.max())
     decision = "PASS" if error <= eps else "REJECT"
     return Verdict(claim, "exact", decision, a.size, eps=eps, error=error, method="computed")
 
 
-def bound(lhs: Any, rhs: Any, *, claim: str) -> Verdict:
+def bound(lhs: Any, rhs: Any, *, claim: str, delta: float | None = None) -> Verdict:
     """Check that an inequality holds on every instance given.
 
         PASS iff lhs <= rhs + 1e-12 max(1, |rhs|) everywhere    (the slack is for rounding where equality is attained)
+
+    Both sides are computed numbers, and then a PASS has no chance of error. Where some of them are confidence bounds,
+    `delta` is the chance that any of these is false: m certificates, each false with probability at most delta / m.
 
     Args:
         lhs: Left sides, number, array or tensor.
         rhs: Right sides, of a shape that broadcasts.
         claim: Claim id: the label of the theorem, or label.part.
+        delta: Chance that a confidence bound among the numbers is false, in (0, 1); None if all are computed.
 
     Returns:
         Verdict of kind "bound"; `n` counts the instances, `error` is the largest excess of lhs over rhs.
+
+    Raises:
+        ValueError: nothing to compare, `delta` outside (0, 1), or a malformed claim id.
+
+    Source: book chapter "Verifying".
+    """
+    if delta is not None:
+        _probability("delta", delta)
+    holds, worst, n = _excess(lhs, rhs, claim)
+    decision = "PASS" if holds else "REJECT"
+    return Verdict(claim, "bound", decision, n, error=worst, delta=delta, method="computed")
+
+
+def observed(value: Any, limit: Any, *, claim: str) -> Verdict:
+    """Note that numbers stayed below a limit that was set after looking at them.
+
+        NOTE iff value <= limit + 1e-12 max(1, |limit|) everywhere
+
+    For the outcome of a training run, say, which nothing predicts. `report` prints it, and raises once it is missed;
+    but a limit that was placed where it holds is no evidence, so it needs no falsifier and counts as no claim.
+
+    Args:
+        value: What was seen, number, array or tensor.
+        limit: What it stays below, of a shape that broadcasts.
+        claim: Id: the label of the theorem, or label.part.
+
+    Returns:
+        Verdict of kind "observed"; `n` counts the numbers, `eps` is the limit if it is a single number.
 
     Raises:
         ValueError: nothing to compare, or a malformed claim id.
 
     Source: book chapter "Verifying".
     """
+    holds, worst, n = _excess(value, limit, claim)
+    eps = float(limit) if np.ndim(limit) == 0 else None
+    return Verdict(claim, "observed", "NOTE" if holds else "REJECT", n, eps=eps, error=worst, method="observed")
+
+
+def _excess(lhs: Any, rhs: Any, claim: str) -> tuple[bool, float, int]:
+    """Compare two sides: whether lhs <= rhs up to rounding, the largest excess, and the number of instances."""
     _claim_id(claim)
     left, right = _numbers("lhs", lhs), _numbers("rhs", rhs)
     try:
@@ -685,8 +989,7 @@ def bound(lhs: Any, rhs: Any, *, claim: str) -> Verdict:
     slack = 1e-12 * np.maximum(1, np.abs(np.where(np.isfinite(b), b, 1)))
     holds = bool((excess <= slack).all())  # NaN compares false
     worst = math.inf if np.isnan(excess).any() else float(excess.max())
-    decision = "PASS" if holds else "REJECT"
-    return Verdict(claim, "bound", decision, a.size, error=worst, method="computed")
+    return holds, worst, a.size
 
 
 # --- reporting ------------------------------------------------------------------------------------------------------
@@ -721,10 +1024,10 @@ def report(verdict: Verdict) -> None:
     """Print the verdict line, or raise when the claim is not confirmed. The last line of a claim cell.
 
     Args:
-        verdict: From `match`, `mean`, `within`, `exact` or `bound`.
+        verdict: From `match`, `mean`, `within`, `exact`, `bound` or `observed`.
 
     Raises:
-        ClaimFailed: the decision is not PASS; the message is the verdict line.
+        ClaimFailed: the decision is neither PASS nor NOTE; the message is the verdict line.
         ValueError: the claim id was already reported, or is that of a falsifier. Running a notebook cell again is fine.
     """
     if "!" in verdict.claim:
@@ -746,12 +1049,15 @@ def falsify(check: Callable[[Any], Verdict], wrong: Any, *, claim: str) -> None:
     Raises:
         ClaimFailed: the check did not reject, or (kind "exact") the wrong value misses by less than 100 eps and is no
             clear miss.
-        ValueError: the id has no "!", or was already used. Running a notebook cell again is fine.
+        ValueError: the id has no "!", or was already used, or the check is an observation, which claims nothing.
+            Running a notebook cell again is fine.
     """
     base, mark, slug = _claim_id(claim).partition("!")
     if not (base and mark and slug):
         raise ValueError(f"claim must be of the form id!name, got {claim!r}")
     verdict = dataclasses.replace(check(wrong), claim=claim)
+    if verdict.kind == "observed":
+        raise ValueError(f"check must test a claim, got the observation {claim!r}: it needs no falsifier")
     if verdict.decision != "REJECT":
         raise ClaimFailed(f"falsifier was not rejected: {verdict.line()}")
     if verdict.kind == "exact":

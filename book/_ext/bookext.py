@@ -47,8 +47,20 @@ class StatusRole(SphinxRole):
         return [status_node(status=self.text, location=self.get_location())], []
 
 
+class SupportRole(SphinxRole):
+    """How each part of a statement is supported, in words; the claims page shows by what."""
+
+    def run(self):
+        try:
+            words = verdicts.support_in_words(self.text)
+        except ValueError as error:
+            logger.warning("support: %s", error, location=self.get_location())
+            words = self.text
+        return [status_node(support=f"Evidence: {words}.", location=self.get_location())], []
+
+
 class ResolveStatus(SphinxPostTransform):
-    """Link each badge to the claims page; an open question has no claim to link to."""
+    """Link each badge and each line of support to the claims page; an open question has no claim to link to."""
 
     default_priority = 5
 
@@ -57,10 +69,13 @@ class ResolveStatus(SphinxPostTransform):
             block = node.parent
             while block is not None and "realtype" not in block.attributes:  # set by sphinx-proof on its blocks
                 block = block.parent
-            shown = badge(node["status"])
+            if "support" in node.attributes:
+                shown = nodes.inline("", node["support"], classes=["support"])
+            else:
+                shown = badge(node["status"])
             if block is None:
-                logger.warning("a status outside of a prf block", location=node["location"])
-            elif node["status"] != "open":
+                logger.warning("a status or support outside of a prf block", location=node["location"])
+            elif node.attributes.get("status") != "open":
                 page = self.app.builder.get_relative_uri(self.env.docname, self.config.claims_page)
                 link = nodes.reference("", "", internal=True, refuri=f"{page}#claim-{block['label']}")
                 link["reftitle"] = "Show the evidence"
@@ -164,21 +179,21 @@ class Claims(SphinxDirective):
             box += self.paragraph(
                 "No verdict: a question, not a claim." if entry.statement.status == "open" else "**No verdict.**"
             )
-        for v in entry.verdicts:
-            line = nodes.paragraph(
-                "",
-                classes=[
-                    "verdict",
-                    "verdict-falsifier" if v.slug else f"verdict-{v.decision.lower()}",
-                ],
-            )
-            line += nodes.inline("", f"{v.decision} {v.kind}", classes=["verdict-kind"])
-            line += nodes.Text(" ")
-            line += nodes.literal("", v.id)
-            line += nodes.Text(" ")
-            line += nodes.inline("", verdicts.evidence(v))
-            box += line
+        for head, found in entry.by_part:
+            if head:
+                box += nodes.paragraph("", "", nodes.Text(f"{head}."), classes=["claim-part"])
+            box += [self.verdict(v) for v in found]
         return box
+
+    def verdict(self, v: verdicts.Verdict) -> nodes.paragraph:
+        kind = "verdict-falsifier" if v.slug else f"verdict-{v.decision.lower()}"
+        line = nodes.paragraph("", classes=["verdict", kind])
+        line += nodes.inline("", f"{v.decision} {v.kind}", classes=["verdict-kind"])
+        line += nodes.Text(" ")
+        line += nodes.literal("", v.id)
+        line += nodes.Text(" ")
+        line += nodes.inline("", verdicts.evidence(v))
+        return line
 
 
 # --- docstrings ----------------------------------------------------------------------------------------------------
@@ -333,6 +348,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_config_value("api_page", "book/api", "env")
     app.add_node(status_node)
     app.add_role("status", StatusRole())
+    app.add_role("support", SupportRole())
     app.add_directive("claims", Claims)
     app.add_directive_to_domain("prf", "proof", Proof, override=True)
     app.add_post_transform(ResolveStatus)

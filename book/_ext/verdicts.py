@@ -6,6 +6,7 @@ Pure functions on text. The claims page (bookext.py) and the tests (checks.py) r
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,24 @@ import yaml
 
 STATEMENTS = ("theorem", "proposition", "lemma", "corollary")
 STATUSES = ("proved here", "cited", "open")
+# How a part of a statement is supported -> in words. The first four name the verdicts that do it. Besides these, `also`
+# names verdicts that show the statement at work, in a training run say, and would not notice if it were wrong.
+SUPPORT = {
+    "exact": "exact",
+    "sampled": "sampled",
+    "certified": "certified",
+    "observed": "observed",
+    "proof": "by proof alone",
+    "open": "open",
+}
 
-_VERDICT = re.compile(r"(PASS|REJECT|INCONCLUSIVE) +(match|mean|within|exact|bound) +(\S+)(.*)")
+ALSO = "Also, the statement at work; no evidence for it"
+
+_VERDICT = re.compile(r"(PASS|REJECT|INCONCLUSIVE|NOTE) +(match|mean|within|exact|bound|observed) +(\S+)(.*)")
 _FENCE = re.compile(r"^ *(`{3,}|~{3,}|:{3,})\{([\w:-]+)\} *(.*?) *$")
 _STATUS = re.compile(r"\{status\}`([^`]*)`")
+_SUPPORT = re.compile(r"\{support\}`([^`]*)`")
+_PART = re.compile(r"^ *(\d+)\. ", re.M)
 
 
 class Verdict(NamedTuple):
@@ -41,6 +56,18 @@ class Verdict(NamedTuple):
     @property
     def label(self) -> str:
         return self.claim.split(".")[0]
+
+    @property
+    def name(self) -> str:
+        """The claim without the label of its statement; the label itself where nothing follows it."""
+        return self.claim.partition(".")[2] or self.label
+
+    @property
+    def support(self) -> str:
+        """The word for what this verdict does for its statement."""
+        if self.kind == "bound":
+            return "certified" if "delta" in self.fields else "exact"
+        return {"match": "sampled", "mean": "sampled", "within": "certified"}.get(self.kind, self.kind)
 
     def number(self, name: str, default: float = float("nan")) -> float:
         """Value of a field as a number; the power `1-1e-06` is read as its miss probability, 1e-06."""
@@ -86,7 +113,8 @@ class Page(NamedTuple):
                 b.argument,
                 status(b.body),
                 self.name,
-                _STATUS.sub("", b.body).strip(),
+                _SUPPORT.sub("", _STATUS.sub("", b.body)).strip(),
+                support(b.body),
             )
             for b in blocks(self.prose)
             if b.name.removeprefix("prf:") in STATEMENTS and b.name.startswith("prf:")
@@ -108,7 +136,21 @@ class Statement(NamedTuple):
     title: str
     status: str
     page: str
-    text: str = ""  # MyST source, without the status
+    text: str = ""  # MyST source, without the roles `status` and `support`
+    support: str = ""  # argument of the role `support`
+
+    @property
+    def parts(self) -> list[str]:
+        """Numbers of the parts, as a list in the text numbers them."""
+        return _PART.findall(self.text)
+
+
+class Support(NamedTuple):
+    """How one part of a statement is supported; `part` is empty for a statement without parts."""
+
+    part: str
+    word: str  # a key of SUPPORT, or "also"
+    names: tuple[str, ...] = ()  # of the verdicts, without the label of the statement
 
 
 def parse_verdict(line: str) -> Verdict | None:
@@ -150,6 +192,36 @@ def blocks(text: str) -> Iterator[Block]:
 def status(body: str) -> str:
     found = _STATUS.search(body)
     return found[1] if found else ""
+
+
+def support(body: str) -> str:
+    return " ".join(found[1].split()) if (found := _SUPPORT.search(body)) else ""
+
+
+def parse_support(text: str) -> list[Support]:
+    """Read the argument of the role `support`.
+
+    Parts are separated by `;`. Each has its number, if parts are numbered, and one or more words, separated by `,`,
+    each followed by names of verdicts in parentheses: `1 exact (gap, value), sampled (draws); 2 proof; also (run)`.
+    """
+    found = []
+    for entry in text.split(";"):
+        number, words = re.fullmatch(r"\s*(\d*)\s*(.*?)\s*", entry, re.S).groups()
+        for word in re.split(r",(?![^(]*\))", words):
+            read = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", word)
+            if not read or read[1] not in (*SUPPORT, "also"):
+                raise ValueError(f"cannot read {word.strip()!r}: expected one of {', '.join(SUPPORT)}, also")
+            found.append(Support(number, read[1], tuple(re.findall(r"[^\s,]+", read[2] or ""))))
+    return found
+
+
+def support_in_words(text: str) -> str:
+    """`1 exact (gap); 2 proof` -> "part 1: exact; part 2: by proof alone"."""
+    parts: dict[str, list[str]] = {}
+    for s in parse_support(text):
+        if s.word != "also":
+            parts.setdefault(s.part, []).append(SUPPORT[s.word])
+    return "; ".join((f"part {part}: " if part else "") + " and ".join(words) for part, words in parts.items())
 
 
 def text_of(outputs: list[dict]) -> str:
@@ -215,6 +287,20 @@ class Entry(NamedTuple):
     statement: Statement
     verdicts: list[Verdict]
 
+    @property
+    def by_part(self) -> list[tuple[str, list[Verdict]]]:
+        """Say for each part how it is supported, and its verdict lines; each stands under the first part to name it."""
+        parts: dict[str, list[Support]] = {}
+        for s in parse_support(self.statement.support) if self.statement.support else []:
+            parts.setdefault(ALSO if s.word == "also" else s.part, []).append(s)
+        left, groups = list(self.verdicts), []
+        for part, said in parts.items():
+            names = {name for s in said for name in s.names}
+            words = (f"Part {part}: " if part else "") + " and ".join(SUPPORT.get(s.word, "") for s in said)
+            groups.append((ALSO if part == ALSO else words, [v for v in left if v.name in names]))
+            left = [v for v in left if v.name not in names]
+        return groups + ([("", left)] if left else [])
+
 
 def entries(pages: list[Page]) -> list[tuple[Page, list[Entry]]]:
     """Group the labelled statements by page; a falsifier follows the claim that it tests."""
@@ -262,23 +348,54 @@ def evidence(v: Verdict) -> str:
     if v.kind == "exact":
         what = "1 value" if n == "1" else f"{n} values, each"
         return f"Computed {what} within {f.get('eps')} of the statement. No sampling, no chance of error."
-    return f"The inequality holds on {n} of {n} instances. No chance of error on those."
+    if v.kind == "observed":
+        limit = f" at most {f['limit']}" if "limit" in f else " below their limits"
+        what = "1 number" if n == "1" else f"{n} numbers"
+        return f"Observed: {what}{limit}. The limit was set after looking: not a claim."
+    held = f"The inequality holds on {n} of {n} instances."
+    if "delta" in f:
+        return f"{held} Chance that a confidence bound among them is false: at most {f['delta']}."
+    return f"{held} Computed numbers, no chance of error."
+
+
+def claimed(pages: list[Page]) -> list[Verdict]:
+    """The verdicts that are claims: neither falsifiers nor observations."""
+    return [v for p in pages for v in p.verdicts if not v.slug and v.kind != "observed"]
+
+
+def false_alarms(pages: list[Page]) -> float:
+    """Chance that any true claim is rejected: alpha of each test, delta of each confidence bound."""
+    return math.fsum(v.number(name, 0) for v in claimed(pages) for name in ("alpha", "delta"))
+
+
+def false_passes(pages: list[Page]) -> float:
+    """Chance that any check passes what it should reject: a declared wrong law, or a bound that is false."""
+    return math.fsum(v.number(name, 0) for v in claimed(pages) for name in ("power", "delta"))
+
+
+def _chance(x: float) -> str:
+    """Two digits, rounded up: 5.63e-07 -> 5.7e-7."""
+    if x <= 0:
+        return "0"
+    power = math.floor(math.log10(x))
+    return f"{math.ceil(x / 10 ** (power - 1) - 1e-6) / 10:g}e{power}"
 
 
 def summary(pages: list[Page]) -> str:
     """One paragraph of counts, and the chance that any of it is luck."""
-    listed = [e for _, found in entries(pages) for e in found]
-    lines = [v for e in listed for v in e.verdicts]
-    claims = [v for v in lines if not v.slug]
-    kinds = {k: sum(v.kind == k for v in claims) for k in ("match", "mean", "within", "exact", "bound")}
+    claims, lines = claimed(pages), [v for p in pages for v in p.verdicts]
+    kinds = ", ".join(
+        f"{sum(v.kind == k for v in claims)} `{k}`" for k in ("match", "mean", "within", "exact", "bound")
+    )
     falsifiers = [v for v in lines if v.slug]
     rejected = sum(v.decision == "REJECT" for v in falsifiers)
     return (
-        f"{len(listed)} statements, {len(claims)} claims: {kinds['match']} `match`, {kinds['mean']} `mean`, "
-        f"{kinds['within']} `within`, {kinds['exact']} `exact`, {kinds['bound']} `bound`. "
-        f"{rejected} of {len(falsifiers)} falsifiers rejected. "
-        "Chance that any true `match` or `mean` claim is rejected: "
-        f"at most {kinds['match'] + kinds['mean']} × 1e-8. "
-        f"Chance that any `within` bound is false: at most {kinds['within']} × 1e-8. "
-        "Both are union bounds and assume no independence."
+        f"{sum(len(found) for _, found in entries(pages))} statements, {len(claims)} claims: {kinds}. "
+        f"{rejected} of {len(falsifiers)} wrong versions rejected. "
+        f"{sum(v.kind == 'observed' for v in lines)} observations, which are not counted. "
+        f"**Chance that any true claim is rejected: at most {_chance(false_alarms(pages))}; "
+        f"that a declared wrong version or a false bound passes: at most {_chance(false_passes(pages))}.** "
+        "These add up the error probabilities of all verdict lines, without assuming independence: `alpha` of each "
+        "`match` and `mean` in the first, their chance to miss a declared wrong version in the second, `delta` of each "
+        "confidence bound in both. All other claims are computed and have no such chance."
     )
