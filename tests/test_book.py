@@ -227,6 +227,9 @@ def test_support_is_said_by_every_statement_but_an_open_one():
     assert (
         verdicts.support_in_words(pages[0].statements[0].support) == "part 1: exact and by proof alone; part 2: exact"
     )
+    assert verdicts.support_in_words("1 exact (a); 2 proof; 3 exact (b); 4 exact (a)") == (
+        "parts 1, 3 and 4: exact; part 2: by proof alone"
+    )
 
 
 def test_near_misses_finds_a_formula_that_was_never_wrong_by_a_little():

@@ -179,10 +179,17 @@ class Claims(SphinxDirective):
             box += self.paragraph(
                 "No verdict: a question, not a claim." if entry.statement.status == "open" else "**No verdict.**"
             )
+        if entry.verdicts:
+            words = verdicts.support_in_words(entry.statement.support) if entry.statement.support else ""
+            counts = verdicts.counts(entry.verdicts)
+            box += nodes.paragraph("", f"Evidence: {words}.", classes=["claim-part"])
+            box += nodes.raw("", f"<details><summary>{counts}</summary>", format="html")
         for head, found in entry.by_part:
             if head:
                 box += nodes.paragraph("", "", nodes.Text(f"{head}."), classes=["claim-part"])
             box += [self.verdict(v) for v in found]
+        if entry.verdicts:
+            box += nodes.raw("", "</details>", format="html")
         return box
 
     def verdict(self, v: verdicts.Verdict) -> nodes.paragraph:

@@ -216,12 +216,24 @@ def parse_support(text: str) -> list[Support]:
 
 
 def support_in_words(text: str) -> str:
-    """`1 exact (gap); 2 proof` -> "part 1: exact; part 2: by proof alone"."""
+    """`1 exact (gap); 2 exact (path); 3 proof` -> "parts 1 and 2: exact; part 3: by proof alone"."""
     parts: dict[str, list[str]] = {}
     for s in parse_support(text):
         if s.word != "also":
             parts.setdefault(s.part, []).append(SUPPORT[s.word])
-    return "; ".join((f"part {part}: " if part else "") + " and ".join(words) for part, words in parts.items())
+    alike: dict[str, list[str]] = {}
+    for part, words in parts.items():
+        alike.setdefault(" and ".join(words), []).append(part)
+    return "; ".join(f"{_parts(numbers)}{words}" for words, numbers in alike.items())
+
+
+def _parts(numbers: list[str]) -> str:
+    """Name parts: "", "part 2: ", "parts 1, 3 and 4: "."""
+    if numbers == [""]:
+        return ""
+    if len(numbers) == 1:
+        return f"part {numbers[0]}: "
+    return f"parts {', '.join(numbers[:-1])} and {numbers[-1]}: "
 
 
 def text_of(outputs: list[dict]) -> str:
@@ -356,6 +368,14 @@ def evidence(v: Verdict) -> str:
     if "delta" in f:
         return f"{held} Chance that a confidence bound among them is false: at most {f['delta']}."
     return f"{held} Computed numbers, no chance of error."
+
+
+def counts(found: list[Verdict]) -> str:
+    """Count verdict lines by what they do: "4 exact, 1 sampled, 1 observed; 6 wrong versions rejected"."""
+    said = [v.support for v in found if not v.slug]
+    wrong = sum(bool(v.slug) for v in found)
+    listed = ", ".join(f"{said.count(word)} {word}" for word in SUPPORT if word in said)
+    return f"{listed}; {wrong} wrong version{'' if wrong == 1 else 's'} rejected"
 
 
 def claimed(pages: list[Page]) -> list[Verdict]:
