@@ -1,5 +1,7 @@
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from helpers import F64, S0, S0_REWARDS, check_sampler, instances, law, laws, random_law, vector, without
@@ -407,3 +409,325 @@ def test_gradients_stay_finite_at_an_excluded_outcome():
     for value in (categorical.expectation(law, rewards), categorical.kl(law, ref)):
         (gradient,) = torch.autograd.grad(value, rewards, retain_graph=True)
         assert gradient[:2].isfinite().all() and gradient[2] == 0
+
+
+# --- dtypes, scales, gradients, empty batches ------------------------------------------------------------------------
+
+DTYPES = [F64, torch.float32, torch.bfloat16, torch.float16]
+HALF = [torch.bfloat16, torch.float16]
+
+
+def slopes(function, x, step=1e-6):
+    """Central differences; entries of -inf have none."""
+    out = torch.zeros_like(x)
+    for i in range(len(x)):
+        if x[i] > -math.inf:
+            e = torch.zeros_like(x).index_fill(0, torch.tensor(i), step)
+            out[i] = (function(x + e) - function(x - e)) / (2 * step)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_draws_from_float64_are_those_of_the_first_version(dtype):
+    # Fixed by the code before all was computed in float64.
+    p = torch.log_softmax(torch.cos(torch.arange(24, dtype=F64) * 0.9).view(4, 6), -1)
+    g = torch.Generator().manual_seed(13)
+    if dtype != F64:
+        assert categorical.sample(p.to(dtype), 5, generator=g).shape == (4, 5)
+        return
+    assert categorical.sample(p, 5, generator=g).tolist() == [
+        [2, 1, 0, 4, 5],
+        [2, 1, 1, 0, 2],
+        [3, 1, 3, 1, 2],
+        [2, 4, 4, 2, 4],
+    ]
+    drawn = categorical.sample_alias(categorical.alias_table(p[0]), 12, generator=g.manual_seed(13))
+    assert drawn.tolist() == [1, 0, 0, 5, 5, 0, 0, 0, 0, 4, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("beta", [1e-300, 1e-60, 1e-38, 1.0, 1e300])
+def test_tilt_takes_every_beta_in_every_dtype(dtype, beta):
+    out = tilt(law(0.5, 0.5).to(dtype), vector(10, 11).to(dtype), beta)
+    expected = vector(0, 1) if beta < 1e-3 else vector(0.5, 0.5) if beta > 1e3 else torch.softmax(vector(0, 1), -1)
+    assert out.dtype == dtype
+    close(out.exp().double(), expected, 2 * torch.finfo(dtype).eps)
+    same = tilt(law(0.5, 0.5).to(dtype), vector(11, 11).to(dtype), beta)
+    close(same.exp().double(), vector(0.5, 0.5), torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30, 1e300, 1.7e308])
+def test_tilt_takes_rewards_of_every_scale(scale):
+    # (-1, 1) at 1.7e308: the range itself is no float64 number
+    beta = scale * 0.7
+    close(tilt(S0, scale * vector(-1, 0.5, 1), beta), tilt(S0, vector(-1, 0.5, 1), 0.7))
+    close(log_partition(S0, scale * vector(-1, 0.5, 1), beta), log_partition(S0, vector(-1, 0.5, 1), 0.7))
+
+
+def test_beta_of_each_row_does_not_change_the_dtype():
+    beta = vector(0.5, 1, 2)
+    out = tilt(S0.float(), S0_REWARDS.float(), beta)
+    assert out.dtype == log_partition(S0.float(), S0_REWARDS.float(), beta).dtype == torch.float32
+    close(out.double(), tilt(S0, S0_REWARDS, beta), 1e-6)
+    close(tilt(S0, S0_REWARDS, torch.tensor([1, 2])), tilt(S0, S0_REWARDS, vector(1, 2)))
+
+
+def test_log_partition_beyond_the_dtype_is_infinite():
+    assert log_partition(S0, S0_REWARDS, 1e-308).item() == math.inf
+    assert log_partition(S0, S0_REWARDS - 4, 1e-308).item() == -math.inf
+    assert log_partition(S0.half(), S0_REWARDS.half(), 1e-6).item() == math.inf
+
+
+@pytest.mark.parametrize("beta", [1e-300, 1e-9, 0.7, 1e9])
+def test_gradients_of_log_partition_are_the_tilt_over_beta(beta):
+    r = vector(0, 1, 2).requires_grad_()
+    (gradient,) = torch.autograd.grad(log_partition(S0, r, beta), r)
+    close(gradient * beta, tilt(S0, S0_REWARDS, beta).exp())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", PAIRS)
+def test_half_precision_is_computed_in_float64(name, dtype, rng):
+    p = torch.log_softmax(torch.randn(151_936, generator=rng), -1).to(dtype)
+    r = torch.randn(151_936, generator=rng).to(dtype)
+    ref = torch.log_softmax(p.double(), -1)
+    calls = {
+        **PAIRS,
+        "kl": lambda p, r: kl(p, q.to(p.dtype)),
+        "total_variation": lambda p, r: total_variation(p, q.to(p.dtype)),
+        "chi_square": lambda p, r: chi_square(p, q.to(p.dtype)),
+    }
+    q = torch.log_softmax(r.double(), -1).to(dtype)
+    out = calls[name](p, r)
+    assert out.dtype == dtype
+    q = torch.log_softmax(q.double(), -1)
+    close(out.double(), calls[name](ref, r.double()).to(dtype).double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtype_of_every_result(dtype):
+    p, q, r = S0.to(dtype), law(0.25, 0.5, 0.25).to(dtype), S0_REWARDS.to(dtype)
+    outs = [tilt(p, r, 1.0), log_partition(p, r, 1.0), expectation(p, r), *categorical.frontier(p, r, [1.0])]
+    outs += [kl(p, q), total_variation(p, q), chi_square(p, q), categorical.truncate(p, top_k=2).logps]
+    assert all(out.dtype == dtype for out in outs)
+    longer = torch.promote_types(dtype, torch.float32)
+    mixed = [tilt(p, r.float(), 1.0), log_partition(p, r.float(), 1.0), expectation(p, r.float())]
+    q = torch.log_softmax(q.float(), -1)
+    mixed += [kl(p, q), total_variation(p, q), chi_square(p, q)]
+    assert all(out.dtype == longer for out in mixed)
+
+
+@pytest.mark.parametrize("default", DTYPES)
+def test_nothing_depends_on_the_default_dtype(default):
+    p, q = law(0.5, 0.5, 0), law(0, 0.5, 0.5)
+
+    def results():
+        return (
+            *(chi_square(p, q), chi_square(p, S0), kl(p, q), kl(p, S0), total_variation(p, q)),
+            *(tilt(S0, S0_REWARDS, 0.7), log_partition(S0, S0_REWARDS, 0.7), expectation(p, S0_REWARDS)),
+            *categorical.truncate(S0, top_k=2, top_p=0.6, min_p=0.1),
+            *categorical.alias_table(S0),
+            categorical.sample(S0, 5, generator=torch.Generator().manual_seed(0)),
+        )
+
+    expected, before = results(), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = results()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, expected, strict=True))
+
+
+def test_divergences_of_an_outcome_too_rare_for_float64():
+    # p = e^-800 underflows, but it is mass where q has none: +inf, not 0 times inf.
+    p = torch.log_softmax(vector(0, -800), -1)
+    assert kl(p, law(1, 0)).item() == chi_square(p, law(1, 0)).item() == math.inf
+    assert expectation(p, vector(1, -math.inf)).item() == -math.inf
+
+
+@pytest.mark.parametrize("divergence", [kl, chi_square, total_variation])
+@pytest.mark.parametrize(
+    ("p", "q"),
+    [
+        (law(0.5, 0.2, 0.3, 0), law(0.25, 0.3, 0.45, 0)),
+        (law(0.5, 0.5, 0, 0), law(0.25, 0.35, 0.4, 0)),
+        (law(0.1, 0.2, 0.3, 0.4), law(0.97, 0.01, 0.01, 0.01)),
+    ],
+)
+def test_gradients_of_divergences_where_a_probability_is_zero(divergence, p, q):
+    x, y = p.clone().requires_grad_(), q.clone().requires_grad_()
+    by_p, by_q = torch.autograd.grad(
+        divergence(torch.log_softmax(x, -1), torch.log_softmax(y, -1)), (x, y), allow_unused=False
+    )
+    close(by_p, slopes(lambda v: divergence(torch.log_softmax(v, -1), q), p), 1e-6)
+    close(by_q, slopes(lambda v: divergence(p, torch.log_softmax(v, -1)), q), 1e-6)
+
+
+@pytest.mark.parametrize("divergence", [kl, chi_square])
+def test_gradients_of_infinite_divergences_are_those_of_the_finite_terms(divergence):
+    for q in (law(0.5, 0.5, 0), torch.log_softmax(vector(0, 0, -1600), -1)):
+        if divergence is kl and bool((q > -math.inf).all()):
+            continue  # finite: 1600 nats
+        x = law(0.25, 0.25, 0.5).requires_grad_()
+        value = divergence(x, q)
+        (gradient,) = torch.autograd.grad(value, x)
+        assert value.item() == math.inf and bool(gradient.isfinite().all()) and gradient[2] == 0
+
+
+def test_gradient_of_an_expectation_with_an_infinite_value():
+    p, f = S0.clone().requires_grad_(), vector(1, 2, -math.inf).requires_grad_()
+    value = expectation(p, f)
+    by_p, by_f = torch.autograd.grad(value, (p, f))
+    assert value.item() == -math.inf
+    close(by_p, vector(0.5, 0.6, 0))
+    close(by_f, vector(0.5, 0.3, 0))
+
+
+@pytest.mark.parametrize("values", [vector(0, math.nan, 0), vector(math.inf, -math.inf, 0)])
+def test_expectation_refuses_what_has_no_mean(values):
+    with pytest.raises(ValueError, match="values must not be NaN, nor infinite with both signs, where logps has mass"):
+        expectation(S0, values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_empty_batches(dtype):
+    p, r = torch.zeros(0, 3, dtype=dtype), torch.zeros(3, dtype=dtype)
+    for name, function in PAIRS.items():
+        out = function(p, r)
+        assert out.dtype == dtype
+        assert out.shape == ((0, 3) if name == "tilt" else (0, 2) if name == "frontier" else (0,))
+    assert tilt(p, r, torch.ones(0)).shape == (0, 3)
+    assert categorical.sample(p, 5, generator=G).shape == (0, 5)
+    out = categorical.truncate(p, top_k=2, top_p=0.5, min_p=0.1)
+    assert out.logps.shape == (0, 3) and out.logps.dtype == dtype and out.kept_mass.shape == (0,)
+
+
+def test_numbers_of_numpy():
+    assert torch.equal(tilt(S0, S0_REWARDS, np.float32(0.5)), tilt(S0, S0_REWARDS, 0.5))
+    assert torch.equal(log_partition(S0, S0_REWARDS, np.int64(2)), log_partition(S0, S0_REWARDS, 2))
+    assert categorical.frontier(S0, S0_REWARDS, np.linspace(1, 2, 3)).kl.shape == (3,)
+    assert categorical.sample(S0, np.int64(4), generator=G).shape == (4,)
+    assert categorical.sample_alias(categorical.alias_table(S0), np.int32(4), generator=G).shape == (4,)
+    out = categorical.truncate(S0, top_k=np.int64(2), top_p=np.float32(0.9), min_p=np.float64(0.1))
+    assert bool((out.logps[:2] > -math.inf).all())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: tilt(torch.tensor(0.0), R, 1.0), ValueError, "ref_logps must have a last dimension"),
+        (lambda: tilt(P, R, torch.tensor(True)), TypeError, "beta must be a number or a tensor of real numbers"),
+        (lambda: categorical.sample(P, torch.tensor(3), generator=G), TypeError, "n must be an int, got a torch.int64"),
+        (lambda: categorical.sample(P, 3, generator=None), TypeError, "generator must be a torch.Generator, got None"),
+        (
+            lambda: categorical.sample_alias(categorical.alias_table(P), 3, generator=None),
+            TypeError,
+            "generator must be a torch.Generator, got NoneType",
+        ),
+    ],
+)
+def test_refusals_name_the_argument(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+# --- truncation ------------------------------------------------------------------------------------------------------
+
+
+def truncated_by_hand(probs, top_k=None, top_p=None, min_p=None):
+    """The rules one outcome at a time, in exact fractions."""
+    kept = []
+    for p in probs:
+        above = [q for q in probs if q > p]
+        ok = p > 0
+        ok &= top_k is None or len(above) < top_k
+        ok &= top_p is None or top_p == 1 or sum(above) < top_p
+        ok &= min_p is None or p >= min_p * max(probs)
+        kept.append(ok)
+    mass = sum(p for p, ok in zip(probs, kept, strict=True) if ok) / sum(probs)
+    return kept, [p / sum(probs) / mass if ok else Fraction(0) for p, ok in zip(probs, kept, strict=True)], mass
+
+
+rules = st.fixed_dictionaries(
+    {},
+    optional={
+        "top_k": st.integers(1, 7),
+        "top_p": st.integers(1, 20).map(lambda i: Fraction(i, 20)),
+        "min_p": st.integers(0, 10).map(lambda i: Fraction(i, 10)),
+    },
+)
+# Twentieths, so that ties, zeros and masses equal to top_p are frequent.
+twentieths = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any)
+
+
+@given(twentieths, rules)
+def test_truncate_by_enumeration(counts, given_rules):
+    probs = [Fraction(c, sum(counts)) for c in counts]
+    kept, expected, mass = truncated_by_hand(probs, **given_rules)
+    logps = law(*[float(p) for p in probs])
+    numbers = {k: v if k == "top_k" else float(v) for k, v in given_rules.items()}
+    out = categorical.truncate(logps, **numbers)
+    assert (out.logps > -math.inf).tolist() == kept
+    close(out.logps.exp(), vector(*[float(p) for p in expected]))
+    assert out.kept_mass.item() == pytest.approx(float(mass), rel=1e-12)
+
+
+def test_truncate_on_the_instance_of_the_book():
+    close(categorical.truncate(S0, top_k=2).logps.exp(), vector(0.625, 0.375, 0))
+    # .5 + .3 reaches .8, so the third outcome falls; a hair more keeps it.
+    close(categorical.truncate(S0, top_p=0.8).kept_mass, vector(0.8).squeeze())
+    close(categorical.truncate(S0, top_p=0.800001).kept_mass, vector(1).squeeze())
+    close(categorical.truncate(S0, min_p=0.6).kept_mass, vector(0.8).squeeze())  # .3 is .6 of .5
+    close(categorical.truncate(S0, min_p=0.600001).kept_mass, vector(0.5).squeeze())
+    # A tie at the edge is kept whole.
+    tied = law(0.4, 0.3, 0.3)
+    for rule in ({"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.75}):
+        close(categorical.truncate(tied, **rule).logps, tied)
+    # Each rule looks at the law that came in: after top_k = 2 the first outcome has .625, and .6 would stop there.
+    close(categorical.truncate(S0, top_k=2, top_p=0.6).logps.exp(), vector(0.625, 0.375, 0))
+    close(categorical.truncate(S0).logps, S0)
+    # An outcome too rare for float64 stays where everything is kept.
+    rare = torch.log_softmax(vector(0, -800), -1)
+    close(categorical.truncate(rare, top_p=1.0, top_k=9, min_p=0.0).logps, rare)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_truncate_normalises_in_every_dtype(dtype, rng):
+    logps = torch.log_softmax(4 * torch.randn(3, 5000, generator=rng, dtype=F64), -1).to(dtype)
+    out = categorical.truncate(logps, top_p=0.95)
+    assert out.logps.dtype == dtype and out.kept_mass.dtype == F64
+    assert bool((out.kept_mass >= 0.95).all()) and bool((out.kept_mass < 1).all())
+    exact = torch.log_softmax(torch.where(out.logps > -math.inf, logps.double(), -math.inf), -1)
+    assert torch.equal(out.logps, exact.to(dtype))
+    assert torch.equal(out.logps[1], categorical.truncate(logps[1], top_p=0.95).logps)  # batch equals loop
+
+
+def test_gradient_of_truncate():
+    p = law(0.5, 0.3, 0.2)
+
+    def chosen(x):
+        return categorical.truncate(torch.log_softmax(x, -1), top_k=2).logps[0]
+
+    x = p.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(chosen(x), x)
+    close(gradient, slopes(chosen, p), 1e-8)
+    assert gradient[2].abs().item() < 1e-15
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "text"),
+    [
+        ({"top_k": 0}, ValueError, "top_k must be an integer >= 1, got 0"),
+        ({"top_k": 2.0}, TypeError, "top_k must be an int, got float"),
+        ({"top_p": 0.0}, ValueError, r"top_p must lie in \(0, 1\], got 0.0"),
+        ({"top_p": 1.1}, ValueError, r"top_p must lie in \(0, 1\], got 1.1"),
+        ({"top_p": math.nan}, ValueError, r"top_p must lie in \(0, 1\], got nan"),
+        ({"top_p": torch.tensor(0.5)}, TypeError, "top_p must be a number, got a torch.float32 tensor"),
+        ({"min_p": -0.1}, ValueError, r"min_p must lie in \[0, 1\], got -0.1"),
+        ({"min_p": "1"}, TypeError, "min_p must be a number, got str"),
+    ],
+)
+def test_bad_truncations(rule, error, text):
+    with pytest.raises(error, match=text):
+        categorical.truncate(S0, **rule)

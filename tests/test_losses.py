@@ -1,6 +1,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import F64, S0, S0_REWARDS, law, random_law, vector
@@ -855,7 +856,7 @@ def test_what_weighted_likelihood_is_least_at(n):
 
 # --- every loss: batches, dtypes, inputs -----------------------------------------------------------------------------
 
-LABELS = vector(0, 0.3, 0.5, 1, 0.8)
+LABELS = vector(0, 0.25, 0.5, 1, 0.75)  # every dtype holds these
 MASK = torch.tensor([[True, True, False], [True, False, False], [True] * 3, [False, True, True]])
 
 # Name: a call, and the shapes of its arguments behind the batch dimension. "l" is a log-probability, "x" any number,
@@ -922,6 +923,430 @@ def test_dtype_follows_the_inputs(name, rng):
     torch.testing.assert_close(small.double(), out, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_narrow_dtype_costs_its_own_rounding_and_no_more(name, dtype, rng):
+    """Values and gradients are those of float64 at the rounded inputs, rounded once more."""
+    call, shapes = CALLS[name]
+    narrow = [x.to(dtype).requires_grad_() for x in arguments(shapes, (), rng)]
+    wide = [x.detach().double().requires_grad_() for x in narrow]
+    found = call(*narrow)
+    # Rounded conditionals sum to one only at the tolerance of their dtype; they are normalised again in float64.
+    expected = call(*(x - x.detach().logsumexp(-1, keepdim=True) if "c" in shapes else x for x in wide))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-15)
+    gradients = [torch.autograd.grad(out.sum(), x, allow_unused=True) for out, x in ((found, narrow), (expected, wide))]
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-15)
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16, F64])
+def default_dtype(request):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("default_dtype")
+@pytest.mark.parametrize("name", CALLS)
+def test_the_default_dtype_plays_no_part(name):
+    call, shapes = CALLS[name]
+    inputs = arguments(shapes, (), torch.Generator().manual_seed(1))
+    out = call(*inputs)
+    torch.set_default_dtype(torch.float32)
+    assert out.dtype == F64 and torch.equal(out, call(*inputs))
+
+
+@pytest.mark.usefixtures("default_dtype")
+def test_comparisons_do_not_depend_on_the_default_dtype():
+    first, second = torch.tensor([0, 1, 1, 2]), torch.tensor([1, 0, 2, 1])
+    wins = losses.count_wins(first, second, torch.ones(4), 3)
+    assert wins.dtype == F64 and wins.sum() == 4
+    close(losses.fit_bradley_terry(torch.tensor([[0, 3], [1, 0]]).float()).diff(), -vector(math.log(3)))
+    close(losses.bradley_terry(vector(math.log(3)), vector(0), 1 / 3), -(law(3 / 4) + 2 * law(1 / 4)) / 3)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_empty_batch_gives_an_empty_result(name, rng):
+    call, shapes = CALLS[name]
+    for batch in ((0,), (2, 0)):
+        for dtype in (F64, torch.float16):
+            inputs = [x.to(dtype) for x in arguments(shapes, batch, rng)]
+            full = call(*(x.to(dtype) for x in arguments(shapes, (1,), rng)))
+            out = call(*inputs)
+            assert out.shape == (*batch, *full.shape[1:]) and out.dtype == dtype
+
+
+# --- numbers that are too large, too small or not there --------------------------------------------------------------
+
+# Mean 3.125 and standard deviation sqrt(.078125): advantages -.4472, .4472, 1.3416, -1.3416.
+NARROW = (3, 3.25, 3.5, 2.75)
+SCALED = (vector(*NARROW) - 3.125) / math.sqrt(0.078125)
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, F64]
+
+
+def advantages(loss, rewards, dtype=F64):
+    """What a loss makes of the rewards of a group, from its gradient at draws of probability e^-1 under both laws."""
+    logps = torch.full((len(rewards),), -1.0, dtype=dtype, requires_grad=True)
+    out = loss(logps, logps.detach(), rewards.to(dtype))
+    assert out.dtype == dtype
+    return -len(rewards) * torch.autograd.grad(out, logps)[0].double()
+
+
+def grpo_of(**flags):
+    return lambda logps, ref, rewards: losses.grpo(logps[:, None], ref[:, None], rewards, 1.0, **flags)
+
+
+def rloo_of(logps, ref, rewards):
+    return losses.rloo(logps, ref, rewards, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_of_narrow_rewards(dtype):
+    eps = torch.finfo(dtype).eps
+    rewards, centred = vector(*NARROW), vector(*NARROW) - 3.125
+    for kl in ("reward", "k1", "k2", "k3"):
+        extra = 1.0 if kl == "k1" else 0.0  # its own gradient
+        close(advantages(grpo_of(kl=kl), rewards, dtype), SCALED - extra, 2 * eps)
+        of_others = advantages(grpo_of(kl=kl, baseline="leave-one-out"), rewards, dtype)
+        close(of_others, SCALED * 4 / 3 - extra, 2 * eps)
+        close(advantages(grpo_of(kl=kl, scale="none"), rewards, dtype), centred - extra, 2 * eps)
+    close(advantages(rloo_of, rewards, dtype), centred * 4 / 3, 2 * eps)
+    close(advantages(grpo_of(), rewards, dtype), vector(-0.447, 0.447, 1.342, -1.342), 1e-3 + 2 * eps)
+
+
+@pytest.mark.parametrize("kl", ["reward", "k2"])
+@pytest.mark.parametrize("level", [0.0, 1.0, -1e6, 1e15])
+@pytest.mark.parametrize("size", [1e-300, 1e-100, 1.0, 1e100, 1e300])
+def test_advantages_know_neither_level_nor_scale(size, level, kl):
+    if level and size != 1.0:
+        return  # differences that float64 does not hold
+    rewards = level + size * vector(0, 1, 3, 0)
+    close(advantages(grpo_of(kl=kl), rewards), vector(-1, 0, 2, -1) / math.sqrt(1.5), 1e-12)
+    close(advantages(rloo_of, rewards) / size, vector(-4, 0, 8, -4) / 3, 1e-12)
+
+
+@pytest.mark.parametrize("reward", [0.1, 1e6 + 0.1, -1 / 3, 1e300])
+@pytest.mark.parametrize("size", [3, 7])
+def test_equal_rewards_have_no_advantage_over_the_others(size, reward):
+    for dtype in (torch.float32, F64):
+        if reward < 1e300 or dtype == F64:
+            assert not bool(advantages(rloo_of, torch.full((size,), reward, dtype=F64), dtype).any())
+
+
+def test_a_large_group_of_half_precision_rewards():
+    # The sum of the rewards, 1.3e7, is more than float16 holds.
+    rewards = torch.where(torch.arange(2**16) % 2 == 0, 100.0, 300.0).half()
+    signs = torch.where(torch.arange(2**16) % 2 == 0, -1.0, 1.0)
+    logps = torch.full((2**16,), -1.0, requires_grad=True, dtype=torch.float32)
+    out = losses.grpo(logps[:, None], logps.detach()[:, None], rewards, 1.0)
+    close(-(2**16) * torch.autograd.grad(out, logps)[0], signs, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_sequences_do_not_drown_the_rewards(dtype):
+    """With kl "reward", where the policy is still the reference, the rewards decide, however long the text."""
+    logps = torch.full((4, 3000), -8.0, dtype=dtype, requires_grad=True)
+    rewards = vector(*NARROW).to(dtype)
+    out = losses.grpo(logps, logps.detach(), rewards, 0.5, kl="reward")
+    close(-4 * torch.autograd.grad(out, logps)[0][:, 0].double(), SCALED, 2 * torch.finfo(dtype).eps)
+
+
+def test_rounding_of_returns_is_no_advantage(rng):
+    """At the tilt the returns agree but for the rounding of r - beta log(pi / p)."""
+    for _ in range(20):
+        ref, rewards = random_law(5, rng), torch.randn(5, generator=rng, dtype=F64)
+        logps = tilt(ref, rewards, 0.7).requires_grad_()
+        out = losses.grpo(logps[:, None], ref[:, None], rewards, 0.7, kl="reward")
+        assert is_zero(torch.autograd.grad(out, logps)[0])
+
+
+def test_rewards_whose_differences_overflow_are_refused():
+    rewards = vector(1.7e308, -1.7e308, 0)
+    logps = law(0.2, 0.3, 0.5)
+    text = "advantages from rewards must be finite, got . of 3"
+    with pytest.raises(ValueError, match=text):
+        losses.rloo(logps, logps, rewards, 1.0)
+    for scale in ("group", "none"):
+        with pytest.raises(ValueError, match=text):
+            losses.grpo(logps[:, None], logps[:, None], rewards, 1.0, scale=scale)
+    with pytest.raises(ValueError, match=text):
+        losses.policy_gradient(logps, logps, rewards, 1.0, baseline=1.7e308)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("far", [20.0, 100.0, 1000.0, 1e4])
+def test_far_beyond_the_clip(far, dtype):
+    """A token that has gone far enough is a constant; one that has gone astray costs what its ratio says."""
+    far = torch.tensor(far, dtype=dtype).item()
+    logps = torch.tensor([[-1.0], [-1.0], [-1.0]], dtype=dtype, requires_grad=True)
+    old = torch.tensor([[-1 - far], [-1.0], [-1.0]], dtype=dtype)
+    far = (logps[0] - old[0]).item()
+
+    def of(*rewards):
+        rewards = torch.tensor(rewards, dtype=dtype)
+        out = losses.grpo(logps, logps.detach(), rewards, 1.0, scale="none", old_logps=old, kl="reward")
+        return out.double(), torch.autograd.grad(out, logps)[0].flatten().double()
+
+    eps = torch.finfo(dtype).eps
+    out, gradient = of(2, -1, -1)  # the first is better than the others: 1.2 * 2 in place of e^far * 2
+    close(out, vector(-(2.4 - 2) / 3).squeeze(), 2 * eps)
+    close(gradient, vector(0, 1, 1) / 3, 2 * eps)
+    out, gradient = of(0, 1, -1)  # neither better nor worse
+    close(out, vector(0).squeeze(), 2 * eps)
+    close(gradient, vector(0, -1, 1) / 3, 2 * eps)
+    out, gradient = of(-2, 1, 1)  # worse
+    ratio = math.exp(far) if far < 700 else math.inf
+    expected = vector((2 * ratio - 2) / 3).to(dtype).double().squeeze()
+    close(out, expected, 2 * eps)
+    close(gradient, vector(2 * ratio / 3, -1 / 3, -1 / 3).to(dtype).double(), 2 * eps)
+    assert not bool(gradient.isnan().any())
+
+
+def test_a_clip_above_one_has_no_lower_end():
+    old = law(0.4, 0.4)[:, None]
+    logps = torch.stack([old[0] - 9, old[1]]).requires_grad_()
+    for clip, expected in ((0.999, 0.0), (1.0, math.exp(-9)), (3.0, math.exp(-9))):
+        out = losses.grpo(logps, old, vector(-1, 1), 1.0, kl="k2", scale="none", old_logps=old, clip=clip)
+        # The advantage is -1, and k2 adds beta (log rho) d log rho: gradient of the loss (ratio - 9) / 2.
+        close(torch.autograd.grad(out, logps)[0][0], vector((expected - 9) / 2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fits"), [(torch.float16, 10), (torch.bfloat16, 88), (torch.float32, 88), (F64, 709)]
+)
+def test_k3_is_infinite_where_it_does_not_fit(dtype, fits):
+    for far in (fits, 2 * fits):
+        logps = torch.tensor([-1.0 - far, -0.5], dtype=dtype, requires_grad=True)
+        ref = torch.tensor([-1.0, -0.5], dtype=dtype, requires_grad=True)
+        k1, k2, k3 = losses.kl_estimators(logps, ref)
+        found = torch.autograd.grad(k3.sum(), (logps, ref))
+        for x in (k1, k2):
+            assert bool(x.isfinite().all())
+            assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(x.sum(), (logps, ref), retain_graph=True))
+        log_rho = (ref - logps)[0].double().item()
+        size = math.exp(log_rho) if far == fits else math.inf
+        assert k3[0].item() == pytest.approx(size - 1 - log_rho, rel=torch.finfo(dtype).eps)
+        for g, sign in zip(found, (-1, 1), strict=True):
+            assert g[0].item() == pytest.approx(sign * (size - 1), rel=torch.finfo(dtype).eps) and g[1] == 0
+        out = losses.grpo(logps[:, None], ref[:, None], ref.detach(), 1.0)
+        assert out.item() > 0 and math.isinf(out.item()) == (far > fits)
+        assert not bool(torch.autograd.grad(out, logps)[0].isnan().any())
+
+
+def test_k2_keeps_its_gradient_where_it_does_not_fit():
+    logps = torch.tensor([-500.0], dtype=torch.float16, requires_grad=True)
+    k2 = losses.kl_estimators(logps, torch.zeros_like(logps)).k2
+    assert k2.item() == math.inf and torch.autograd.grad(k2, logps)[0].item() == -500
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf, 1.0, 1e30])
+@pytest.mark.parametrize("kl", ["reward", "k1", "k2", "k3"])
+def test_masked_tokens_may_hold_anything(kl, junk, rng):
+    logps, ref, rewards, mask, old = grpo_inputs(rng)
+    old = old.clamp(max=-0.01)
+    clean = losses.grpo(logps, ref, rewards, 0.6, kl=kl, mask=mask, old_logps=old)
+    expected = torch.autograd.grad(clean, logps)[0]
+    dirty = [torch.where(mask, x.detach(), junk) for x in (logps, ref, old)]
+    for x in dirty:
+        x.requires_grad_()
+    out = losses.grpo(*dirty[:2], rewards, 0.6, kl=kl, mask=mask, old_logps=dirty[2])
+    found = torch.autograd.grad(out, dirty, allow_unused=True)
+    assert torch.equal(out, clean) and torch.equal(found[0], expected) and found[2] is None
+    assert found[1] is None or not bool(found[1][~mask].any())
+    # What counts is still looked at.
+    for i, name in enumerate(("logps", "ref_logps", "old_logps")):
+        spoilt = [x.detach() for x in (logps, ref, old)]
+        spoilt[i] = spoilt[i].index_fill(1, torch.tensor([0]), junk)
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            losses.grpo(*spoilt[:2], rewards, 0.6, kl=kl, mask=mask, old_logps=spoilt[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf, 1.0])
+@pytest.mark.parametrize("direction", ["policy", "uniform"])
+def test_masked_positions_may_hold_anything(direction, junk, dtype, rng):
+    conditionals = torch.log_softmax(torch.randn(4, 3, 5, generator=rng, dtype=F64), -1).to(dtype).requires_grad_()
+    clean = losses.self_certainty(conditionals, direction=direction, mask=MASK)
+    expected = torch.autograd.grad(clean.sum(), conditionals)[0]
+    dirty = torch.where(MASK[..., None], conditionals.detach(), junk).requires_grad_()
+    out = losses.self_certainty(dirty, direction=direction, mask=MASK)
+    assert torch.equal(out, clean) and torch.equal(torch.autograd.grad(out.sum(), dirty)[0], expected)
+    with pytest.raises(ValueError, match="^conditionals must be log-probabilities that sum to 1"):
+        losses.self_certainty(dirty, direction=direction)
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf, 1.0])
+@pytest.mark.parametrize("self_normalized", [True, False])
+def test_a_dropped_sample_may_hold_anything(self_normalized, junk):
+    log_weights = law(1, 0, 3)
+    clean = vector(-1, -2, -3).requires_grad_()
+    dirty = vector(-1, junk, -3).requires_grad_()
+    outs = [losses.weighted_likelihood(x, log_weights, self_normalized=self_normalized) for x in (clean, dirty)]
+    found, expected = (torch.autograd.grad(out, x)[0] for out, x in zip(outs[::-1], (dirty, clean), strict=True))
+    assert torch.equal(*outs) and torch.equal(found, expected) and found[1] == 0
+    with pytest.raises(ValueError, match="^logps must be"):
+        losses.weighted_likelihood(dirty, law(1, 1, 3), self_normalized=self_normalized)
+
+
+def test_weights_that_float64_cannot_hold():
+    logps = law(0.5, 0.25)
+    with pytest.raises(ValueError, match=r"^exp\(log_weights\) must be finite, got 1 of 2"):
+        losses.weighted_likelihood(logps, vector(0, 800), self_normalized=False)
+    # In half precision 100,000 samples of weight 1 have a mean, and so have weights above 65504.
+    half = torch.full((100_000,), -2.0).half()
+    for self_normalized in (True, False):
+        assert losses.weighted_likelihood(half, torch.zeros_like(half), self_normalized=self_normalized).item() == 2
+    out = losses.weighted_likelihood(half[:2] / 2**15, torch.full((2,), 12.0).half(), self_normalized=False)
+    assert out.item() == pytest.approx(math.exp(12) / 2**14, rel=1e-3)
+
+
+@pytest.mark.parametrize("direction", ["policy", "uniform"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_self_certainty_of_a_large_vocabulary(dtype, direction):
+    """Uniform over 151,936 symbols: certainty 0, though the logarithm itself is rounded."""
+    flat = torch.full((2, 151_936), -math.log(151_936), dtype=dtype)
+    out = losses.self_certainty(flat, direction=direction)
+    assert out.dtype == dtype and abs(out.item()) <= 1e-10
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_margins_beyond_the_dtype(dtype):
+    big = torch.tensor([4e4, -4e4], dtype=dtype)
+    chosen, rejected = big.clone().requires_grad_(), (-big).requires_grad_()
+    expected = torch.stack([torch.zeros((), dtype=dtype), (-2 * big[1].double()).to(dtype)])
+    for labels, wanted, slope in (
+        (1.0, expected, (0, -1)),
+        (0, expected.flip(0), (1, 0)),
+        (big * 0 + 1, expected, (0, -1)),
+    ):
+        out = losses.bradley_terry(chosen, rejected, labels)
+        assert torch.equal(out, wanted)
+        found = torch.autograd.grad(out.sum(), (chosen, rejected))
+        assert found[0].tolist() == list(slope) and found[1].tolist() == [-x for x in slope]
+    logps = torch.tensor([-0.5], dtype=dtype)
+    out = losses.dpo(logps, logps - 4, logps - 4, logps, 1e4)  # d = 8e4
+    assert out.item() == 0
+    assert losses.dpo(logps - 4, logps, logps, logps - 4, 1e4).item() == torch.tensor(8e4).to(dtype).item()
+
+
+def test_margins_that_overflow_are_refused():
+    with pytest.raises(ValueError, match="the margin d must be finite, got 1 of 1"):
+        losses.bradley_terry(vector(1.7e308), vector(-1.7e308))
+    with pytest.raises(ValueError, match="the margin d must be finite, got 1 of 1"):
+        losses.dpo(vector(-1), vector(-9), vector(-9), vector(-1), 1e308)
+
+
+@pytest.mark.parametrize("size", [5e-324, 1e-300, 1e-150, 1e150, 1e300, 1.7e308])
+def test_fit_at_any_scale(size):
+    close(losses.fit_bradley_terry(torch.tensor([[0, size], [size, 0]], dtype=F64)), vector(0, 0))
+    if size > 1e-300:
+        wins = torch.tensor([[0, size, 0], [size / 3, 0, size], [0, size / 2, 0]], dtype=F64)
+        close(losses.fit_bradley_terry(wins).diff(), -vector(math.log(3), math.log(2)), 1e-11)
+
+
+def test_fit_of_entries_that_are_too_far_apart():
+    rewards = losses.fit_bradley_terry(torch.tensor([[0, 1e150], [1e-149, 0]], dtype=F64))
+    close(rewards.diff(), -vector(299 * math.log(10)), 1e-10)
+    with pytest.raises(
+        ValueError, match="wins must be 0 or within a factor 1e300 of each other, got 1e-200 and 1e.200"
+    ):
+        losses.fit_bradley_terry(torch.tensor([[0, 1e200], [1e-200, 0]], dtype=F64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fit_takes_every_dtype(dtype):
+    wins = torch.tensor([[0, 3, 0], [1, 0, 2], [0, 1, 0]], dtype=dtype)
+    close(losses.fit_bradley_terry(wins).diff(), -vector(math.log(3), math.log(2)))
+
+
+# --- grpo without a reference ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kl", ["reward", "k1", "k2", "k3"])
+def test_grpo_without_kl_needs_no_reference(kl, rng):
+    logps, ref, rewards, mask, old = grpo_inputs(rng)
+    old = old.clamp(max=-0.01)
+    flags = {"kl": kl, "mask": mask, "old_logps": old}
+    out = losses.grpo(logps, None, rewards, 0, **flags)
+    expected = slow_grpo(logps, logps.detach(), rewards, 0.0, kl, "group", "group", mask, old, 0.2)
+    close(out, expected)
+    gradient = torch.autograd.grad(out, logps, retain_graph=True)[0]
+    close(gradient, torch.autograd.grad(expected, logps)[0])
+    # A reference that is given plays no part, also where k3 overflows.
+    for unused in (ref, ref - 1e4, logps.detach() - 1e4):
+        other = losses.grpo(logps, unused, rewards, 0.0, **flags)
+        assert torch.equal(other, out) and torch.equal(torch.autograd.grad(other, logps)[0], gradient)
+    far = (logps.detach() - 1e4).requires_grad_()
+    assert bool(torch.autograd.grad(losses.grpo(far, ref, rewards, 0.0, kl=kl), far)[0].isfinite().all())
+    # It is where the loss goes as beta goes to 0.
+    close(losses.grpo(logps, ref, rewards, 1e-14, **flags), out, 1e-10)
+    with pytest.raises(TypeError, match="^ref_logps must be a floating-point torch.Tensor, got NoneType"):
+        losses.grpo(logps, None, rewards, 1e-300, **flags)
+    with pytest.raises(ValueError, match="^ref_logps must be finite"):
+        losses.grpo(logps, ref - math.inf, rewards, 0.0, **flags)
+
+
+# --- numbers, lists and arrays ---------------------------------------------------------------------------------------
+
+
+def test_numbers_of_numpy_are_numbers():
+    logps, ref, rewards = law(0.2, 0.3, 0.5), law(0.3, 0.3, 0.4), vector(0, 1, 2)
+    for number in (np.float32(0.5), np.float64(0.5)):
+        close(losses.policy_gradient(logps, ref, rewards, number), losses.policy_gradient(logps, ref, rewards, 0.5))
+        close(
+            losses.policy_gradient(logps, ref, rewards, 1.0, baseline=number),
+            losses.policy_gradient(logps, ref, rewards, 1.0, baseline=0.5),
+        )
+        close(losses.rloo(logps, ref, rewards, number), losses.rloo(logps, ref, rewards, 0.5))
+        tokens = logps[:, None], ref[:, None]
+        close(
+            losses.grpo(*tokens, rewards, number, old_logps=tokens[1], clip=number),
+            losses.grpo(*tokens, rewards, 0.5, old_logps=tokens[1], clip=0.5),
+        )
+        pairs = logps, ref, ref, logps
+        close(losses.dpo(*pairs, number, number), losses.dpo(*pairs, 0.5, 0.5))
+    close(losses.rloo(logps, ref, rewards, np.int64(2)), losses.rloo(logps, ref, rewards, 2))
+    close(losses.bradley_terry(rewards, logps, np.int64(1)), losses.bradley_terry(rewards, logps))
+    first = torch.tensor([0, 1])
+    assert losses.count_wins(first, 1 - first, first, np.int8(12)).shape == (12, 12)  # 144 is more than int8 holds
+    assert torch.equal(
+        losses.count_wins(first, 1 - first, first, np.int64(3)), losses.count_wins(first, 1 - first, first, 3)
+    )
+
+
+@pytest.mark.parametrize("value", [[1.0, 0.0, 1.0], (1.0, 0.0, 1.0), np.ones(3), np.ones(1), "1", None])
+def test_lists_and_arrays_are_refused_by_name(value):
+    kind = type(value).__name__
+    logps, rewards = law(0.2, 0.3, 0.5), vector(0, 1, 2)
+    either = f"must be a number or a torch.Tensor, got {kind}"
+    with pytest.raises(TypeError, match=f"^labels {either}"):
+        losses.bradley_terry(rewards, logps, value)
+    with pytest.raises(TypeError, match=f"^labels {either}"):
+        losses.dpo(logps, logps, logps, logps, 1.0, value)
+    with pytest.raises(TypeError, match=f"^baseline {either}"):
+        losses.policy_gradient(logps, logps, rewards, 1.0, baseline=value)
+    with pytest.raises(TypeError, match=f"^labels must be a torch.Tensor, got {kind}"):
+        losses.count_wins(torch.arange(3), torch.arange(3).flip(0), value, 3)
+    if value is not None:
+        mask = f"^mask must be a boolean torch.Tensor, got {kind}"
+        with pytest.raises(TypeError, match=mask):
+            losses.grpo(logps[:, None], logps[:, None], rewards, 1.0, mask=value)
+        with pytest.raises(TypeError, match=mask):
+            losses.self_certainty(logps.expand(3, 3), mask=value)
+
+
+def test_no_tokens_and_no_samples_are_refused():
+    none = torch.zeros(3, 0, dtype=F64)
+    with pytest.raises(ValueError, match=r"^logps must have a last dimension of size >= 1, got shape \(3, 0\)"):
+        losses.grpo(none, none, vector(0, 1, 2), 1.0)
+    with pytest.raises(ValueError, match=r"^logps must have a last dimension of size >= 1, got shape \(3, 0\)"):
+        losses.weighted_likelihood(none, none)
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 L3 = law(0.2, 0.3, 0.5)
@@ -966,14 +1391,25 @@ def test_bad_log_probabilities(call, swap, bad, error, text):
     [
         lambda beta: losses.policy_gradient(L3, L3, R3, beta),
         lambda beta: losses.rloo(L3, L3, R3, beta),
-        lambda beta: losses.grpo(TOKENS, TOKENS, R3, beta),
         lambda beta: losses.dpo(L3, L3, L3, L3, beta),
     ],
-    ids=["policy_gradient", "rloo", "grpo", "dpo"],
+    ids=["policy_gradient", "rloo", "dpo"],
 )
 def test_bad_temperatures(call, beta):
     with pytest.raises(ValueError, match="^beta must be finite and > 0, got"):
         call(beta)
+    with pytest.raises(TypeError, match=r"^beta must be a number, got a torch.float64 tensor"):
+        call(torch.tensor(0.5, dtype=F64))
+
+
+@pytest.mark.parametrize("beta", [-1.0, math.inf, math.nan, "1", True])
+def test_bad_temperatures_of_grpo(beta):
+    with pytest.raises(ValueError, match="^beta must be finite and >= 0, got"):
+        losses.grpo(TOKENS, TOKENS, R3, beta)
+    with pytest.raises(TypeError, match=r"^beta must be a number, got a torch.float64 tensor"):
+        losses.grpo(TOKENS, TOKENS, R3, torch.tensor(0.5, dtype=F64))
+    with pytest.raises(TypeError, match=r"^clip must be a number, got a torch.float64 tensor"):
+        losses.grpo(TOKENS, TOKENS, R3, 1.0, clip=torch.tensor(0.5, dtype=F64))
 
 
 @pytest.mark.parametrize(

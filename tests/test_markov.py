@@ -1,11 +1,12 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import F64, check_sampler, draws_from, law, random_law, vector, without
 
-from tiltlib import categorical, verify
+from tiltlib import categorical, selection, smc, verify
 from tiltlib.markov import LETTERS_AND_SPACE, MarkovChain
 
 
@@ -432,6 +433,12 @@ def test_bad_tilts(method, rewards, beta, length, error, text):
             "tokens must be an integer torch.Tensor, got a torch.bool",
         ),
         (lambda: CHAIN.logps("ab"), TypeError, "tokens must be an integer torch.Tensor, got str"),
+        (lambda: CHAIN.logps([[0, 1]]), TypeError, "tokens must be an integer torch.Tensor, got list"),
+        (lambda: CHAIN.logps(np.zeros((2, 2))), TypeError, "tokens must be an integer torch.Tensor, got ndarray"),
+        (lambda: CHAIN.logps(torch.zeros(2, 0).long()), ValueError, r"tokens must hold .* got shape \(2, 0\)"),
+        (lambda: CHAIN.kl(HALF, 2), TypeError, "other must be a MarkovChain, got a torch.float64 tensor"),
+        (lambda: CHAIN.sample(3, 3, generator=None), TypeError, "generator must be a torch.Generator, got NoneType"),
+        (lambda: CHAIN.tilt(RIGHT, torch.tensor(1.0), 3), TypeError, "beta must be a number, got a torch.float32"),
         (lambda: CHAIN.logps(torch.tensor(0)), ValueError, "tokens must have a last dimension"),
         (lambda: CHAIN.decode(torch.tensor([0, 1])), ValueError, r"tokens must have shape \(n, L\), got \(2,\)"),
         (lambda: CHAIN.encode("ab"), ValueError, "texts must be a list of .*, got one string"),
@@ -583,6 +590,16 @@ STEPPED = MarkovChain(HALF.expand(3, 2, 2), "ab")
         (lambda: STEPPED.kl(CHAIN, 2), ValueError, "other must have order 1 over 'ab', got order 1 over"),
         (lambda: STEPPED.refit(torch.zeros(2).long(), per_step=True), ValueError, r"tokens must have shape \(n, L\)"),
         (
+            lambda: STEPPED.refit(torch.zeros(0, 2).long(), per_step=True),
+            ValueError,
+            r"tokens must have shape \(n, L\) with n >= 1, got \(0, 2\)",
+        ),
+        (
+            lambda: STEPPED.refit(torch.zeros(1, 2).long(), [0.0], per_step=True),
+            TypeError,
+            "log_weights must be a floating-point torch.Tensor, got list",
+        ),
+        (
             lambda: STEPPED.refit(torch.zeros(2, 2).long(), vector(0), per_step=True),
             ValueError,
             r"log_weights must have shape \(2,\), one per string, got \(1,\)",
@@ -597,3 +614,234 @@ STEPPED = MarkovChain(HALF.expand(3, 2, 2), "ab")
 def test_bad_calls_of_stepped_chains(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+# --- numerics --------------------------------------------------------------------------------------------------------
+
+SMALL = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def rounded(chain, dtype):
+    """The chain made of a table in another dtype, and the chain that this table means: normalised in float64."""
+    table = chain.table(0).to(dtype)
+    return MarkovChain(table, chain.alphabet), MarkovChain(torch.log_softmax(table.double(), -1), chain.alphabet)
+
+
+@pytest.mark.parametrize("dtype", SMALL)
+def test_a_chain_that_was_accepted_is_never_refused(dtype, rng):
+    for _ in range(5):
+        chain, meant = rounded(random_chain(3, 2, rng), dtype)
+        rewards, values = torch.randn(9, 3, generator=rng).to(dtype), torch.zeros(4, 9, dtype=dtype)
+        tokens = torch.tensor([[0, 1, 2]])
+        calls = (
+            lambda c, r=rewards, v=values: selection.soft_best_of_n_chain(c, r, 0.7, v, 3),
+            lambda c, t=tokens: c.refit(t, per_step=True),
+            lambda c, t=tokens: c.refit(t, per_step=False),
+            lambda c, r=rewards, v=values: smc.twisted_proposal(c, r, 0.7, v),
+            lambda c, r=rewards: c.tilt(r.double(), 0.7, 3),
+            lambda c: c.stopped(3),
+        )
+        for call in calls:
+            got, expected = call(chain), call(meant)
+            for t in range(3):
+                close(got.table(t), expected.table(t), 1e-14)
+                close(got.table(t).logsumexp(-1), torch.zeros(9, dtype=F64), 1e-14)
+        close(chain.kl(meant, 3), vector(0).squeeze())
+        close(chain.contexts(3), meant.contexts(3))
+        close(chain.reward_law(vector(0, 1, 1).to(dtype), 3).logps, meant.reward_law(vector(0, 1, 1), 3).logps)
+
+
+@pytest.mark.parametrize("dtype", [F64, *SMALL])
+def test_what_comes_out_has_the_dtype_that_came_in(dtype, rng):
+    chain, meant = rounded(random_chain(3, 1, rng), dtype)
+    strings, rewards = all_strings(3, 6), torch.randn(3, generator=rng).to(dtype)
+    assert chain.table(0).dtype == chain.kl(meant, 2).dtype == chain.contexts(2).dtype == F64
+    # Added up in float64 and rounded once: the sum of six rounded numbers would be further off.
+    for got, exact in (
+        (chain.logps(strings), meant.logps(strings)),
+        (chain.total_reward(strings, rewards), meant.total_reward(strings, rewards.double())),
+        (chain.soft_values(rewards, 0.7, 6), meant.soft_values(rewards.double(), 0.7, 6)),
+        (chain.tilt(rewards, 0.7, 6).values, meant.soft_values(rewards.double(), 0.7, 6)),
+        (chain.tilt(rewards, 0.7, 6).log_partition, meant.tilt(rewards.double(), 0.7, 6).log_partition),
+        (chain.tilt(rewards, 0.7, 6).logps(strings), meant.tilt(rewards.double(), 0.7, 6).logps(strings)),
+        (chain.stopped(6).logps(strings), meant.stopped(6).logps(strings)),
+    ):
+        assert got.dtype == dtype
+        tolerance = 1e-14 if dtype == F64 else torch.finfo(dtype).eps
+        torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=1e-14)
+    assert chain.soft_values(rewards.double(), 0.7, 6).dtype == F64
+    assert meant.soft_values(rewards, 0.7, 6).dtype == F64
+
+
+@pytest.mark.parametrize("beta", [5e-324, 1e-300, 1e-60, 1e-38, 1e-17, 1e-3, 1.0, 1e17, 1e300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_every_beta_gives_the_tilt(dtype, beta, rng):
+    """Whole-numbered rewards with ties, in every scale; the limit of small beta is p on the strings of most reward."""
+    chain, meant = rounded(random_chain(3, 2, rng), dtype)
+    strings = all_strings(3, 4)
+    for rewards in (torch.randint(-2, 3, (9, 3), generator=rng), torch.randint(2, (3,), generator=rng)):
+        total = meant.total_reward(strings, rewards.double())
+        expected = torch.log_softmax(meant.logps(strings) + (total - total.max()) / beta, -1)
+        tilted = chain.tilt(rewards.to(dtype), beta, 4)
+        logps = torch.stack([tilted._exact_rows(t, c) for t, c in enumerate(tilted._steps(strings).unbind(-1))], 1)
+        logps = logps.gather(-1, strings[..., None]).sum((1, 2))
+        close(logps.exp(), expected.exp())
+        for t in range(4):
+            close(tilted.table(t).exp().sum(-1), torch.ones(9, dtype=F64))
+        values = chain.soft_values(rewards.to(dtype), beta, 4)
+        log_z = torch.logsumexp(meant.logps(strings) + (total - total.max()) / beta, 0) + total.max() / beta
+        assert not values.isnan().any() and values.dtype == tilted.log_partition.dtype == dtype
+        torch.testing.assert_close(
+            tilted.log_partition, log_z.to(dtype), rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps
+        )
+        assert torch.equal(tilted.values, values)
+
+
+def test_rewards_of_every_scale(rng):
+    chain, strings = random_chain(3, 1, rng), all_strings(3, 1)
+    for scale in (1e-300, 1e-60, 1.0, 1e60, 4e307):
+        rewards = scale * vector(1, -1, 0.5)
+        for ratio in (0.3, 3.0):
+            close(
+                chain.tilt(rewards, ratio * scale, 1).logps(strings),
+                chain.tilt(rewards / scale, ratio, 1).logps(strings),
+            )
+    for call in (
+        lambda: chain.tilt(vector(1.7e308, -1.7e308, 0), 1.0, 2),
+        lambda: chain.soft_values(vector(1.7e308, -1.7e308, 0), 1.0, 2),
+        lambda: chain.reward_law(vector(1.7e308, -1.7e308, 0), 2),
+        lambda: chain.total_reward(torch.zeros(1, 2).long(), vector(1.7e308, -1.7e308, -math.inf)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"rewards must be so small that totals of 2 symbols .* got 1\.7e\+308 in size"
+        ):
+            call()
+
+
+def test_the_reward_of_a_symbol_that_is_never_written_does_not_count(rng):
+    table = torch.stack([law(0.5, 0, 0.5), law(0.2, 0.3, 0.5), law(0.4, 0, 0.6)])
+    chain = MarkovChain(table, "ab ")
+    small = chain.tilt(vector(1, 0, 2), 1e-10, 4)
+    for high in (1e300, -1e300, -math.inf):
+        tilted = chain.tilt(vector(1, high, 2), 1e-10, 4)
+        assert torch.equal(tilted.logps(all_strings(3, 4)), small.logps(all_strings(3, 4)))
+        assert not any(tilted.table(t).isnan().any() for t in range(4))
+
+
+def differences(f, x, h=1e-6):
+    """Central differences of a scalar function, where x is finite."""
+    gradient = torch.zeros_like(x)
+    for i in x.isfinite().nonzero():
+        step = torch.zeros_like(x)
+        step[tuple(i)] = h
+        gradient[tuple(i)] = (f(x + step) - f(x - step)) / (2 * h)
+    return gradient
+
+
+def gradient_of(f, x):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(f(x), x)[0]
+
+
+# Context a is never reached, and there the second chain excludes what the first one writes.
+LOGITS = torch.tensor([[0.3, 1, 0.2], [-math.inf, 0.4, 0.1], [-math.inf, 0.9, -0.5]], dtype=F64)
+OTHER = torch.tensor([[0.3, -math.inf, 0.2], [-math.inf, 1.4, 0.1], [0.3, 0.1, 0.5]], dtype=F64)
+
+
+def test_gradients_of_the_divergence_where_a_probability_is_0():
+    def chain(logits):
+        return MarkovChain(torch.log_softmax(logits, -1), "ab ")
+
+    for f, x in (
+        (lambda x: chain(x).kl(chain(OTHER), 4), LOGITS),
+        (lambda x: chain(LOGITS).kl(chain(x), 4), OTHER),
+        (lambda x: chain(x).tilt(vector(0, 1, 0.5), 0.7, 4).kl(chain(OTHER), 4), LOGITS),
+        (lambda x: chain(LOGITS).kl(chain(LOGITS).tilt(x, 0.7, 4), 4), vector(0, 1, 0.5)),
+        (lambda x: chain(x).contexts(4)[-1, 1], LOGITS),
+        (lambda x: chain(x).reward_law(vector(0, 3, 0), 4).logps[3], LOGITS),
+    ):
+        assert f(x).isfinite()
+        close(gradient_of(f, x), differences(f, x), 1e-8)
+    assert chain(OTHER).kl(chain(LOGITS), 4).item() == math.inf
+
+
+def test_gradients_of_the_tilt_with_dead_ends(rng):
+    chain = random_chain(3, 2, rng)
+    rewards = reward_tables(3, 2, rng)["excluded"]
+    strings = torch.tensor([[1, 2, 1, 0], [2, 2, 1, 1]])
+
+    def log_z(r):
+        return chain.tilt(r, 0.7, 4).log_partition
+
+    for f in (
+        log_z,
+        lambda r: (v := chain.soft_values(r, 0.7, 4)[1])[v > -math.inf].sum(),
+        lambda r: chain.tilt(r, 0.7, 4).logps(strings).sum(),
+    ):
+        close(gradient_of(f, rewards), differences(f, rewards), 1e-7)
+    # d log Z / d r(c, a) is how often a follows c, over beta.
+    tilted = chain.tilt(rewards, 0.7, 4)
+    often = sum(tilted.contexts(4)[t][:, None] * tilted.table(t).exp() for t in range(4))
+    close(gradient_of(log_z, rewards), often / 0.7)
+
+
+def test_a_chain_keeps_its_own_tables(rng):
+    for dtype in (F64, torch.float32):
+        table = torch.log_softmax(torch.randn(3, 3, generator=rng), -1).to(dtype)
+        table = torch.log_softmax(table, -1)
+        rewards = torch.randn(3, generator=rng).to(dtype)
+        chain = MarkovChain(table, "ab ")
+        tilted = chain.tilt(rewards, 0.7, 3)
+        before = [chain.table(0), tilted.table(0), tilted.table(2)]
+        table.zero_()
+        rewards.zero_()
+        chain.table(0).zero_()
+        tilted.table(0).zero_()
+        assert all(map(torch.equal, [chain.table(0), tilted.table(0), tilted.table(2)], before))
+    assert not hasattr(tilted, "_tables")  # it makes its own when asked, and keeps none of its reference
+
+
+def test_no_strings_are_a_batch():
+    none = torch.zeros(0, 3).long()
+    assert CHAIN.logps(none).shape == (0,) and CHAIN.logps(none).dtype == F64
+    assert CHAIN.logps(none.view(2, 0, 3)).shape == (2, 0)
+    assert CHAIN.total_reward(none, RIGHT.float()).dtype == torch.float32
+    assert CHAIN.total_reward(none, RIGHT).shape == (0,) and CHAIN.decode(none) == []
+
+
+def test_numbers_of_numpy(rng):
+    three, beta = np.int64(3), np.float32(0.5)
+    tilted = CHAIN.tilt(RIGHT + 1, beta, three)
+    assert tilted.log_partition.item() == 6 and tilted.log_partition.dtype == F64
+    assert tilted.sample(three, three, generator=rng).shape == (3, 3)
+    assert CHAIN.kl(tilted, three).item() == pytest.approx(0, abs=1e-15) and CHAIN.stopped(three).length == 3
+    assert CHAIN.reward_law(RIGHT + 1, three).values.tolist() == [3]
+    assert MarkovChain.fit(["ab"], vector(1), np.int32(2), alphabet="ab ").order == 2
+
+
+def test_weights_of_words_of_every_scale():
+    expected = fitted(2).table(0)
+    for scale in (5e-324, 1e-300, 1.0, 2.0**1022):
+        close(MarkovChain.fit(["ab", "b", "ba"], scale * vector(2, 1, 1), 2, alphabet="ab ").table(0), expected)
+    for dtype, scale in ((torch.float16, 2.0**14), (torch.bfloat16, 2.0**120), (torch.float32, 2.0**126)):
+        weights = (scale * vector(2, 1, 1)).to(dtype)
+        assert torch.equal(MarkovChain.fit(["ab", "b", "ba"], weights, 2, alphabet="ab ").table(0), expected)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float16])
+def test_nothing_depends_on_the_default_dtype(default, rng):
+    def everything():
+        chain = MarkovChain(LOGITS.float().log_softmax(-1), "ab ")
+        g = torch.Generator().manual_seed(1)
+        tilted = chain.tilt(vector(0, 1, 0.5).float(), 0.7, 3)
+        refit = chain.refit(tilted.sample(50, 3, generator=g), per_step=True)
+        kept = MarkovChain.fit(["ab"], vector(1), 1, alphabet="ab ").table(0)
+        return tilted.values, tilted.table(1), refit.table(1), chain.kl(tilted, 3), chain.stopped(3).table(1), kept
+
+    expected = everything()
+    torch.set_default_dtype(default)
+    try:
+        got = everything()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(expected, got, strict=True))

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import F64, law, random_law, vector
@@ -137,6 +138,37 @@ ONE = torch.tensor([1])
         ((vector(-math.inf), vector(0), 2.0, ONE, ONE), ValueError, "logps must be finite, got 1 of 1"),
         ((vector(0), vector(0), 2.0, ONE, 0 * ONE), ValueError, "sizes and new_sizes must be >= 1, got 0"),
         ((vector(0), vector(0, 0), 2.0, ONE, ONE), ValueError, "must have one shape"),
+        # A model that breaks must not look like a chain that stands still, or one that always moves.
+        (
+            (vector(0), vector(math.nan), 2.0, ONE, ONE),
+            ValueError,
+            "new_logps must be finite or -inf, got 1 of 1 entries",
+        ),
+        (
+            (vector(0), vector(math.inf), 2.0, ONE, ONE),
+            ValueError,
+            "new_logps must be finite or -inf, got 1 of 1 entries",
+        ),
+        ((vector(math.nan), vector(0), 2.0, ONE, ONE), ValueError, "logps must be finite, got 1 of 1"),
+        ((vector(math.inf), vector(0), 2.0, ONE, ONE), ValueError, "logps must be finite, got 1 of 1"),
+        ((vector(0), [0.0], 2.0, ONE, ONE), TypeError, "new_logps must be a floating-point torch.Tensor, got list"),
+        (
+            (vector(0), ONE, 2.0, ONE, ONE),
+            TypeError,
+            "new_logps must be a floating-point torch.Tensor, got a torch.int64",
+        ),
+        ((vector(0), vector(0), 2.0, [1], ONE), TypeError, "sizes must be an integer torch.Tensor, got list"),
+        (
+            (vector(0), vector(0), 2.0, ONE, np.ones(1)),
+            TypeError,
+            "new_sizes must be an integer torch.Tensor, got ndarray",
+        ),
+        (
+            (vector(0), vector(0), 2.0, ONE, ONE.double()),
+            TypeError,
+            "new_sizes must be an integer .*got a torch.float64",
+        ),
+        ((vector(0), vector(0), torch.tensor(2.0), ONE, ONE), TypeError, "power must be a number, got a torch.float32"),
     ],
 )
 def test_bad_acceptance(arguments, error, text):
@@ -156,16 +188,76 @@ GOOD = torch.tensor([[0, 0, 2], [2, 2, 2]])
         ({"tokens": GOOD[0]}, ValueError, r"tokens must have shape \(n, L\), got \(3,\)"),
         ({"tokens": torch.tensor([[2, 0, 2]])}, ValueError, "tokens must have positive probability, got 1 strings"),
         ({"end": "x"}, ValueError, "end must be one symbol of 'ab|', got 'x'"),
+        ({"end": "ab"}, ValueError, "end must be one symbol of 'ab|', got 'ab'"),
+        ({"end": 2}, ValueError, "end must be one symbol of 'ab|', got 2"),
+        ({"tokens": [[0, 0, 2]]}, TypeError, "tokens must be an integer torch.Tensor, got list"),
+        ({"generator": None}, TypeError, "generator must be a torch.Generator, got NoneType"),
         ({"ref": FIXED, "steps": 50}, ValueError, "tokens must hold only 2 after the first 2"),
     ],
 )
 def test_bad_input(change, error, text, rng):
-    arguments = {"ref": WORDS, "tokens": GOOD, "power": 2.0, "steps": 1, "end": "|", **change}
+    arguments = {"ref": WORDS, "tokens": GOOD, "power": 2.0, "steps": 1, "end": "|", "generator": rng, **change}
     with pytest.raises(error, match=text.replace("|", r"\|")):
-        mcmc.power_mh(**arguments, generator=rng)
+        mcmc.power_mh(**arguments)
 
 
 def test_a_stopped_chain_writes_one_word(rng):
     chain = markov.MarkovChain(torch.stack([random_law(3, rng) for _ in range(9)]), "ab|").stopped(6)
     x = chain.sample(500, 6, generator=rng)
     assert (mcmc.lengths(x, 2) >= 1).all() and (x[:, 0] == 2).any()
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
+def test_acceptance_in_every_dtype(dtype):
+    """(p'/p)^(a-1) |x| / |x'|, rounded once; sizes and powers beyond the range of half precision."""
+    logps, new = vector(-3, -40, -2, -60000, -1).to(dtype), vector(-2.5, -math.inf, -70, -60000, -1).to(dtype)
+    sizes, new_sizes = torch.tensor([70000, 1, 3, 100000, 1]), torch.tensor([140000, 1, 2, 200000, 3])
+    for power in (1e-300, 0.5, 1.0, 2.0, 1e300):
+        got = mcmc.log_accept(logps, new, power, sizes, new_sizes)
+        difference = new.double() - logps.double()
+        exact = (power - 1) * difference.clamp(min=-1e300) + (sizes.double() / new_sizes.double()).log()
+        exact[1] = math.inf * -1
+        assert got.dtype == dtype
+        close(got.double(), exact.clamp(max=0).to(dtype).double(), 1e-14 if dtype == F64 else 0)
+    assert mcmc.log_accept(logps.float(), new.double(), 2.0, sizes, new_sizes).dtype == F64
+
+
+def test_the_gradient_of_the_acceptance_is_finite():
+    new = vector(-1, -math.inf, -5).requires_grad_()
+    for power, slope in ((1.0, 0.0), (3.0, 2.0)):
+        accept = mcmc.log_accept(vector(-0.5, -1, -1), new, power, ONE.expand(3), ONE.expand(3))
+        (gradient,) = torch.autograd.grad(accept[accept > -math.inf].sum(), new)
+        close(gradient, vector(slope, 0, slope))
+
+
+def test_no_strings_are_a_batch(rng):
+    none, empty = torch.zeros(0, 3).long(), torch.zeros(0).long()
+    for dtype in (F64, torch.float16):
+        accept = mcmc.log_accept(empty.to(dtype), empty.to(dtype), 2.0, empty, empty)
+        assert accept.shape == (0,) and accept.dtype == dtype
+    assert mcmc.lengths(none, 2).shape == (0,) and mcmc.lengths(none, 2).dtype == torch.int64
+    for chain, end in ((WORDS, "|"), (FIXED, None)):
+        out = mcmc.power_mh(chain, none, 2.0, 2, generator=rng, end=end)
+        assert out.tokens.shape == (0, 3) and out.acceptance.shape == (0,) and out.acceptance.dtype == F64
+    with pytest.raises(ValueError, match=r"tokens must hold at least one number, got shape \(2, 0\)"):
+        mcmc.lengths(torch.zeros(2, 0).long(), 2)
+
+
+def test_bad_lengths():
+    assert mcmc.lengths(torch.tensor([0, 2]), np.int64(2)).item() == 2
+    with pytest.raises(TypeError, match="end must be an int, got float"):
+        mcmc.lengths(torch.tensor([0, 2]), 2.0)
+    with pytest.raises(TypeError, match="end must be an int, got NoneType"):
+        mcmc.lengths(torch.tensor([0, 2]), None)
+    with pytest.raises(ValueError, match="tokens must have a last dimension"):
+        mcmc.lengths(torch.tensor(2), 2)
+
+
+def test_a_float32_chain_moves_as_its_float64_law(rng):
+    small = markov.MarkovChain(ROWS.float(), "ab|")
+    meant = markov.MarkovChain(torch.log_softmax(ROWS.float().double(), -1), "ab|")
+    x, state = small.sample(500, 3, generator=rng), rng.get_state()
+    out = mcmc.power_mh(small, x, np.float64(2.0), np.int64(4), generator=rng)
+    rng.set_state(state)
+    expected = mcmc.power_mh(meant, x, 2.0, 4, generator=rng)
+    assert torch.equal(out.tokens, expected.tokens) and torch.equal(out.acceptance, expected.acceptance)

@@ -2,6 +2,7 @@ import copy
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import F64, S0, S0_REWARDS, check_sampler, draws_from, law, random_law, vector, without
@@ -48,11 +49,34 @@ def test_tabular_copies_its_logits():
     assert [name for name, _ in policy.named_parameters()] == ["logits"] and policy.logits.is_leaf
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_tabular_keeps_the_dtype(dtype):
-    policy = TabularPolicy(LOGITS.to(dtype))
-    assert policy.law().dtype == policy.logps(torch.tensor([0])).dtype == dtype
-    torch.testing.assert_close(policy.law().double(), torch.log_softmax(LOGITS, 0), rtol=1e-6, atol=1e-6)
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, F64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tabular_keeps_the_dtype(dtype, rng):
+    """Law and gradient are those of float64 at the rounded logits, rounded once more."""
+    logits = LOGITS.to(dtype)
+    policy, wide = TabularPolicy(logits), TabularPolicy(logits.double())
+    outcomes = torch.tensor([2, 0, 2])
+    assert policy.law().dtype == policy.logps(outcomes).dtype == dtype
+    assert torch.equal(policy.law(), wide.law().to(dtype))
+    assert torch.equal(policy.logps(outcomes), wide.logps(outcomes).to(dtype))
+    for p in (policy, wide):
+        p.logps(outcomes).sum().backward()
+    assert torch.equal(policy.logits.grad, wide.logits.grad.to(dtype))
+    state = rng.get_state()
+    drawn = policy.sample(1000, generator=rng)
+    rng.set_state(state)
+    assert torch.equal(drawn, wide.sample(1000, generator=rng))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tabular_on_a_large_vocabulary(dtype, rng):
+    """In half precision the rounded law of 151,936 outcomes does not sum to one; draws come from the exact one."""
+    policy = TabularPolicy(torch.zeros(151_936, dtype=dtype))
+    assert policy.law()[0].item() == torch.tensor(-math.log(151_936), dtype=F64).to(dtype).item()
+    drawn = policy.sample(1000, generator=rng)
+    assert drawn.min() < 15_000 and drawn.max() > 137_000
 
 
 def test_tabular_gradient():
@@ -191,6 +215,40 @@ def test_natural_step_refuses_steps_that_diverge(step):
     natural_step(LOGITS, torch.arange(3), S0, S0_REWARDS, 0.5, 3.999)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_natural_step_rounds_once(dtype):
+    ref = S0.to(dtype)
+    arguments = LOGITS.to(dtype), ref, S0_REWARDS.to(dtype)
+    moved = natural_step(arguments[0], torch.arange(3), *arguments[1:], 0.7, 0.3)
+    theta, log_p, r = (x.double() for x in arguments)
+    assert moved.dtype == dtype and torch.equal(moved, (theta + 0.3 * (r - 0.7 * (theta - log_p))).to(dtype))
+
+
+@pytest.mark.parametrize("beta", [1e-300, 1e-5, 1e5, 1e300])
+def test_natural_step_at_any_temperature(beta):
+    """Half of the way to log p + r / beta, which is log p where beta is large."""
+    rewards = beta * S0_REWARDS
+    moved = natural_step(LOGITS, torch.arange(3), S0, rewards, beta, 0.5 / beta)
+    close(moved, (LOGITS + S0 + S0_REWARDS) / 2)
+
+
+def test_natural_step_of_numpy_numbers():
+    expected = natural_step(LOGITS, torch.arange(3), S0, S0_REWARDS, 0.5, 0.25)
+    for kind in (np.float32, np.float64):
+        assert torch.equal(natural_step(LOGITS, torch.arange(3), S0, S0_REWARDS, kind(0.5), kind(0.25)), expected)
+
+
+@pytest.mark.parametrize("step", [torch.tensor(0.5), "0.5", None, [0.5], True])
+def test_steps_that_are_no_numbers(step):
+    with pytest.raises(TypeError, match="^step must be a number, got"):
+        natural_step(LOGITS, torch.arange(3), S0, S0_REWARDS, 1.0, step)
+
+
+def test_steps_that_the_dtype_cannot_hold():
+    with pytest.raises(ValueError, match="^the new logits must be finite, got 1 of 3"):
+        natural_step(LOGITS.half(), torch.arange(3), S0.half(), vector(0, 1, 6e4).half(), 0.1, 15.0)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
@@ -204,6 +262,7 @@ def test_natural_step_refuses_steps_that_diverge(step):
         ({"ref_logps": law(0.5, 0.5)}, ValueError, "logits and ref_logps and rewards must have one shape"),
         ({"beta": 0.0}, ValueError, "beta must be finite and > 0, got 0.0"),
         ({"beta": math.nan}, ValueError, "beta must be finite and > 0, got nan"),
+        ({"beta": torch.tensor(1.0)}, TypeError, "beta must be a number, got a torch.float32 tensor"),
     ],
 )
 def test_bad_natural_steps(change, error, text):
@@ -375,6 +434,49 @@ def test_float32_reference(rng):
     assert other.sample(5, generator=rng).shape == (5, 3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reference_of_any_dtype(dtype, rng):
+    """Everything is computed in float64 from the rows of the chain, and rounded at the end."""
+    ref = random_chain(3, 2, rng)
+    narrow = MarkovChain(ref.table(0).to(dtype), ref.alphabet)
+    wide = MarkovChain(torch.log_softmax(narrow.table(0).double(), -1), ref.alphabet)
+    policy, other = (small_policy(r, 3, rng) for r in (narrow, wide))
+    other.load_state_dict(perturbed(policy, rng).state_dict())
+    strings, eps = all_strings(3, 3), torch.finfo(dtype).eps
+    for name in ("conditionals", "token_logps", "logps"):
+        out, expected = getattr(policy, name)(strings), getattr(other, name)(strings)
+        assert out.dtype == dtype and expected.dtype == F64
+        torch.testing.assert_close(out, expected.to(dtype), rtol=eps, atol=1e-12)
+    state = rng.get_state()
+    drawn = policy.sample(300, generator=rng)
+    rng.set_state(state)
+    assert torch.equal(drawn, other.sample(300, generator=rng))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, F64])
+def test_the_default_dtype_plays_no_part(dtype):
+    def made():
+        rng = torch.Generator().manual_seed(1)
+        policy = small_policy(random_chain(3, 1, rng), 3, rng)
+        assert {p.dtype for p in policy.parameters()} == {torch.float32}
+        moved = natural_step(LOGITS, torch.arange(3), S0, S0_REWARDS, 0.5, 0.3)
+        return [
+            *policy.parameters(),
+            policy.logps(all_strings(3, 3)),
+            policy.sample(9, generator=rng),
+            TabularPolicy(LOGITS).law(),
+            moved,
+        ]
+
+    expected, before = made(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = made()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_batch_shapes_and_prefixes(rng):
     policy = perturbed(small_policy(random_chain(3, 2, rng), 4, rng), rng)
     strings = torch.randint(3, (2, 5, 4), generator=rng)
@@ -491,6 +593,31 @@ def test_a_copy_is_a_policy_of_its_own(rng):
 def test_bad_sizes(change, error, text, rng):
     with pytest.raises(error, match=text):
         TransformerPolicy(random_chain(2, 1, rng), **{"length": 2, "generator": rng, **change})
+
+
+def test_sizes_of_numpy_are_sizes(rng):
+    ref, state = random_chain(3, 1, rng), rng.get_state()
+    policy = TransformerPolicy(
+        ref, np.int64(3), generator=rng, layers=np.int32(1), width=np.int8(100), heads=np.int64(2)
+    )
+    drawn = policy.sample(np.int64(5), generator=rng)
+    rng.set_state(state)
+    other = TransformerPolicy(ref, 3, generator=rng, layers=1, width=100, heads=2)
+    assert torch.equal(drawn, other.sample(5, generator=rng)) and drawn.shape == (5, 3)
+    assert TabularPolicy(LOGITS).sample(np.int64(5), generator=rng).shape == (5,)
+
+
+@pytest.mark.parametrize("generator", [None, 7])
+def test_bad_generators(generator, rng):
+    ref = random_chain(2, 1, rng)
+    policy = small_policy(ref, 2, rng)
+    for call in (
+        lambda: TransformerPolicy(ref, 2, generator=generator),
+        lambda: policy.sample(3, generator=generator),
+        lambda: TabularPolicy(LOGITS).sample(3, generator=generator),
+    ):
+        with pytest.raises(TypeError, match=f"^generator must be a torch.Generator, got {type(generator).__name__}"):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import F64, S0, S0_REWARDS, law, random_law, vector
@@ -234,6 +235,10 @@ def test_rejection_instances_of_the_theory(rng):
         (vector(0.0, 1.0), 0, ValueError, "n must be an integer >= 1, got 0"),
         (vector(0.0, 1.0), -2, ValueError, "n must be an integer >= 1, got -2"),
         (vector(0.0, 1.0), 1.5, TypeError, "n must be an int, got float"),
+        (vector(0.0, 1.0), torch.tensor(1), TypeError, "n must be an int, got a torch.int64 tensor"),
+        (np.zeros(2), 1, TypeError, "log_weights must be a floating-point torch.Tensor, got ndarray"),
+        ([0.0, 1.0], 1, TypeError, "log_weights must be a floating-point torch.Tensor, got list"),
+        (torch.zeros(3, 0), 1, ValueError, r"log_weights must have a last dimension of size >= 1, got shape \(3, 0\)"),
     ],
 )
 def test_bad_weights(scheme, log_weights, n, error, text, rng):
@@ -254,8 +259,134 @@ def test_too_few_for_top_k(rng):
         (vector(0.0), 0.0, 0.0, ValueError, "beta must be finite and > 0, got 0.0"),
         (vector(0.0), 1.0, math.inf, ValueError, "max_reward must be finite, got inf"),
         (vector(0.0), 1.0, math.nan, ValueError, "max_reward must be finite, got nan"),
+        (vector(math.inf), 1.0, 0.0, ValueError, "rewards must be finite or -inf"),
+        ([0.0], 1.0, 0.0, TypeError, "rewards must be a floating-point torch.Tensor, got list"),
+        (vector(0.0), 1.0, torch.tensor(0.0), TypeError, "max_reward must be a number, got a torch.float32 tensor"),
     ],
 )
 def test_bad_rejection(rewards, beta, max_reward, error, text, rng):
     with pytest.raises(error, match=text):
         resampling.rejection(rewards, beta, max_reward, generator=rng)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES.values(), resampling.gumbel_top_k])
+def test_a_generator_is_required(scheme):
+    with pytest.raises(TypeError, match="generator must be a torch.Generator, got NoneType"):
+        scheme(vector(0.0, 1.0), 1, generator=None)
+
+
+def test_rejection_requires_a_generator():
+    with pytest.raises(TypeError, match="generator must be a torch.Generator, got NoneType"):
+        resampling.rejection(vector(0.0), 1.0, 0.0, generator=None)
+
+
+# --- numerics --------------------------------------------------------------------------------------------------------
+
+ALL = [*SCHEMES.values(), resampling.gumbel_top_k]
+SMALL = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 1000, 10**6])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_largest_uniform_takes_no_excluded_index(name, n, monkeypatch):
+    """n - u rounds to n - 1 for u = 1 - 2^-53: the last place is still that of the last index with weight."""
+    u = 1 - 2.0**-53
+    monkeypatch.setattr(torch, "rand", lambda size, **kwargs: torch.full(size, u, dtype=F64))
+    for log_weights in (
+        vector(0, 0, -math.inf),
+        vector(-math.inf, 0.7, 0.2, -math.inf, -math.inf),
+        vector(0, -math.inf),
+    ):
+        ancestors = SCHEMES[name](log_weights, n, generator=torch.Generator())
+        last = int((log_weights > -math.inf).nonzero().max())
+        assert ancestors[-1] == last and (log_weights[ancestors] > -math.inf).all()
+
+
+@pytest.mark.parametrize("u", [0.0, 2.0**-53, 1 - 2.0**-53])
+def test_gumbel_top_k_at_the_edges_of_the_uniform(u, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda size, **kwargs: torch.full(size, u, dtype=F64))
+    drawn = resampling.gumbel_top_k(vector(-math.inf, 0, -math.inf, 1, -math.inf), 2, generator=torch.Generator())
+    assert set(drawn.tolist()) == {1, 3}
+
+
+@pytest.mark.parametrize("dtype", SMALL)
+@pytest.mark.parametrize("scheme", ALL)
+def test_a_smaller_dtype_has_the_law_of_its_numbers(scheme, dtype, rng):
+    """Rounded inputs are what they are; nothing is rounded again on the way to the draw."""
+    log_weights = (3 * torch.randn(3000, 9, generator=rng)).to(dtype)
+    state = rng.get_state()
+    drawn = scheme(log_weights, 9, generator=rng)
+    rng.set_state(state)
+    assert torch.equal(drawn, scheme(log_weights.double(), 9, generator=rng))
+
+
+@pytest.mark.parametrize("dtype", [F64, *SMALL])
+def test_the_last_of_a_thousand(dtype, monkeypatch):
+    """P(last) of 1000 zeros and a 3 is e^3 / (1000 + e^3) = .01969; in bfloat16 it was .02001."""
+    log_weights = torch.tensor([0] * 1000 + [3]).to(dtype)
+    share = math.exp(3) / (1000 + math.exp(3))
+    for u, last in ((1 - share - 1e-6, False), (1 - share + 1e-6, True)):
+        monkeypatch.setattr(torch, "rand", lambda size, u=u, **kwargs: torch.full(size, u, dtype=F64))
+        assert (resampling.multinomial(log_weights, 1, generator=torch.Generator()) == 1000).all() == last
+    # The last key is the largest iff its exponential clock, at rate e^3, rings before that of the others.
+    for factor, last in ((1 - 1e-4, True), (1 + 1e-4, False)):
+        clock = torch.full((1001,), 0.01, dtype=F64)
+        clock[-1] = factor * 0.01 * math.exp(3)
+        monkeypatch.setattr(torch, "rand", lambda size, clock=clock, **kwargs: -torch.expm1(-clock))
+        assert (resampling.gumbel_top_k(log_weights, 1, generator=torch.Generator()) == 1000).item() == last
+
+
+@pytest.mark.parametrize("scheme", ALL)
+def test_weights_of_every_scale(scheme, rng):
+    for scale in (1e-300, 1.0, 1e300, 1.7e308):
+        drawn = scheme(scale * vector(1, -1, 1, 0), 2, generator=rng)
+        assert (drawn >= 0).all() and (drawn <= 3).all()
+        if scale > 1:
+            assert (drawn % 2 == 0).all()  # indices 0 and 2 hold all the weight
+
+
+@pytest.mark.parametrize("dtype", [F64, *SMALL])
+@pytest.mark.parametrize("scheme", ALL)
+def test_a_batch_of_no_rows(scheme, dtype, rng):
+    for shape in ((0, 5), (2, 0, 5), (0, 2, 5)):
+        drawn = scheme(torch.zeros(shape, dtype=dtype), np.int64(3), generator=rng)
+        assert drawn.shape == (*shape[:-1], 3) and drawn.dtype == torch.int64
+    with pytest.raises(ValueError, match="n must be at most the number of indices with positive weight, 5, got 6"):
+        resampling.gumbel_top_k(torch.zeros(0, 5), 6, generator=rng)
+
+
+def test_rejection_of_any_shape(rng):
+    for shape in ((), (0,), (3,), (0, 2), (2, 0), (2, 3)):
+        kept = resampling.rejection(torch.zeros(shape), np.float32(1.0), np.float32(0.0), generator=rng)
+        assert kept.shape == shape and kept.dtype == torch.bool and kept.all()
+
+
+@pytest.mark.parametrize("dtype", [F64, *SMALL])
+def test_rejection_at_every_scale(dtype, monkeypatch):
+    rewards = vector(3, 2, 1, -math.inf).to(dtype)
+    for beta in (5e-324, 1e-300, 1e-40, 1.0, 1e300):
+        for u in (0.0, 0.3, 0.5, 1 - 2.0**-53):
+            monkeypatch.setattr(torch, "rand", lambda size, u=u, **kwargs: torch.full(size, u, dtype=F64))
+            kept = resampling.rejection(rewards, beta, 3.0, generator=torch.Generator())
+            assert kept.tolist() == [u < math.exp((r - 3) / beta) for r in (3.0, 2.0, 1.0, -math.inf)]
+    # exp(-2 * 1.7e308 / 1e308) = .0334
+    for u, expected in ((0.033, [True, True]), (0.034, [True, False])):
+        monkeypatch.setattr(torch, "rand", lambda size, u=u, **kwargs: torch.full(size, u, dtype=F64))
+        kept = resampling.rejection(vector(1.7e308, -1.7e308), 1e308, 1.7e308, generator=torch.Generator())
+        assert kept.tolist() == expected
+
+
+def test_the_default_dtype_is_of_no_account(rng):
+    log_weights, state = torch.randn(5, 9, generator=rng), rng.get_state()
+
+    def everything():
+        rng.set_state(state)
+        return [scheme(log_weights, 4, generator=rng) for scheme in ALL]
+
+    expected = everything()
+    torch.set_default_dtype(torch.float16)
+    try:
+        got = everything()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, expected, got))

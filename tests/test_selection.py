@@ -1,6 +1,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 from tiltlib import categorical, markov, selection, verify
 from tiltlib.categorical import chi_square, kl, sample, tilt, total_variation
 from tiltlib.selection import best_of_n, best_of_n_law, soft_best_of_n, soft_best_of_n_law, soft_best_of_n_stream
-from tiltlib.weights import log_mean, normalize
+from tiltlib.weights import beta_for_ess, log_mean, normalize
 
 TIED = law(0.5, 0.3, 0.2)
 TIED_REWARDS = vector(0, 1, 1)
@@ -704,3 +705,351 @@ def test_symbolwise_selection_is_what_selecting_symbols_does(rng):
 def test_bad_symbolwise_selection(values, n, text):
     with pytest.raises(ValueError, match=text):
         selection.soft_best_of_n_chain(STEPS, STEP_REWARDS, 1.0, values, n)
+
+
+# --- dtypes, scales, gradients, one temperature per row, empty batches -----------------------------------------------
+
+DTYPES = [F64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_draws_from_float64_are_those_of_the_first_version():
+    # Fixed by the code before rewards were shifted in float64: -inf, ties and zeros among them.
+    g = torch.Generator()
+    r = torch.sin(torch.arange(24, dtype=F64) * 1.7).view(4, 6)
+    r[1, 2] = -math.inf
+    r[2, 3] = r[2].max()
+    p = torch.log_softmax(torch.cos(torch.arange(24, dtype=F64) * 0.9).view(4, 6), -1)
+    finite = torch.where(r.isfinite(), r, 0)
+    assert best_of_n(r[:, [0, 1, 2, 3, 3, 3]], generator=g.manual_seed(13)).tolist() == [1, 4, 4, 1]
+    assert soft_best_of_n(r.expand(5, 4, 6), 0.7, generator=g.manual_seed(13)).tolist() == [
+        [5, 3, 0, 5],
+        [5, 3, 1, 1],
+        [0, 3, 4, 1],
+        [5, 3, 3, 2],
+        [5, 5, 0, 5],
+    ]
+    assert selection.candidate_counts(p, 50, generator=g.manual_seed(13)).tolist() == [
+        [22, 13, 3, 2, 2, 8],
+        [16, 17, 10, 5, 1, 1],
+        [2, 8, 15, 17, 7, 1],
+        [4, 7, 14, 10, 11, 4],
+    ]
+    drawn = selection.soft_best_of_n_draw(p.expand(5, 4, 6), finite, 9, 0.7, generator=g.manual_seed(13))
+    assert drawn.tolist() == [[5, 2, 3, 1], [5, 2, 0, 5], [1, 0, 3, 4], [1, 1, 1, 2], [1, 3, 3, 4]]
+    chunks = [(torch.arange(6 * i, 6 * i + 6).expand(4, 6), r.roll(i, 1)) for i in range(5)]
+    assert soft_best_of_n_stream(chunks, 0.4, generator=g.manual_seed(13)).winner.tolist() == [11, 3, 14, 24]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("beta", [5e-324, 1e-300, 1e-60, 1e-38])
+def test_small_temperatures_are_greedy_in_every_dtype(dtype, beta, rng):
+    for rewards in (vector(10, 11), vector(-11, -10), vector(-math.inf, 6e4), vector(-1, 0)):
+        rewards = rewards.to(dtype)
+        assert soft_best_of_n(rewards, beta, generator=rng).item() == 1
+        ref = law(0.5, 0.5).to(dtype)
+        if bool(rewards.isfinite().all()):
+            assert selection.soft_best_of_n_draw(ref, rewards, 60, beta, generator=rng).item() == 1
+        for order in (rewards, rewards.flip(0)):
+            chunks = [(r.view(1), r.view(1)) for r in order]
+            assert soft_best_of_n_stream(chunks, beta, generator=rng).winner == rewards[1]
+    out = soft_best_of_n_stream([(torch.arange(2), vector(0, -1).to(dtype))] * 2, beta, generator=rng)
+    assert out.winner == 0 and out.log_mean_weight.dtype == F64
+    assert out.log_mean_weight.item() == pytest.approx(-math.log(2), rel=1e-15)
+    # Beyond float64 the mean weight is infinite; ties are still broken evenly.
+    tied = [(torch.tensor([i]).expand(500, 1), torch.full((500, 1), 10.0, dtype=dtype)) for i in range(2)]
+    out = soft_best_of_n_stream(tied, 1e-310, generator=rng)
+    assert out.winner.unique().tolist() == [0, 1] and bool((out.log_mean_weight == math.inf).all())
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e30, 1e300, 1.7e308])
+def test_rewards_of_every_scale(scale):
+    r, g = vector(-1, 0.5, 1), torch.Generator()
+    beta = scale * 0.7
+    close(soft_best_of_n_law(S0, scale * r, 4, beta), soft_best_of_n_law(S0, r, 4, 0.7))
+    close(best_of_n_law(S0, scale * r, 4), best_of_n_law(S0, r, 4))
+    rows = scale * r.expand(200, 3)
+    picked = soft_best_of_n(rows, beta, generator=g.manual_seed(1))
+    assert torch.equal(picked, soft_best_of_n(rows / scale, 0.7, generator=g.manual_seed(1)))
+    chunks = [(rows, rows), (rows, rows)]
+    streamed = soft_best_of_n_stream(chunks, beta, generator=g.manual_seed(1))
+    assert streamed.log_mean_weight[0].item() == pytest.approx(log_mean(r / 0.7).item(), rel=1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_laws_in_every_dtype(dtype, rng):
+    # 151,936 tokens: half precision could not even add up the law.
+    ref = torch.log_softmax(torch.randn(151_936, generator=rng, dtype=F64), -1).to(dtype)
+    rewards = torch.randint(3, ref.shape, generator=rng).to(dtype)
+    exact = torch.log_softmax(ref.double(), -1)
+    for function in (best_of_n_law, lambda p, r, n: soft_best_of_n_law(p, r, n, 0.5)):
+        out = function(ref, rewards, 4)
+        assert out.dtype == dtype
+        # Within one rounding: the same law may be normalised once or twice.
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(out.double(), function(exact, rewards.double(), 4), rtol=max(eps, 1e-13), atol=0)
+    short, flat = torch.full((500,), -math.log(500), dtype=F64).to(dtype), torch.zeros(500, dtype=dtype)
+    assert selection.candidate_counts(short, 10, generator=rng).sum().item() == 10
+    assert selection.soft_best_of_n_draw(short, flat, 10, 0.5, generator=rng).shape == ()
+    uniform = torch.full((151_936,), -math.log(151_936), dtype=F64).to(dtype)
+    best = best_of_n_law(uniform, torch.zeros_like(uniform), 4)
+    assert torch.equal(best, torch.log_softmax(uniform.double(), -1).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_half_precision_weights_are_computed_in_float64(dtype, rng):
+    rewards = torch.rand(50, 4096, generator=rng).to(dtype)
+    state = rng.get_state()
+    drawn = soft_best_of_n(rewards, 0.1, generator=rng)
+    rng.set_state(state)
+    assert torch.equal(drawn, soft_best_of_n(rewards.double(), 0.1, generator=rng))
+
+
+@pytest.mark.parametrize("default", DTYPES)
+def test_nothing_depends_on_the_default_dtype(default):
+    def results():
+        g = torch.Generator().manual_seed(0)
+        streamed = soft_best_of_n_stream([(S0_REWARDS, S0_REWARDS)] * 2, 0.5, generator=g)
+        return (
+            best_of_n_law(S0, TIED_REWARDS, 5),
+            soft_best_of_n_law(S0, S0_REWARDS, 5, 0.5),
+            best_of_n(TIED_REWARDS, generator=g),
+            soft_best_of_n(S0_REWARDS, 0.5, generator=g),
+            selection.candidate_counts(S0, 9, generator=g),
+            selection.soft_best_of_n_draw(S0, S0_REWARDS, 9, 0.5, generator=g),
+            streamed.winner,
+            streamed.log_mean_weight,
+        )
+
+    expected, before = results(), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = results()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, expected, strict=True))
+
+
+def test_gradient_of_the_best_of_n_law_on_an_instance():
+    logits = vector(0.1, 0.7, -0.3).requires_grad_()
+    logps = best_of_n_law(torch.log_softmax(logits, -1), S0_REWARDS, 4)
+    (gradient,) = torch.autograd.grad(logps[2], logits)
+    close(gradient, vector(-0.2022, -0.3684, 0.5706), 5e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 9])
+@pytest.mark.parametrize(
+    ("logits", "rewards"),
+    [
+        (vector(0.1, 0.7, -0.3), S0_REWARDS),
+        (vector(0.1, 0.7, -0.3), TIED_REWARDS),
+        (vector(0.1, 0.7, -0.3), vector(1, 1, 1)),
+        (vector(0.1, -math.inf, 0.7, -0.3), vector(1, 0, 2, 2)),
+        (vector(0.1, 0.7, -math.inf, -0.3), vector(2, 1, 1, 0)),
+        (vector(0, -60, -30, -0.5), vector(0, 2, 1, 3)),
+        (vector(0.4), vector(5)),
+    ],
+)
+def test_gradient_of_the_best_of_n_law_against_its_enumeration(logits, rewards, n):
+    """Autograd on both sides: the enumeration is a sum of products of probabilities, without a mask."""
+    on = logits > -math.inf
+    for y in range(len(logits)):
+        if on[y]:
+            x, z = logits.clone().requires_grad_(), logits[on].clone().requires_grad_()
+            by_law = torch.autograd.grad(best_of_n_law(torch.log_softmax(x, -1), rewards, n)[y], x)[0]
+            counted = enumerated_best_law(torch.log_softmax(z, -1), rewards[on], n)[int(on[:y].sum())]
+            by_enumeration = torch.autograd.grad(counted, z)[0]
+            close(by_law[on], by_enumeration, 1e-10)
+            assert not bool(by_law[~on].any())
+
+
+@pytest.mark.parametrize("n", [2, 10**6, 10**12])
+def test_gradients_of_the_best_of_n_law_are_finite_at_the_extremes(n):
+    logits = vector(0, -800, -1, -math.inf, -40, -300).requires_grad_()
+    for rewards in (vector(0, 1, 2, 3, 4, 5), vector(5, 4, 3, 2, 1, 0), vector(0, 0, 1, 1, 2, 2)):
+        logps = best_of_n_law(torch.log_softmax(logits, -1), rewards, n)
+        for y in (0, 1, 2, 4, 5):
+            (gradient,) = torch.autograd.grad(logps[y], logits, retain_graph=True)
+            assert bool(gradient.isfinite().all()) and gradient[3] == 0
+            assert abs(gradient.sum().item()) <= 1e-9 * gradient.abs().max().item() + 1e-12  # only differences count
+
+
+def test_what_is_not_differentiable_carries_no_graph(rng):
+    p, r = S0.clone().requires_grad_(), S0_REWARDS.clone().requires_grad_()
+    for n in (1, 4):
+        assert not soft_best_of_n_law(p, r, n, 1.0).requires_grad
+    assert not selection.candidate_counts(p, 5, generator=rng).requires_grad
+    assert not soft_best_of_n_stream([(Y, r), (Y, r)], 1.0, generator=rng).log_mean_weight.requires_grad
+    soft_best_of_n(r, 1.0, generator=rng)
+    selection.soft_best_of_n_draw(p, r, 5, 1.0, generator=rng)
+    assert torch.autograd.grad(best_of_n_law(p, r, 4)[0], r, allow_unused=True)[0] is None
+
+
+# One temperature per row: as a loop over rows would have it.
+BETAS = vector(0.2, 1, 5)
+
+
+def test_laws_with_a_temperature_per_row():
+    rewards = torch.stack([S0_REWARDS, TIED_REWARDS, vector(0, 2, 1)])
+    looped = torch.stack([soft_best_of_n_law(S0, r, 7, b) for r, b in zip(rewards, BETAS.tolist(), strict=True)])
+    assert torch.equal(soft_best_of_n_law(S0, rewards, 7, BETAS), looped)
+    assert torch.equal(soft_best_of_n_law(S0.float(), rewards.float(), 7, BETAS.float()).argmax(-1), looped.argmax(-1))
+    for n in (1, 7):
+        one = torch.stack([soft_best_of_n_law(S0, S0_REWARDS, n, b) for b in BETAS.tolist()])
+        assert torch.equal(soft_best_of_n_law(S0, S0_REWARDS, n, BETAS), one)
+
+
+def test_draws_with_the_temperatures_of_beta_for_ess(rng):
+    # The temperatures of a batch in which one prompt has only ties go into every function as they are.
+    rewards = torch.tensor([[0.0, 0, 1, 1, 0, 1, 0, 1], [1.0] * 8, [0.0, 0, 0, 0, 0, 0, 0, 1]])
+    beta = beta_for_ess(rewards, 0.6, ties="clamp")
+    ref = torch.full((8,), -math.log(8), dtype=F64)
+    assert soft_best_of_n(rewards, beta, generator=rng).shape == (3,)
+    assert tilt(ref, rewards, beta).shape == (3, 8)
+    close(soft_best_of_n_law(ref, rewards.double(), 5, beta)[1], ref)
+    assert selection.soft_best_of_n_draw(ref, rewards, 5, beta, generator=rng).shape == (3,)
+    assert soft_best_of_n_stream([(rewards, rewards)] * 2, beta, generator=rng).winner.shape == (3,)
+
+
+@pytest.mark.parametrize("name", ["soft", "draw", "stream"])
+def test_samplers_with_a_temperature_per_row(name, rng):
+    """Rows of one batch at two temperatures: each half follows its own law and not that of the other."""
+    cold, warm, n = 0.4, 1.2, 3
+    targets = [soft_best_of_n_law(S0, S0_REWARDS, n, beta) for beta in (cold, warm)]
+    rows = max(verify.plan(targets[0], targets[1]), verify.plan(targets[1], targets[0]))
+    beta = vector(cold, warm)[:, None]
+    pool = candidates(S0, 2 * rows, n, rng).view(2, rows, n)
+    if name == "soft":
+        index = soft_best_of_n(S0_REWARDS[pool], beta, generator=rng)
+        drawn = pool.gather(-1, index[..., None]).squeeze(-1)
+    elif name == "draw":
+        drawn = selection.soft_best_of_n_draw(S0.expand(rows, 3), S0_REWARDS, n, beta, generator=rng)
+    else:
+        chunks = [(part, S0_REWARDS[part]) for part in pool.split(1, -1)]
+        out = soft_best_of_n_stream(chunks, beta, generator=rng)
+        drawn = out.winner
+        torch.testing.assert_close(out.log_mean_weight, log_mean(S0_REWARDS[pool] / beta[..., None]))
+    assert drawn.shape == (2, rows)
+    for i in range(2):
+        assert verify.match(drawn[i], targets[i], claim="row", versus=[targets[1 - i]])
+        verdict = verify.match(drawn[i], targets[1 - i], claim="row!other", versus=[targets[i]])
+        assert verdict.decision == "REJECT"
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda b: soft_best_of_n(S0_REWARDS.expand(2, 3), b, generator=G), ValueError, r"beta must broadcast against"),
+        (lambda b: soft_best_of_n_law(S0.expand(2, 3), S0_REWARDS, 2, b), ValueError, r"beta must broadcast against"),
+        (
+            lambda b: selection.soft_best_of_n_draw(S0.expand(2, 3), S0_REWARDS, 2, b, generator=G),
+            ValueError,
+            r"beta must broadcast against the batch dimensions \(2,\), got shape \(3,\)",
+        ),
+        (
+            lambda b: soft_best_of_n_stream([(Y, S0_REWARDS)], b, generator=G),
+            ValueError,
+            r"beta must broadcast to shape \(\), got \(3,\)",
+        ),
+    ],
+)
+def test_bad_shapes_of_temperatures(call, error, text):
+    with pytest.raises(error, match=text):
+        call(torch.ones(3))
+    with pytest.raises(ValueError, match="beta must be finite and > 0"):
+        call(vector(0, 1, 1))
+
+
+def test_the_range_of_each_row_counts():
+    rewards = torch.stack([S0_REWARDS, 1000 * S0_REWARDS])
+    assert soft_best_of_n_law(S0, rewards, 2, vector(1, 1000)).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"beta must be at least .* / 600, got 1\.5 for a range of 2000"):
+        soft_best_of_n_law(S0, rewards, 2, vector(1000, 1.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_empty_batches(dtype):
+    p, r, none = torch.zeros(0, 3, dtype=dtype), torch.zeros(3, dtype=dtype), torch.zeros(0, 3, dtype=dtype)
+    for n in (1, 4):
+        for out in (best_of_n_law(p, r, n), soft_best_of_n_law(p, r, n, 1.0), soft_best_of_n_law(p, r, n, none[:, 0])):
+            assert out.shape == (0, 3) and out.dtype == dtype
+    for index in (
+        best_of_n(none, generator=G),
+        soft_best_of_n(none, 1.0, generator=G),
+        selection.soft_best_of_n_draw(p, r, 4, 1.0, generator=G),
+    ):
+        assert index.shape == (0,) and index.dtype == torch.int64
+    assert selection.candidate_counts(p, 4, generator=G).shape == (0, 3)
+    out = soft_best_of_n_stream([(none, none), (none, none)], 1.0, generator=G)
+    assert out.winner.shape == (0,) and out.log_mean_weight.shape == (0,) and out.n == 6
+
+
+def test_numbers_of_numpy():
+    n, beta = np.int64(4), np.float32(0.5)
+    assert torch.equal(best_of_n_law(S0, S0_REWARDS, n), best_of_n_law(S0, S0_REWARDS, 4))
+    assert torch.equal(soft_best_of_n_law(S0, S0_REWARDS, n, beta), soft_best_of_n_law(S0, S0_REWARDS, 4, 0.5))
+    assert selection.candidate_counts(S0, n, generator=G).sum() == 4
+    assert selection.soft_best_of_n_draw(S0, S0_REWARDS, n, beta, generator=G).shape == ()
+    assert soft_best_of_n(S0_REWARDS, np.float64(0.5), generator=G).shape == ()
+    assert soft_best_of_n_stream([(Y, S0_REWARDS)], beta, generator=G).winner.shape == ()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: best_of_n(S0_REWARDS, generator=None),
+        lambda: soft_best_of_n(S0_REWARDS, 1.0, generator=None),
+        lambda: selection.candidate_counts(S0, 2, generator=None),
+        lambda: selection.soft_best_of_n_draw(S0, S0_REWARDS, 2, 1.0, generator=None),
+        lambda: soft_best_of_n_stream([(Y, S0_REWARDS)], 1.0, generator=None),
+    ],
+)
+def test_a_generator_is_required(call):
+    with pytest.raises(TypeError, match="generator must be a torch.Generator, got NoneType"):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda: best_of_n_law(S0, S0_REWARDS, torch.tensor(3)),
+            TypeError,
+            "n must be an int, got a torch.int64 tensor",
+        ),
+        (lambda: best_of_n(torch.tensor(1.0), generator=G), ValueError, "rewards must have a last dimension"),
+        (
+            lambda: soft_best_of_n_stream([([1, 2, 3], S0_REWARDS)], 1.0, generator=G),
+            TypeError,
+            "candidates must be a torch.Tensor, got list",
+        ),
+        (
+            lambda: selection.soft_best_of_n_chain(
+                STEPS, STEP_REWARDS, torch.tensor(1.0), torch.zeros(3, 3, dtype=F64), 2
+            ),
+            TypeError,
+            "beta must be a number, got a torch.float32 tensor",
+        ),
+        (
+            lambda: selection.soft_best_of_n_chain(STEPS, STEP_REWARDS, 1e-3, torch.zeros(3, 3, dtype=F64), 2),
+            ValueError,
+            "rewards / beta [+] log_values must span at most 600 in each context, got 1200 at step 1",
+        ),
+    ],
+)
+def test_refusals_name_the_argument(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_symbolwise_selection_on_a_float32_chain():
+    rows = torch.log_softmax(torch.arange(9, dtype=torch.float32).view(3, 3).sin() * 5, -1)
+    assert not torch.equal(rows.double().logsumexp(-1), torch.zeros(3, dtype=F64))
+    ref, rewards = markov.MarkovChain(rows, "abc"), vector(0, 1, 2)
+    exact = markov.MarkovChain(torch.log_softmax(rows.double(), -1), "abc")
+    blind = torch.zeros(3, 3)
+    kept = selection.soft_best_of_n_chain(ref, rewards.float(), 0.5, blind, 4)
+    strings = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    close(kept.logps(strings), selection.soft_best_of_n_chain(exact, rewards, 0.5, blind, 4).logps(strings), 1e-6)
+    # Ties at the top of a huge reward: r / beta overflows, the differences do not.
+    level = selection.soft_best_of_n_chain(exact, vector(1, 1, 1), 1e-320, blind, 4)
+    close(level.logps(strings), exact.logps(strings))

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import F64, law, random_law, vector
@@ -28,7 +29,7 @@ class Prescribed(markov.MarkovChain):
     """The reference, except that its draws are given beforehand."""
 
     def __init__(self, symbols):
-        super().__init__(REF._logps, REF.alphabet)
+        super().__init__(REF.table(0), REF.alphabet)
         self.symbols = symbols
 
     def _draw(self, step, contexts, generator):
@@ -237,7 +238,17 @@ DEAD_SYMBOL = markov.MarkovChain(torch.stack([law(1, 0, 0), law(0.2, 0.8, 0), la
             ValueError,
             "proposal must have order 1 over 'ab|'",
         ),
+        ({"proposal": REF.table(0)}, TypeError, "proposal must be a MarkovChain, got a torch.float64 tensor"),
         ({"threshold": 1.1}, ValueError, r"threshold must lie in \[0, 1\], got 1.1"),
+        ({"threshold": math.nan}, ValueError, r"threshold must lie in \[0, 1\], got nan"),
+        ({"threshold": None}, TypeError, "threshold must be a number, got NoneType"),
+        ({"generator": None}, TypeError, "generator must be a torch.Generator, got NoneType"),
+        ({"log_twists": [[0.0]]}, TypeError, "log_twists must be a floating-point torch.Tensor, got list"),
+        (
+            {"rewards": 1e100 * REWARDS, "beta": 1e-300},
+            ValueError,
+            "beta must be so large that rewards / beta and log_twists",
+        ),
         ({"n": 0}, ValueError, "n must be an integer >= 1, got 0"),
         ({"runs": 1.0}, TypeError, "runs must be an int, got float"),
         ({"beta": 0.0}, ValueError, "beta must be finite and > 0"),
@@ -247,7 +258,7 @@ DEAD_SYMBOL = markov.MarkovChain(torch.stack([law(1, 0, 0), law(0.2, 0.8, 0), la
 def test_bad_input(change, error, text):
     arguments = {"ref": REF, "rewards": REWARDS, "beta": 1.0, "log_twists": NONE, "n": 3, **change}
     with pytest.raises(error, match=text.replace("|", r"\|")):
-        smc.twisted_smc(**arguments, generator=torch.Generator())
+        smc.twisted_smc(**{"generator": torch.Generator(), **arguments})
 
 
 def test_a_twist_may_vanish_where_the_target_does(rng):
@@ -268,3 +279,66 @@ def test_bad_traces():
         smc.trace(torch.zeros(2, 3).long(), torch.zeros(3, 2).long())
     with pytest.raises(ValueError, match=r"ancestors must lie in 0\.\.2, got values from 0 to 3"):
         smc.trace(torch.zeros(2, 3).long(), torch.tensor([[0, 1, 2], [0, 1, 3]]))
+    for bad in ([[0]], np.zeros((2, 3))):
+        with pytest.raises(TypeError, match="ancestors must be an integer torch.Tensor, got"):
+            smc.trace(torch.zeros(2, 3).long(), bad)
+        with pytest.raises(TypeError, match="symbols must be an integer torch.Tensor, got"):
+            smc.trace(bad, torch.zeros(2, 3).long())
+    with pytest.raises(ValueError, match=r"symbols must have shape \(\.\.\., L, n\) with L >= 1, got \(3,\)"):
+        smc.trace(torch.zeros(3).long(), torch.zeros(3).long())
+    with pytest.raises(ValueError, match=r"ancestors must hold at least one number, got shape \(2, 0\)"):
+        smc.trace(torch.zeros(2, 0).long(), torch.zeros(2, 0).long())
+
+
+def test_no_particle_systems_have_no_strings():
+    none = torch.zeros(0, 2, 3).long()
+    assert smc.trace(none, none).shape == (0, 3, 2) and smc.trace(none, none).dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_particles_of_a_smaller_dtype_are_those_of_the_law_it_means(dtype, rng):
+    ref, rewards, length = random_instance(rng)
+    table, rewards = ref.table(0).to(dtype), rewards.to(dtype)
+    small = markov.MarkovChain(table, ref.alphabet)
+    meant = markov.MarkovChain(torch.log_softmax(table.double(), -1), ref.alphabet)
+    twists, state = torch.randn(length + 1, 9, generator=rng).to(dtype), rng.get_state()
+    twists[-1] = 0
+    both = []
+    for p, r, v in ((small, rewards, twists), (meant, rewards.double(), twists.double())):
+        rng.set_state(state)
+        q = smc.twisted_proposal(p, r, 0.7, v)
+        both.append(
+            (*smc.twisted_smc(p, r, 0.7, v, np.int64(9), generator=rng, proposal=q, runs=np.int64(4)), q.table(1))
+        )
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*both, strict=True))
+
+
+@pytest.mark.parametrize("beta", [5e-324, 1e-300, 1e-40, 1e-17, 1e17, 1e300])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_the_proposal_at_every_beta(beta, dtype, rng):
+    """Without twists: p(a | c) exp(r / beta), and for small beta p on the largest rewards."""
+    ref, _, length = random_instance(rng)
+    rewards = torch.randint(3, (9, 3), generator=rng).to(dtype)
+    q = smc.twisted_proposal(ref, rewards, beta, torch.zeros(length + 1, 9, dtype=dtype))
+    right = torch.log_softmax(ref.table(0) + (rewards.double() - rewards.double().amax(-1, keepdim=True)) / beta, -1)
+    for t in range(length):
+        close(q.table(t).exp(), right.exp())
+    shifted = smc.twisted_proposal(ref, 1e30 * rewards.double(), 1e-300, torch.zeros(length + 1, 9, dtype=F64))
+    best = rewards == rewards.amax(-1, keepdim=True)
+    close(shifted.table(0).exp(), torch.log_softmax(torch.where(best, ref.table(0), -math.inf), -1).exp())
+
+
+def test_a_proposal_keeps_the_row_of_a_context_that_leads_nowhere():
+    rewards = torch.stack([vector(-math.inf, -math.inf, -math.inf), vector(0, 1, 0), vector(1, 2, 0)])
+    q = smc.twisted_proposal(REF, rewards, 0.7, NONE)
+    assert torch.equal(q.table(0)[0], REF.table(0)[0])
+    twists = NONE.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(smc.twisted_proposal(REF, rewards, 0.7, twists).table(0)[2, 1], twists)
+    close(gradient.sum(), 0.0)
+    assert gradient.isfinite().all() and gradient.abs().max() > 0.1
+
+
+def test_nothing_that_was_drawn_has_a_gradient(rng):
+    twists = TWISTS.clone().requires_grad_()
+    out = smc.twisted_smc(REF, REWARDS.clone().requires_grad_(), 1.0, twists, 5, generator=rng)
+    assert not any(field.requires_grad for field in out)

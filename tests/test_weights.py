@@ -1,8 +1,9 @@
 import math
 
+import numpy as np
 import pytest
 import torch
-from helpers import S0, S0_REWARDS, vector
+from helpers import F64, S0, S0_REWARDS, vector
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -166,3 +167,124 @@ def test_beta_for_ess_takes_fractions_next_to_the_limits():
 def test_errors_of_beta_for_ess_name_its_own_argument():
     with pytest.raises(ValueError, match="rewards must leave at least one outcome"):
         weights.beta_for_ess(vector(-math.inf, -math.inf), 0.5)
+
+
+# --- dtypes, scales, ties, empty batches -----------------------------------------------------------------------------
+
+DTYPES = [F64, torch.float32, torch.bfloat16, torch.float16]
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_does_not_accumulate_in_half(dtype):
+    w = torch.zeros(100_000, dtype=dtype)
+    size = weights.ess(w)
+    assert size.item() == 1e5 and size.dtype == torch.float32  # half precision has no such number
+    assert weights.log_mean(w).item() == 0 and weights.log_mean(w).dtype == dtype
+    logps = weights.normalize(w)
+    assert logps.dtype == dtype
+    assert logps[0].item() == torch.tensor(-math.log(100_000), dtype=dtype).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_every_dtype_gives_the_float64_result_rounded_once(dtype, scale, rng):
+    w = (scale * torch.randn(4, 999, generator=rng, dtype=F64)).to(dtype)
+    w[:, 5] = -math.inf
+    for function in (weights.normalize, weights.log_mean):
+        assert torch.equal(function(w), function(w.double()).to(dtype))
+    counts = torch.promote_types(dtype, torch.float32)
+    assert torch.equal(weights.ess(w), weights.ess(w.double()).to(counts))
+    assert torch.equal(weights.beta_for_ess(w, 0.4), weights.beta_for_ess(w.double(), 0.4).to(counts))
+
+
+@pytest.mark.parametrize("default", DTYPES)
+def test_nothing_depends_on_the_default_dtype(default):
+    w = vector(0, 1, 3, -math.inf)
+    rows = torch.stack([w, torch.zeros_like(w)])
+
+    def results():
+        return (
+            weights.normalize(w),
+            weights.log_mean(w),
+            weights.ess(w),
+            weights.beta_for_ess(rows, 0.5, ties="clamp"),
+        )
+
+    expected, before = results(), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = results()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_empty_batches(dtype):
+    w = torch.zeros(0, 3, dtype=dtype)
+    assert weights.normalize(w).shape == (0, 3) and weights.normalize(w).dtype == dtype
+    for out in (weights.log_mean(w), weights.ess(w), weights.beta_for_ess(w, 0.5)):
+        assert out.shape == (0,)
+
+
+def test_ess_is_differentiable():
+    w = vector(0.3, -1, 2, 0.3, -math.inf).requires_grad_()
+    (grad,) = torch.autograd.grad(weights.ess(w), w)
+    for i in range(4):
+        step = torch.zeros(5, dtype=F64).index_fill(0, torch.tensor(i), 1e-6)
+        with torch.no_grad():
+            slope = (weights.ess(w + step) - weights.ess(w - step)) / 2e-6
+        assert grad[i].item() == pytest.approx(slope.item(), abs=1e-8)
+    assert grad[4] == 0
+
+
+def test_beta_for_ess_carries_no_graph():
+    r = vector(0, 0.3, 0.5, 1, 2).requires_grad_()
+    assert not weights.beta_for_ess(r, 0.5).requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_beta_for_ess_clamps_rows_that_cannot_attain_the_fraction(dtype):
+    # All tied; 3 of 4 maximal, 3/4 > .6; attainable; one of four left, 1/4 < .6: the largest.
+    rows = [vector(1, 1, 1, 1), vector(0, 1, 1, 1), vector(0, 1, 2, 3), vector(0, 1, -math.inf, -math.inf)]
+    r = torch.stack(rows).to(dtype)
+    with pytest.raises(ValueError, match="fraction must lie strictly between 1.0 .* and 0.5"):
+        weights.beta_for_ess(r, 0.6)
+    out = weights.beta_for_ess(r, 0.6, ties="clamp")
+    info = torch.finfo(out.dtype)
+    assert out[:2].tolist() == [info.tiny, info.tiny] and out[3].item() == info.max
+    assert torch.equal(out[2], weights.beta_for_ess(r[2], 0.6))
+    # Legal wherever a temperature is: uniform over the best, and uniform over all that are left.
+    logps = categorical.tilt(torch.full((4,), -math.log(4), dtype=F64), r.double(), out)
+    for row, expected in ((0, vector(1, 1, 1, 1) / 4), (1, vector(0, 1, 1, 1) / 3), (3, vector(1, 1, 0, 0) / 2)):
+        torch.testing.assert_close(logps[row].exp(), expected)
+
+
+@pytest.mark.parametrize("rewards", [vector(0, 1e-40), vector(0, 5e-46), vector(0, 3e38)])
+def test_beta_for_ess_stays_within_the_dtype(rewards):
+    for fraction in (0.5 + 1e-9, 1 - 1e-9):
+        beta = weights.beta_for_ess(rewards.float(), fraction, ties="clamp")
+        assert 0 < beta.item() < math.inf and beta.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("fraction", "ties", "error", "text"),
+    [
+        (torch.tensor(0.5), "raise", TypeError, "fraction must be a number, got a torch.float32 tensor"),
+        ("0.5", "raise", TypeError, "fraction must be a number, got str"),
+        (True, "raise", TypeError, "fraction must be a number, got bool"),
+        (math.nan, "clamp", ValueError, "fraction must lie strictly between 0 and 1, got nan"),
+        (0.0, "clamp", ValueError, "fraction must lie strictly between 0 and 1, got 0.0"),
+        (1.0, "clamp", ValueError, "fraction must lie strictly between 0 and 1, got 1.0"),
+        (0.5, "limit", ValueError, "ties must be one of 'raise', 'clamp', got 'limit'"),
+    ],
+)
+def test_bad_fractions_and_ties(fraction, ties, error, text):
+    with pytest.raises(error, match=text):
+        weights.beta_for_ess(vector(0, 1, 2), fraction, ties=ties)
+
+
+def test_numbers_of_numpy():
+    r = vector(0, 1, 2)
+    assert weights.beta_for_ess(r, np.float32(0.5)) == weights.beta_for_ess(r, 0.5)

@@ -1,7 +1,7 @@
 """Argument checks with uniform messages: each names the argument, the legal range and what was received."""
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -33,6 +33,16 @@ def integers(name: str, value: object) -> Tensor:
     return value.long()
 
 
+def sequences(name: str, value: object) -> Tensor:
+    """Require integers whose last dimension, the positions, is not empty; return them as int64."""
+    if isinstance(value, Tensor) and value.dtype in _INTEGERS:
+        if value.ndim == 0:
+            raise ValueError(f"{name} must have a last dimension, the positions of a string, got a single number")
+        if value.shape[-1] > 0:  # no strings is a batch like any other
+            return value.long()
+    return integers(name, value)
+
+
 def indices(name: str, value: object, k: int) -> Tensor:
     """Require a non-empty integer tensor with entries in 0..k-1; return it as int64."""
     index = integers(name, value)
@@ -45,7 +55,8 @@ def indices(name: str, value: object, k: int) -> Tensor:
 def logps(name: str, value: Tensor) -> None:
     """Require normalised log-probabilities along the last dimension."""
     tensor(name, value)
-    total = torch.logsumexp(value, -1)
+    # In float64: half precision loses more over a long row than the tolerance allows.
+    total = torch.logsumexp(value.detach().double(), -1)
     # Half of the digits of the dtype: rounding over any realistic support stays far below, a lost factor far above.
     tolerance = math.sqrt(torch.finfo(value.dtype).eps)
     if not bool((total.abs() <= tolerance).all()):
@@ -78,17 +89,35 @@ def same_outcomes(name: str, value: Tensor, other_name: str, other: Tensor) -> N
         )
 
 
+def number(name: str, value: object) -> None:
+    """Require a real number; a tensor is none, not even one without dimensions."""
+    # Real covers numpy's scalars; True is a number to Python and a mistake here.
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {described(value)}")
+
+
 def positive(name: str, value: object) -> None:
     """Require a finite number > 0."""
-    # Real covers numpy's scalars; True is a number to Python and a mistake here.
+    if isinstance(value, Tensor):
+        number(name, value)
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise ValueError(f"{name} must be finite and > 0, got {_short(value)}")
 
 
 def nonnegative(name: str, value: object) -> None:
     """Require a finite number >= 0."""
+    if isinstance(value, Tensor):
+        number(name, value)
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got {_short(value)}")
+
+
+def fraction(name: str, value: object, *, zero: bool) -> None:
+    """Require a number in [0, 1], or in (0, 1]."""
+    number(name, value)
+    assert isinstance(value, Real)
+    if not (0 < float(value) <= 1 or (zero and float(value) == 0)):
+        raise ValueError(f"{name} must lie in {'[' if zero else '('}0, 1], got {value!r}")
 
 
 def positive_per_row(name: str, value: float | Tensor, batch: torch.Size) -> None:
@@ -96,6 +125,8 @@ def positive_per_row(name: str, value: float | Tensor, batch: torch.Size) -> Non
     if not isinstance(value, Tensor):
         positive(name, value)
         return
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name} must be a number or a tensor of real numbers, got {described(value)}")
     if not bool((torch.isfinite(value) & (value > 0)).all()):
         raise ValueError(f"{name} must be finite and > 0, got {_short(value)}")
     if not _broadcast(value.shape, batch):
@@ -118,11 +149,12 @@ def _broadcast(*shapes: torch.Size) -> bool:
     return True
 
 
-def count(name: str, value: int) -> None:
+def count(name: str, value: object) -> None:
     """Require an integer >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
+    # Integral covers numpy's integers; True is a number to Python and a mistake here.
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {described(value)}")
+    if int(value) < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value}")
 
 
@@ -172,9 +204,9 @@ def probabilities(name: str, value: object) -> None:
         raise ValueError(f"{name} must lie in [0, 1], got {outside[0].item():g}")
 
 
-def some_tokens(mask: Tensor, shape: torch.Size) -> None:
+def some_tokens(mask: object, shape: torch.Size) -> None:
     """Require a boolean mask of the given shape that keeps at least one token per sequence."""
-    if mask.dtype != torch.bool:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask must be a boolean torch.Tensor, got {described(mask)}")
     if mask.shape != shape:
         raise ValueError(f"mask must have shape {tuple(shape)}, one entry per token, got {tuple(mask.shape)}")
@@ -185,5 +217,11 @@ def some_tokens(mask: Tensor, shape: torch.Size) -> None:
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Require one of a few words."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def generator(name: str, value: object) -> None:
+    """Require a torch.Generator: None would fall back on the global generator without a word."""
+    if not isinstance(value, torch.Generator):
+        raise TypeError(f"{name} must be a torch.Generator, got {type(value).__name__}")

@@ -5,6 +5,9 @@ that a caller can average it, or sum it over every outcome with its probability 
 Minimise `loss(...).mean()`. Rewards and log-ratios inside an advantage are constants; what is differentiated is said in
 the first line of each formula. `sg` is "stop gradient".
 
+Everything is computed in float64 and returned in the dtype of the first argument, so that rewards and log-probabilities
+in half precision cost only the rounding they came with. A result that its dtype cannot hold is infinite.
+
 Which one aims at pi* proportional to p exp(r / beta):
 
     policy_gradient, rloo        on fresh draws of the policy: the exact gradient of E r - beta KL(pi || p)
@@ -15,6 +18,7 @@ Which one aims at pi* proportional to p exp(r / beta):
 """
 
 import math
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -58,14 +62,16 @@ def kl_estimators(logps: Tensor, ref_logps: Tensor) -> KLEstimates:
 
         k1 = -log rho,   k2 = (log rho)^2 / 2,   k3 = rho - 1 - log rho,        rho = p(y) / pi(y),  y ~ pi
 
-    Differentiable in both arguments. Swapping them makes the mean of k3 chi2(pi || p) - KL(pi || p).
+    Differentiable in both arguments. Swapping them makes the mean of k3 chi2(pi || p) - KL(pi || p). Where the dtype
+    cannot hold rho (log rho above 709 in float64, 88 in float32 and bfloat16, 11 in float16), k3 is +inf, its gradient
+    -inf in `logps` and +inf in `ref_logps`.
 
     Args:
         logps: log pi(y) of outcomes drawn from pi, any shape.
         ref_logps: log p(y) of the same outcomes, same shape.
 
     Returns:
-        `KLEstimates(k1, k2, k3)`, each of the shape of `logps`.
+        `KLEstimates(k1, k2, k3)`, each of the shape and dtype of `logps`.
 
     Raises:
         TypeError: an argument is not a floating tensor.
@@ -74,7 +80,10 @@ def kl_estimators(logps: Tensor, ref_logps: Tensor) -> KLEstimates:
     Source: [schulman2020]; book chapter 3, `kl-estimators`.
     """
     _draws(logps=logps, ref_logps=ref_logps)
-    log_rho = ref_logps - logps
+    return KLEstimates(*(k.to(logps.dtype) for k in _estimates(ref_logps.double() - logps.double())))
+
+
+def _estimates(log_rho: Tensor) -> KLEstimates:
     return KLEstimates(-log_rho, log_rho**2 / 2, torch.expm1(log_rho) - log_rho)
 
 
@@ -85,11 +94,28 @@ def _draws(**logps: Tensor) -> None:
     _checks.same_shape(**logps)
 
 
-def _rewarded(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> None:
+def _returns(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """Check the arguments and compute r - beta log(pi / p), in float64."""
     _draws(logps=logps, ref_logps=ref_logps)
     _checks.finite("rewards", rewards)
     _checks.same_shape(logps=logps, rewards=rewards)
     _checks.positive("beta", beta)
+    return rewards.double() - float(beta) * (logps.double() - ref_logps.double())
+
+
+def _constant(advantages: Tensor) -> Tensor:
+    """Detach advantages, after requiring that no difference of enormous rewards has overflowed."""
+    _checks.finite("advantages from rewards", advantages)
+    return advantages.detach()
+
+
+def _as_tensor(name: str, value: object, like: Tensor) -> Tensor:
+    """Make a tensor of a number; a list or an array is neither."""
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number or a torch.Tensor, got {_checks.described(value)}")
+    return torch.as_tensor(float(value), dtype=torch.float64, device=like.device)
 
 
 def policy_gradient(
@@ -110,20 +136,20 @@ def policy_gradient(
         baseline: Number or tensor that broadcasts against `rewards`; not a function of the same draw.
 
     Returns:
-        Loss per draw, shape of `logps`.
+        Loss per draw, shape and dtype of `logps`.
 
     Raises:
-        TypeError: a tensor that is not floating.
-        ValueError: values not finite, log-probabilities above 0, shapes that do not fit, or `beta` not finite and > 0.
+        TypeError: a tensor that is not floating, or `beta` or `baseline` not a number.
+        ValueError: values or advantages not finite, log-probabilities above 0, shapes that do not fit, or `beta` not
+            finite and > 0.
 
     Source: [williams1992]; book chapter 3, `policy-gradient-tilt`.
     """
-    _rewarded(logps, ref_logps, rewards, beta)
-    level = torch.as_tensor(baseline, dtype=logps.dtype, device=logps.device)
+    returns = _returns(logps, ref_logps, rewards, beta)
+    level = _as_tensor("baseline", baseline, logps).double()
     _checks.finite("baseline", level)
     _checks.fits("baseline", level, logps)
-    advantages = rewards - beta * (logps - ref_logps) - level
-    return -logps * advantages.detach()
+    return (-logps.double() * _constant(returns - level)).to(logps.dtype)
 
 
 def rloo(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
@@ -140,18 +166,17 @@ def rloo(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tens
         beta: KL coefficient in reward units, > 0.
 
     Returns:
-        Loss per group, shape (...).
+        Loss per group, shape (...), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor that is not floating.
+        TypeError: a tensor that is not floating, or `beta` not a number.
         ValueError: a group of fewer than 2, or as for `policy_gradient`.
 
     Source: [kool2019], [ahmadian2024]; book chapter 3, `policy-gradient-tilt`.
     """
-    _rewarded(logps, ref_logps, rewards, beta)
+    returns = _returns(logps, ref_logps, rewards, beta)
     _group("logps", logps, -1)
-    returns = rewards - beta * (logps - ref_logps)
-    return -(logps * _leave_one_out(returns).detach()).mean(-1)
+    return -(logps.double() * _constant(_leave_one_out(_centred(returns)))).mean(-1).to(logps.dtype)
 
 
 def _group(name: str, value: Tensor, dim: int) -> None:
@@ -159,15 +184,22 @@ def _group(name: str, value: Tensor, dim: int) -> None:
         raise ValueError(f"{name} must hold groups of at least 2 draws, got shape {tuple(value.shape)}")
 
 
-def _leave_one_out(values: Tensor) -> Tensor:
-    """Subtract from each entry the mean of the others in its row: G / (G - 1) times the deviation from the mean."""
-    g = values.shape[-1]
-    return (values - values.mean(-1, keepdim=True)) * (g / (g - 1))
+def _centred(values: Tensor) -> Tensor:
+    """Subtract the mean of the row."""
+    # A common level goes first: then the mean is rounded as the differences are, and equal values are exactly 0.
+    values = values - values[..., :1]
+    return values - values.mean(-1, keepdim=True)
+
+
+def _leave_one_out(centred: Tensor) -> Tensor:
+    """Turn deviations from the mean of the row into deviations from the mean of the others."""
+    g = centred.shape[-1]
+    return centred * (g / (g - 1))
 
 
 def grpo(
     logps: Tensor,
-    ref_logps: Tensor,
+    ref_logps: Tensor | None,
     rewards: Tensor,
     beta: float,
     *,
@@ -187,65 +219,92 @@ def grpo(
     log-probabilities with a last dimension of 1 for the term on the sequence ratio. The defaults are those of the
     paper; their fixed point is not the tilt (book chapter 3, `grpo-fixed-points`).
 
+    A clipped term has gradient 0, however far its ratio is. The loss is +inf, and its gradient infinite, where the
+    dtype cannot hold the ratio of a token with a negative advantage, or k3.
+
     Args:
-        logps: log pi of each token, shape (..., G, L), G >= 2.
-        ref_logps: log p of each token, same shape.
+        logps: log pi of each token, shape (..., G, L), G >= 2, L >= 1.
+        ref_logps: log p of each token, same shape; None only with `beta` = 0.
         rewards: Reward of each sequence, shape (..., G), finite.
-        beta: KL coefficient in reward units, > 0.
+        beta: KL coefficient in reward units, >= 0; at 0 the reference plays no part.
         kl: Where KL enters. "k1", "k2", "k3": that term in the loss, differentiated. "reward": -beta log(pi / p) of the
             sequence is added to its reward before baseline and scale.
         baseline: "group": the mean over the group, the own draw included. "leave-one-out": the mean of the others.
-        scale: "group": divide by the standard deviation over the group (over G, not G - 1); where that is 0 up to
-            rounding, A = 0. "none": do not.
-        mask: True at tokens that count, boolean, shape (..., G, L); None counts all.
+        scale: "group": divide by the standard deviation over the group (over G, not G - 1), however small; where all
+            rewards are equal, or with kl "reward" equal up to the rounding of that sum in float64, A = 0. "none": do
+            not.
+        mask: True at tokens that count, boolean, shape (..., G, L); None counts all. Log-probabilities of the others
+            may be anything, NaN included.
         old_logps: log-probabilities under the policy that drew, shape (..., G, L); None when drawn just now.
         clip: Range c of the clipped ratio, > 0; without effect when `old_logps` is None.
 
     Returns:
-        Loss per group, shape (...).
+        Loss per group, shape (...), dtype of `logps`.
 
     Raises:
-        TypeError: a tensor of the wrong dtype.
-        ValueError: values not finite, log-probabilities above 0, shapes that do not fit, a group of fewer than 2, a
-            sequence with no token left by `mask`, `beta` or `clip` not finite and > 0, or an unknown option.
+        TypeError: a tensor of the wrong dtype, no reference where `beta` > 0, or `beta` or `clip` not a number.
+        ValueError: values or advantages not finite, log-probabilities above 0, shapes that do not fit, a group of fewer
+            than 2, a sequence with no token left by `mask`, `beta` not finite and >= 0, `clip` not finite and > 0, or
+            an unknown option.
 
     Source: [shao2024]; book chapter 3, `grpo-fixed-points`, `grpo-binary-exact` and `token-level-kl`.
     """
-    _draws(logps=logps, ref_logps=ref_logps)
-    _group("logps", logps, -2)
-    _checks.finite("rewards", rewards)
-    if rewards.shape != logps.shape[:-1]:
-        raise ValueError(f"rewards must have shape {tuple(logps.shape[:-1])}, got {tuple(rewards.shape)}")
-    _checks.positive("beta", beta)
+    _checks.tensor("logps", logps)
+    _checks.nonnegative("beta", beta)
     _checks.positive("clip", clip)
     _checks.one_of("kl", kl, ("reward", "k1", "k2", "k3"))
     _checks.one_of("baseline", baseline, ("group", "leave-one-out"))
     _checks.one_of("scale", scale, ("group", "none"))
     if mask is not None:
         _checks.some_tokens(mask, logps.shape)
-    old = logps.detach() if old_logps is None else old_logps.detach()
-    _draws(logps=logps, old_logps=old)
+    now = _tokens("logps", logps, logps, mask)
+    ref = now.detach() if ref_logps is None and beta == 0 else _tokens("ref_logps", ref_logps, logps, mask)
+    old = now.detach() if old_logps is None else _tokens("old_logps", old_logps, logps, mask).detach()
+    _group("logps", logps, -2)
+    _checks.finite("rewards", rewards)
+    if rewards.shape != logps.shape[:-1]:
+        raise ValueError(f"rewards must have shape {tuple(logps.shape[:-1])}, got {tuple(rewards.shape)}")
 
-    if mask is not None:
-        # Before any exponential: padding may be as unlikely as it likes, and infinity times 0 is not 0.
-        logps, ref_logps, old = (torch.where(mask, x, 0) for x in (logps, ref_logps, old))
-    size = rewards.abs()
+    beta, clip = float(beta), float(clip)
+    log_rho = ref - now if beta > 0 else now.detach() - now  # 0 times an overflow is not 0
+    returns = _centred(rewards.detach().double())
+    rounding = torch.zeros_like(returns)
     if kl == "reward":
-        rewards = rewards - beta * (logps - ref_logps).sum(-1)
-        size = size + beta * (logps.abs() + ref_logps.abs()).sum(-1)
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    advantages = _leave_one_out(rewards) if baseline == "leave-one-out" else centred
+        change = beta * log_rho.detach()
+        rounding = 16 * torch.finfo(torch.float64).eps * (returns.abs() + change.abs().sum(-1))
+        returns = _centred(returns + change.sum(-1))
+    advantages = _constant(returns)
     if scale == "group":
-        sd = centred.square().mean(-1, keepdim=True).sqrt()
-        # Equal rewards may differ by rounding; dividing that by itself would turn it into advantages of size 1.
-        rounding = 16 * torch.finfo(sd.dtype).eps * size.amax(-1, keepdim=True)
-        advantages = torch.where(sd > rounding, advantages / torch.where(sd > rounding, sd, 1), 0)
-    advantages = advantages.detach().unsqueeze(-1)
-    ratios = torch.exp(logps - old)
-    gain = torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
-    penalty = 0.0 if kl == "reward" else beta * getattr(kl_estimators(logps, ref_logps), kl)
-    per_token = gain - penalty
-    return -(per_token if mask is None else torch.where(mask, per_token, 0)).sum(-1).mean(-1)
+        # Equal returns may differ by the rounding of their sum; dividing that by itself would make it of size 1.
+        largest = advantages.abs().amax(-1, keepdim=True)
+        differ = largest > rounding.amax(-1, keepdim=True)
+        # By the largest first: the squares of very small or large rewards are 0 or infinite.
+        advantages = torch.where(differ, advantages / torch.where(differ, largest, 1), 0)
+        sd = advantages.square().mean(-1, keepdim=True).sqrt()
+        advantages = advantages / torch.where(differ, sd, 1)
+    if baseline == "leave-one-out":
+        advantages = _leave_one_out(advantages)
+    advantages = _constant(advantages).unsqueeze(-1)
+    # The logarithm is clipped: beyond the clip the ratio is a constant, whatever its own exponential would be.
+    log_ratios = now - old
+    lowest = math.log1p(-clip) if clip < 1 else -math.inf
+    clipped = torch.where(advantages < 0, log_ratios.clamp(min=lowest), log_ratios.clamp(max=math.log1p(clip)))
+    per_token = torch.exp(clipped) * advantages
+    if kl != "reward":
+        per_token = per_token - beta * getattr(_estimates(log_rho), kl)
+    per_token = per_token if mask is None else torch.where(mask, per_token, 0)
+    return -per_token.sum(-1).mean(-1).to(logps.dtype)
+
+
+def _tokens(name: str, value: Tensor | None, logps: Tensor, mask: Tensor | None) -> Tensor:
+    """Check log-probabilities at the tokens that count; return them in float64, with 0 at the others."""
+    _checks.tensor(name, value)
+    assert value is not None
+    _checks.same_shape(**{"logps": logps, name: value})
+    # Before the checks and any exponential: padding may hold anything, and infinity times 0 is not 0.
+    kept = value if mask is None else torch.where(mask, value, 0)
+    _checks.log_values(name, kept)
+    return kept.double()
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, labels: Tensor | float = 1.0) -> Tensor:
@@ -261,25 +320,26 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, labels: Tensor | float = 1.0
         labels: Probability that the first item wins, in [0, 1]: a number or a tensor that broadcasts.
 
     Returns:
-        Loss per pair, shape of `chosen`.
+        Loss per pair, shape and dtype of `chosen`.
 
     Raises:
-        TypeError: a tensor that is not floating.
-        ValueError: rewards not finite, shapes that do not fit, or a label outside [0, 1].
+        TypeError: a tensor that is not floating, or `labels` neither a number nor a tensor.
+        ValueError: rewards or their differences not finite, shapes that do not fit, or a label outside [0, 1].
 
     Source: [bradley1952]; book chapter 3, `bradley-terry`.
     """
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         _checks.finite(name, value)
     _checks.same_shape(chosen=chosen, rejected=rejected)
-    return _comparison_loss(chosen - rejected, labels)
+    return _comparison_loss(chosen.double() - rejected.double(), labels).to(chosen.dtype)
 
 
 def _comparison_loss(margin: Tensor, labels: Tensor | float) -> Tensor:
-    if not isinstance(labels, Tensor):
-        labels = torch.as_tensor(float(labels), dtype=margin.dtype, device=margin.device)
+    _checks.finite("the margin d", margin)
+    labels = _as_tensor("labels", labels, margin)
     _checks.probabilities("labels", labels)
     _checks.fits("labels", labels, margin)
+    labels = labels.double()
     log_win, log_loss = torch.nn.functional.logsigmoid(margin), torch.nn.functional.logsigmoid(-margin)
     return -labels * log_win - (1 - labels) * log_loss
 
@@ -309,12 +369,12 @@ def dpo(
         labels: Probability that the first item wins, in [0, 1]: a number or a tensor that broadcasts.
 
     Returns:
-        Loss per pair, shape of `chosen_logps`.
+        Loss per pair, shape and dtype of `chosen_logps`.
 
     Raises:
-        TypeError: a tensor that is not floating.
-        ValueError: log-probabilities not finite or above 0, shapes that do not fit, `beta` not finite and > 0, or a
-            label outside [0, 1].
+        TypeError: a tensor that is not floating, `beta` not a number, or `labels` neither a number nor a tensor.
+        ValueError: log-probabilities not finite or above 0, d not finite, shapes that do not fit, `beta` not finite
+            and > 0, or a label outside [0, 1].
 
     Source: [rafailov2023]; book chapter 3, `dpo-optimum`.
     """
@@ -325,9 +385,9 @@ def dpo(
         ref_rejected_logps=ref_rejected_logps,
     )
     _checks.positive("beta", beta)
-    chosen = beta * (chosen_logps - ref_chosen_logps)
-    rejected = beta * (rejected_logps - ref_rejected_logps)
-    return _comparison_loss(chosen - rejected, labels)
+    chosen = float(beta) * (chosen_logps.double() - ref_chosen_logps.double())
+    rejected = float(beta) * (rejected_logps.double() - ref_rejected_logps.double())
+    return _comparison_loss(chosen - rejected, labels).to(chosen_logps.dtype)
 
 
 def count_wins(first: Tensor, second: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -345,13 +405,16 @@ def count_wins(first: Tensor, second: Tensor, labels: Tensor, k: int) -> Tensor:
         Table of counts, float64, shape (k, k).
 
     Raises:
-        TypeError: indices that are not integers, or `k` not an int.
+        TypeError: indices that are not integers, `labels` not a tensor, or `k` not an int.
         ValueError: indices outside 0..k-1, shapes that differ, `k` < 2, or a label other than 0 and 1.
     """
     _checks.count("k", k)
     if k < 2:
         raise ValueError(f"k must be an integer >= 2, got {k}")
+    k = int(k)
     first, second = _checks.indices("first", first, k), _checks.indices("second", second, k)
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {_checks.described(labels)}")
     _checks.same_shape(first=first, second=second, labels=labels)
     other = labels[(labels != 0) & (labels != 1)]
     if len(other):
@@ -378,8 +441,9 @@ def fit_bradley_terry(wins: Tensor) -> Tensor:
 
     Raises:
         TypeError: `wins` is not a floating tensor.
-        ValueError: `wins` not square or with negative or non-finite entries; a comparison graph that is not connected;
-            or a group of items that never lost to the rest, whose rewards would be infinite.
+        ValueError: `wins` not square, with negative or non-finite entries, or with entries > 0 that differ by a factor
+            above 1e300; a comparison graph that is not connected; or a group of items that never lost to the rest,
+            whose rewards would be infinite.
 
     Source: [bradley1952], [ford1957]; book chapter 3, `bradley-terry`.
     """
@@ -390,6 +454,11 @@ def fit_bradley_terry(wins: Tensor) -> Tensor:
         raise ValueError(f"wins must be >= 0, got {wins.min().item():g}")
     table = wins.detach().double().clone().fill_diagonal_(0)
     _identified(table)
+    rarest, most = table[table > 0].min().item(), table.max().item()
+    if rarest < most / 1e300:
+        raise ValueError(f"wins must be 0 or within a factor 1e300 of each other, got {rarest:g} and {most:g}")
+    # The scale of the table plays no part, but sums of its entries may overflow; a power of two does not round.
+    table = table / 2.0 ** (math.frexp(most)[1] - 1)
     rewards = torch.zeros(len(table), dtype=torch.float64, device=table.device)
     # Along a path of victories the rewards may differ by the sum of its log-odds, and a step moves each by at most 2;
     # after that Newton's method doubles the correct digits.
@@ -448,10 +517,12 @@ def self_certainty(
         conditionals: Log-probabilities of the next symbol at each position, shape (..., L, V), normalised.
         direction: "policy" puts the policy first, as in the paper this book accompanies; "uniform" puts the uniform law
             first, as in public RLIF code.
-        mask: True at positions that count, boolean, shape (..., L); None counts all.
+        mask: True at positions that count, boolean, shape (..., L); None counts all. What stands at the others may be
+            anything, NaN included.
 
     Returns:
-        Self-certainty in nats, shape (...); +inf for direction "uniform" where a symbol has probability 0.
+        Self-certainty in nats, shape (...), dtype of `conditionals`; +inf for direction "uniform" where a symbol has
+        probability 0.
 
     Raises:
         TypeError: `conditionals` not floating, or `mask` not boolean.
@@ -460,21 +531,27 @@ def self_certainty(
 
     Source: [jiao2025], [kang2025], [zhao2025]; book chapter 4, `self-certainty` and `self-certainty-direction`.
     """
-    _checks.logps("conditionals", conditionals)
+    _checks.tensor("conditionals", conditionals)
     _checks.one_of("direction", direction, ("policy", "uniform"))
     if conditionals.ndim < 2:
         raise ValueError(f"conditionals must have shape (..., L, V), got {tuple(conditionals.shape)}")
+    log_v = math.log(conditionals.shape[-1])
+    laws = conditionals
     if mask is not None:
         _checks.some_tokens(mask, conditionals.shape[:-1])
-    log_v = math.log(conditionals.shape[-1])
+        laws = torch.where(mask.unsqueeze(-1), conditionals, -log_v)
+    _checks.logps("conditionals", laws)
+    laws = laws.double()
+    # A constant: the gradient is that of the formula, in every dtype.
+    laws = laws - laws.detach().logsumexp(-1, keepdim=True)
     if direction == "policy":
         # Mask before the product: a masked product of 0 and inf would still have gradient NaN.
-        per_token = log_v + (conditionals.exp() * torch.where(conditionals > -torch.inf, conditionals, 0)).sum(-1)
+        per_token = log_v + (laws.exp() * torch.where(laws > -torch.inf, laws, 0)).sum(-1)
     else:
-        per_token = -log_v - conditionals.mean(-1)
+        per_token = -log_v - laws.mean(-1)
     if mask is None:
-        return per_token.mean(-1)
-    return torch.where(mask, per_token, 0).sum(-1) / mask.sum(-1)
+        return per_token.mean(-1).to(conditionals.dtype)
+    return (torch.where(mask, per_token, 0).sum(-1) / mask.sum(-1)).to(conditionals.dtype)
 
 
 def weighted_likelihood(logps: Tensor, log_weights: Tensor, *, self_normalized: bool = True) -> Tensor:
@@ -487,22 +564,26 @@ def weighted_likelihood(logps: Tensor, log_weights: Tensor, *, self_normalized: 
 
     Args:
         logps: log q(y_i) of the model to be fitted, shape (..., N).
-        log_weights: log w_i, same shape; -inf drops a sample.
+        log_weights: log w_i, same shape; -inf drops a sample, whatever its log q(y_i), NaN included.
         self_normalized: Divide by the sum of the weights of the pool, or by N.
 
     Returns:
-        Loss per pool, shape (...).
+        Loss per pool, shape (...), dtype of `logps`.
 
     Raises:
         TypeError: a tensor that is not floating.
-        ValueError: log-probabilities not finite or above 0, weights with NaN or +inf, shapes that differ, or a pool
-            whose weights are all 0.
+        ValueError: log-probabilities not finite or above 0, weights with NaN or +inf, weights that float64 cannot hold
+            when they are not normalised, shapes that differ, or a pool whose weights are all 0.
 
     Source: [peters2007]; book chapter 6, `weighted-likelihood` and `resampled-training`.
     """
-    _checks.log_values("logps", logps)
+    _checks.tensor("logps", logps)
     _checks.rewards("log_weights", log_weights)
     _checks.same_shape(logps=logps, log_weights=log_weights)
+    kept = torch.where(log_weights > -math.inf, logps, 0)
+    _checks.log_values("logps", kept)
     _checks.some_left("log_weights", log_weights.amax(-1))
-    weights = torch.softmax(log_weights, -1) if self_normalized else log_weights.exp() / log_weights.shape[-1]
-    return -(weights.detach() * logps).sum(-1)
+    log_w = log_weights.detach().double()
+    weights = torch.softmax(log_w, -1) if self_normalized else log_w.exp() / log_w.shape[-1]
+    _checks.finite("exp(log_weights)", weights)
+    return -(weights * kept.double()).sum(-1).to(logps.dtype)

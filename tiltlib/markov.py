@@ -4,6 +4,9 @@ The next symbol depends on the last `order` symbols, its context. A context is a
 symbol last, so appending symbol a to context c gives (c V + a) mod V^order: recursions over all contexts are reshapes,
 not look-ups. Strings have a fixed length L and start after a separator. Nothing here enumerates the V^L strings, yet
 the partition function, the tilted law and the law of the total reward are exact.
+
+A chain computes in float64 whatever comes in: a table of a smaller dtype is promoted and normalised again. Single
+results, `logps` and `soft_values`, have the dtype that came in; tables, laws and divergences are float64.
 """
 
 import math
@@ -32,6 +35,11 @@ class RewardLaw(NamedTuple):
     logps: Tensor
 
 
+def _log(x: Tensor) -> Tensor:
+    """Logarithm of numbers >= 0. Where it is -inf its gradient is 0, not 0 / 0."""
+    return torch.where(x > 0, torch.where(x > 0, x, 1.0).log(), -math.inf)
+
+
 def _alphabet_size(alphabet: str) -> int:
     if len(set(alphabet)) < len(alphabet) or len(alphabet) < 2:
         raise ValueError(f"alphabet must hold at least 2 distinct symbols, got {alphabet!r}")
@@ -46,7 +54,7 @@ class MarkovChain:
 
     Args:
         logps: Next-symbol log-probabilities, each row normalised. Shape (V^order, V), or (L, V^order, V) with one table
-            per step.
+            per step. The chain keeps a copy.
         alphabet: V distinct symbols; the last one is the separator, and every string starts after separators.
 
     Raises:
@@ -68,7 +76,10 @@ class MarkovChain:
             )
         self.alphabet, self.order = alphabet, order
         self.length = logps.shape[0] if logps.ndim == 3 else None
-        self._logps = logps
+        self._dtype = logps.dtype
+        # A copy either way. What a smaller dtype is off by is no error of the caller: it is normalised away.
+        self._tables = logps.clone() if logps.dtype == torch.float64 else torch.log_softmax(logps.double(), -1)
+        self._device = logps.device
         self.start = v**order - 1  # `order` separators
 
     @classmethod
@@ -103,7 +114,7 @@ class MarkovChain:
         _checks.tensor("weights", weights)
         if weights.shape != (len(words),):
             raise ValueError(f"weights must have shape ({len(words)},), one per word, got {tuple(weights.shape)}")
-        if not bool((weights.isfinite() & (weights >= 0)).all()) or weights.sum() == 0:
+        if not bool((weights.isfinite() & (weights >= 0)).all()) or not bool((weights > 0).any()):
             raise ValueError(
                 f"weights must be finite and >= 0 with a positive sum, "
                 f"got values from {weights.min().item():g} to {weights.max().item():g}"
@@ -122,7 +133,9 @@ class MarkovChain:
                 context = (context * v + code[symbol]) % v**order
         context_ids = torch.tensor(contexts, device=weights.device)
         symbol_ids = torch.tensor(symbols, device=weights.device)
-        mass = weights.double()[torch.tensor(owner, device=weights.device)]
+        # In units of a power of 2, which costs no digit, so that no sum of weights overflows.
+        unit = 2.0 ** (math.frexp(weights.max().item())[1] - 1)
+        mass = (weights.double() / unit)[torch.tensor(owner, device=weights.device)]
         table = torch.zeros(1, v, dtype=torch.float64, device=weights.device)
         for length in range(order + 1):
             cells = (context_ids % v**length) * v + symbol_ids
@@ -130,8 +143,9 @@ class MarkovChain:
             counts = counts.index_add(0, cells, mass).view(-1, v)
             total = counts.sum(-1, keepdim=True)
             # Contexts of length m are m-digit numbers; dropping the oldest symbol repeats the shorter table V times.
-            table = torch.where(total > 0, counts / total, table.repeat(max(1, len(counts) // len(table)), 1))
-        return cls(table.log(), alphabet)
+            shorter = table.repeat(max(1, len(counts) // len(table)), 1)
+            table = torch.where(total > 0, counts / torch.where(total > 0, total, 1.0), shorter)
+        return cls(_log(table), alphabet)
 
     def stopped(self, length: int) -> "MarkovChain":
         """Stop the chain at its first separator: after it only separators follow.
@@ -153,7 +167,9 @@ class MarkovChain:
         # Only the first context of a string ends in a separator without the string having ended.
         tables[1:, self._v - 1 :: self._v, :-1] = -math.inf
         tables[1:, self._v - 1 :: self._v, -1] = 0.0
-        return MarkovChain(tables, self.alphabet)
+        stopped = MarkovChain(tables, self.alphabet)
+        stopped._dtype = self._dtype
+        return stopped
 
     def refit(self, tokens: Tensor, log_weights: Tensor | None = None, *, per_step: bool) -> "MarkovChain":
         """Fit a chain of the same order to weighted strings by maximum likelihood.
@@ -173,14 +189,14 @@ class MarkovChain:
 
         Raises:
             TypeError: `tokens` is not an integer tensor, or `log_weights` not a floating one.
-            ValueError: `tokens` out of range or not of shape (n, L); `log_weights` of another shape, with NaN or +inf,
-                or all -inf; or strings longer than this chain.
+            ValueError: `tokens` out of range or not of shape (n, L) with n >= 1; `log_weights` of another shape, with
+                NaN or +inf, or all -inf; or strings longer than this chain.
 
         Source: [shannon1948], section 3, for the counts; book chapter 6, `weighted-likelihood`.
         """
-        self._check_tokens(tokens)
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must have shape (n, L), got {tuple(tokens.shape)}")
+        tokens = self._check_tokens(tokens)
+        if tokens.ndim != 2 or len(tokens) == 0:
+            raise ValueError(f"tokens must have shape (n, L) with n >= 1, got {tuple(tokens.shape)}")
         n, length = tokens.shape
         if log_weights is None:
             log_weights = torch.zeros(n, dtype=torch.float64, device=tokens.device)
@@ -190,7 +206,7 @@ class MarkovChain:
         _checks.some_left("log_weights", log_weights.amax())
         weights = (log_weights.double() - log_weights.amax()).exp()
         v, contexts = self._v, self._v**self.order
-        cells = self._steps(tokens) * v + tokens.long()
+        cells = self._steps(tokens) * v + tokens
         tables = []
         counts = torch.zeros(contexts * v, dtype=torch.float64, device=tokens.device)
         for t in range(length):
@@ -200,7 +216,8 @@ class MarkovChain:
             if per_step or t == length - 1:
                 table = counts.view(contexts, v)
                 total = table.sum(-1, keepdim=True)
-                tables.append(torch.where(total > 0, (table / total).log(), self.table(t).double()))
+                fitted = _log(table / torch.where(total > 0, total, 1.0))
+                tables.append(torch.where(total > 0, fitted, self.table(t)))
         return MarkovChain(torch.stack(tables) if per_step else tables[0], self.alphabet)
 
     @property
@@ -214,17 +231,17 @@ class MarkovChain:
             step: Position in the string, from 0; below `length` if the chain has one.
 
         Returns:
-            Log-probabilities, shape (V^order, V).
+            Log-probabilities, float64 whatever the chain was made of, shape (V^order, V).
 
         Raises:
             ValueError: `step` outside 0..length-1 of a chain with one table per step.
         """
-        return self._rows(step, torch.arange(self._v**self.order, device=self._logps.device))
+        return self._exact_rows(step, torch.arange(self._v**self.order, device=self._device))
 
-    def _rows(self, step: int, contexts: Tensor) -> Tensor:
-        """Return next-symbol log-probabilities in some contexts, shape (*contexts.shape, V)."""
+    def _exact_rows(self, step: int, contexts: Tensor) -> Tensor:
+        """Return next-symbol log-probabilities in some contexts, float64, shape (*contexts.shape, V)."""
         self._check_step(step)
-        return (self._logps if self._logps.ndim == 2 else self._logps[step])[contexts]
+        return (self._tables if self._tables.ndim == 2 else self._tables[step])[contexts]
 
     def _check_step(self, step: int) -> None:
         if self.length is not None and not 0 <= step < self.length:
@@ -232,6 +249,8 @@ class MarkovChain:
 
     def _check_alike(self, name: str, other: "MarkovChain") -> None:
         """Require a chain over the same contexts."""
+        if not isinstance(other, MarkovChain):
+            raise TypeError(f"{name} must be a MarkovChain, got {_checks.described(other)}")
         if (other.order, other.alphabet) != (self.order, self.alphabet):
             raise ValueError(
                 f"{name} must have order {self.order} over {self.alphabet!r}, "
@@ -275,7 +294,7 @@ class MarkovChain:
         unknown = {symbol for text in texts for symbol in text} - code.keys()
         if unknown:
             raise ValueError(f"texts must use the alphabet {self.alphabet!r} only, got {sorted(unknown)}")
-        return torch.tensor([[code[symbol] for symbol in text] for text in texts], device=self._logps.device)
+        return torch.tensor([[code[symbol] for symbol in text] for text in texts], device=self._device)
 
     def decode(self, tokens: Tensor) -> list[str]:
         """Turn symbol numbers into strings.
@@ -288,17 +307,16 @@ class MarkovChain:
 
         Raises:
             TypeError: `tokens` is not an integer tensor.
-            ValueError: `tokens` outside 0..V-1, empty, or not of shape (n, L).
+            ValueError: `tokens` outside 0..V-1, or not of shape (n, L) with L >= 1.
         """
-        self._check_tokens(tokens)
+        tokens = self._check_tokens(tokens)
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have shape (n, L), got {tuple(tokens.shape)}")
         return ["".join(self.alphabet[i] for i in row) for row in tokens.tolist()]
 
     def _steps(self, tokens: Tensor) -> Tensor:
         """Return the context before each symbol, shape of `tokens`."""
-        self._check_tokens(tokens)
-        tokens = tokens.long()
+        tokens = self._check_tokens(tokens)
         context = torch.full(tokens.shape[:-1], self.start, device=tokens.device)
         contexts = []
         for symbol in tokens.unbind(-1):
@@ -306,12 +324,12 @@ class MarkovChain:
             context = self._next(context, symbol)
         return torch.stack(contexts, -1)
 
-    def _check_tokens(self, tokens: Tensor) -> None:
-        tokens = _checks.integers("tokens", tokens)
-        if tokens.ndim == 0:
-            raise ValueError("tokens must have a last dimension, the positions of a string, got a single number")
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self._v:
+    def _check_tokens(self, tokens: Tensor) -> Tensor:
+        """Require strings over the alphabet; return them as int64."""
+        tokens = _checks.sequences("tokens", tokens)
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._v:
             raise ValueError(f"tokens must lie in 0..{self._v - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+        return tokens
 
     def logps(self, tokens: Tensor) -> Tensor:
         """Compute the log-probability of strings.
@@ -322,15 +340,19 @@ class MarkovChain:
             tokens: Symbol numbers, integer tensor, shape (..., L).
 
         Returns:
-            Log-probabilities, shape (...).
+            Log-probabilities, shape (...), in the dtype of the chain, added up in float64.
 
         Raises:
             TypeError: `tokens` is not an integer tensor.
-            ValueError: `tokens` outside 0..V-1 or empty.
+            ValueError: `tokens` outside 0..V-1, or strings of length 0.
         """
+        return self._exact_logps(tokens).to(self._dtype)
+
+    def _exact_logps(self, tokens: Tensor) -> Tensor:
+        """Return the log-probability of strings in float64."""
         steps = zip(self._steps(tokens).unbind(-1), tokens.long().unbind(-1), strict=True)
         per_symbol = [
-            self._rows(t, context).gather(-1, symbol[..., None]).squeeze(-1)
+            self._exact_rows(t, context).gather(-1, symbol[..., None]).squeeze(-1)
             for t, (context, symbol) in enumerate(steps)
         ]
         return torch.stack(per_symbol, -1).sum(-1)
@@ -343,13 +365,16 @@ class MarkovChain:
             rewards: Reward of each symbol, shape (V,), or of each symbol after each context, shape (V^order, V).
 
         Returns:
-            Total reward, shape (...).
+            Total reward, shape (...), in the dtype of `rewards`, added up in float64.
 
         Raises:
             TypeError: `tokens` is not an integer tensor, or `rewards` not a floating one.
-            ValueError: `tokens` out of range, or `rewards` of another shape.
+            ValueError: `tokens` out of range, or `rewards` of another shape, with NaN or +inf, or so large that
+                differences of totals may leave float64.
         """
-        return self._reward_table(rewards)[self._steps(tokens), tokens.long()].sum(-1)
+        steps = self._steps(tokens)
+        table = self._reward_table(rewards, tokens.shape[-1])
+        return table[steps, tokens.long()].sum(-1).to(rewards.dtype)
 
     def sample(self, n: int, length: int, *, generator: torch.Generator) -> Tensor:
         """Draw independent strings, symbol by symbol, by inverting each conditional CDF in float64.
@@ -363,12 +388,13 @@ class MarkovChain:
             Symbol numbers, int64, shape (n, length).
 
         Raises:
-            TypeError: `n` or `length` is not an int.
+            TypeError: `n` or `length` is not an int, or `generator` no generator.
             ValueError: `n` < 1 or `length` < 1.
         """
+        _checks.generator("generator", generator)
         _checks.count("n", n)
         _checks.count("length", length)
-        context = torch.full((n,), self.start, device=self._logps.device)
+        context = torch.full((n,), self.start, device=self._device)
         drawn = []
         for t in range(length):
             symbol = self._draw(t, context, generator)
@@ -380,7 +406,7 @@ class MarkovChain:
         """Draw the next symbol in each context, shape of `contexts`."""
         # Many strings share a context: beyond one string per context, turn the whole table into CDFs once.
         whole = contexts.numel() > self._v**self.order
-        cdf = (self.table(step) if whole else self._rows(step, contexts)).double().exp().cumsum(-1)
+        cdf = (self.table(step) if whole else self._exact_rows(step, contexts)).exp().cumsum(-1)
         cdf = cdf / cdf[..., -1:]
         cdf = cdf[contexts] if whole else cdf
         u = torch.rand((*contexts.shape, 1), generator=generator, device=cdf.device, dtype=torch.float64)
@@ -408,12 +434,12 @@ class MarkovChain:
             ValueError: `length` < 1, or longer than the chain.
         """
         _checks.count("length", length)
-        law = torch.zeros(self._v**self.order, dtype=torch.float64, device=self._logps.device)
+        law = torch.zeros(self._v**self.order, dtype=torch.float64, device=self._device)
         law[self.start] = 1.0
         laws = [law]
         for t in range(length):
             # Context (x, m) and symbol a lead to (m, a): sum over the oldest symbol x.
-            moved = laws[-1][:, None] * self.table(t).double().exp()
+            moved = laws[-1][:, None] * self.table(t).exp()
             laws.append(moved.view(self._v, -1).sum(0))
         return torch.stack(laws)
 
@@ -421,6 +447,8 @@ class MarkovChain:
         """Compute KL(self || other) between the laws of strings of one length, exactly.
 
             KL = sum_t sum_c P_t(c) KL(p_t(. | c) || q_t(. | c))        (chain rule)
+
+        Differentiable in the tables of both chains where it is finite.
 
         Args:
             other: Chain of the same order over the same alphabet.
@@ -430,27 +458,36 @@ class MarkovChain:
             Divergence in nats, float64, shape (); inf where `other` excludes a string that this chain can write.
 
         Raises:
-            TypeError: `length` is not an int.
+            TypeError: `other` is not a chain, or `length` not an int.
             ValueError: another order or alphabet, `length` < 1, or longer than one of the chains.
 
         Source: [cover2006], theorem 2.5.3.
         """
         self._check_alike("other", other)
-        laws, total = self.contexts(length), torch.zeros((), dtype=torch.float64, device=self._logps.device)
+        laws, total = self.contexts(length), torch.zeros((), dtype=torch.float64, device=self._device)
         for t in range(length):
-            ours, theirs = self.table(t).double(), other.table(t).double()
-            terms = torch.where(ours > -math.inf, ours.exp() * (ours - theirs), 0.0).sum(-1)
-            # A context that is never reached counts nothing, even if the divergence there is infinite.
-            total = total + torch.where(laws[t] > 0, laws[t] * terms, 0.0).sum()
+            ours, theirs = self.table(t), other.table(t)
+            # A context that is never reached counts nothing, even if the divergence there is infinite. Mask before the
+            # product: a masked product of 0 and inf would still have gradient NaN.
+            counted = (laws[t] > 0)[:, None] & (ours > -math.inf)
+            log_ratio = torch.where(counted, ours, 0.0) - torch.where(counted, theirs, 0.0)
+            total = total + (laws[t] * (ours.exp() * log_ratio).sum(-1)).sum()
         return total
 
-    def _reward_table(self, rewards: Tensor) -> Tensor:
-        """Check additive rewards and expand them to (V^order, V)."""
+    def _reward_table(self, rewards: Tensor, length: int = 1) -> Tensor:
+        """Check additive rewards and expand them to (V^order, V), float64."""
         _checks.rewards("rewards", rewards)
         full = (self._v**self.order, self._v)
         if tuple(rewards.shape) not in ((self._v,), full):
             raise ValueError(f"rewards must have shape ({self._v},) or {full}, got {tuple(rewards.shape)}")
-        return rewards.expand(full)
+        table = rewards.double()
+        largest = table.detach().nan_to_num(neginf=0.0).abs().max().item()
+        if not 2 * length * largest < math.inf:
+            raise ValueError(
+                f"rewards must be so small that totals of {length} symbols differ by less than 1.8e308, "
+                f"got {largest:g} in size"
+            )
+        return table.expand(full)
 
     def _lookahead(self, values: Tensor) -> Tensor:
         """Return the value after each symbol: entry (c, a) is values[(c V + a) mod V^order]. A reshape, no look-up."""
@@ -463,7 +500,7 @@ class MarkovChain:
             V_t(c) = log sum_a p(a | c) exp(r(c, a) / beta + V_{t+1}(c a)),    V_L = 0
 
         V_t(c) = log E[exp(sum of the rewards after step t / beta) | context c], so V_0(start) is log Z over all V^L
-        strings. Cost O(L V^{order+1}).
+        strings. Differentiable in `rewards` and in the table. Cost O(L V^{order+1}).
 
         Args:
             rewards: Reward of each symbol, shape (V,), or of each symbol after each context, shape (V^order, V);
@@ -472,24 +509,40 @@ class MarkovChain:
             length: Length L of the strings, >= 1.
 
         Returns:
-            Values, shape (L + 1, V^order); -inf where every continuation is excluded.
+            Values, shape (L + 1, V^order), in the wider dtype of the chain and `rewards`; -inf where every continuation
+            is excluded, and inf or -inf where a value leaves the dtype, as r / beta for tiny beta.
 
         Raises:
             TypeError: `rewards` is not a floating tensor, or `length` is not an int.
-            ValueError: `rewards` of another shape, or with NaN or +inf; `beta` not finite and > 0; `length` < 1; or
-                every string excluded.
+            ValueError: `rewards` of another shape, with NaN or +inf, or so large that differences of totals may leave
+                float64; `beta` not finite and > 0; `length` < 1; or every string excluded.
 
         Source: [todorov2009]; book chapter 2, `chain-tilt`; book chapter 7, `soft-value`.
         """
-        table = self._reward_table(rewards)
-        _checks.positive("beta", beta)
+        best, rest = self._soft_values(rewards, beta, length)
+        return (best / float(beta) + rest).to(torch.promote_types(self._dtype, rewards.dtype))
+
+    def _soft_values(self, rewards: Tensor, beta: float, length: int) -> tuple[Tensor, Tensor]:
+        """Return the two parts of V = M / beta + S, float64: the largest total reward M, and what is left.
+
+        S alone stays in range for every beta, and V alone has no digits left for it where beta is small.
+        """
         _checks.count("length", length)
-        values = [torch.zeros_like(table[:, 0])]
+        table = self._reward_table(rewards, length)
+        _checks.positive("beta", beta)
+        zero = torch.zeros_like(table[:, 0])
+        best, rest = [zero], [zero]
         for t in reversed(range(length)):
-            values.append(torch.logsumexp(self.table(t) + table / beta + self._lookahead(values[-1]), -1))
-        stacked = torch.stack(values[::-1])
-        _checks.some_left("rewards", stacked[0, self.start])
-        return stacked
+            logps = self.table(t)
+            ahead = torch.where(logps > -math.inf, table + self._lookahead(best[-1]), -math.inf)
+            top = ahead.detach().amax(-1)
+            open_ = top > -math.inf
+            # Shift before dividing: the differences may only underflow. Where nothing is left, 0 stands in for -inf.
+            shifted = torch.where(open_[:, None], ahead - torch.where(open_, top, 0.0)[:, None], 0.0)
+            rest.append(torch.logsumexp(logps + shifted / float(beta) + self._lookahead(rest[-1]), -1))
+            best.append(top)
+        _checks.some_left("rewards", best[-1][self.start])
+        return torch.stack(best[::-1]), torch.stack(rest[::-1])
 
     def tilt(self, rewards: Tensor, beta: float, length: int) -> "TiltedChain":
         """Tilt the law of strings of one length by exp(total reward / beta), exactly.
@@ -532,18 +585,18 @@ class MarkovChain:
 
         Source: book chapter 2, `reward-reduction`.
         """
-        table = self._reward_table(rewards)
         _checks.count("length", length)
+        table = self._reward_table(rewards, length)
         broken = table[(table != table.floor()) | table.isinf()]
         if len(broken):
             raise ValueError(f"rewards must be finite whole numbers here, got {broken[0].item():g}")
         v, low = self._v, int(table.min())
         distinct = [int(r) for r in table.unique().tolist()]
         size = length * (distinct[-1] - low) + 1
-        mass = torch.zeros(v**self.order, size, dtype=torch.float64, device=self._logps.device)
+        mass = torch.zeros(v**self.order, size, dtype=torch.float64, device=self._device)
         mass[self.start, 0] = 1.0
         for t in range(length):
-            probs = self.table(t).double().exp()
+            probs = self.table(t).exp()
             # Context (x, m) moves to (m, a): the oldest symbol x is summed out, for every middle part m at once.
             oldest_last = mass.view(v, -1, size).transpose(0, 1)
             mass = torch.zeros_like(mass)
@@ -553,29 +606,36 @@ class MarkovChain:
                 mass[:, r - low :] += moved[:, : size - (r - low)]
         values = torch.arange(size, dtype=torch.float64, device=mass.device) + length * low
         law = mass.sum(0)
-        return RewardLaw(values, (law / law.sum()).log())
+        return RewardLaw(values, _log(law / law.sum()))
 
 
 class TiltedChain(MarkovChain):
     """The exact tilt of a chain by an additive reward: the same contexts, conditionals that depend on the step.
 
-    Made by `MarkovChain.tilt`. `length` is the length of its strings, `log_partition` is log Z.
+    Made by `MarkovChain.tilt`. `length` is the length of its strings, `values` are the soft values, `log_partition` is
+    log Z, `ref` is the chain that was tilted. Its tables are made when they are asked for.
     """
 
     length: int
 
     def __init__(self, ref: MarkovChain, rewards: Tensor, beta: float, length: int) -> None:
-        super().__init__(ref._logps, ref.alphabet)
-        self.ref, self.length = ref, length
-        self.values = ref.soft_values(rewards, beta, length)
+        self._best, self._rest = ref._soft_values(rewards, beta, length)
+        self.ref, self.alphabet, self.order, self.start = ref, ref.alphabet, ref.order, ref.start
+        self.length, self._beta, self._device = length, float(beta), ref._device
+        self._dtype = torch.promote_types(ref._dtype, rewards.dtype)
+        self._rewards = ref._reward_table(rewards).clone()
+        self.values = (self._best / self._beta + self._rest).to(self._dtype)
         self.log_partition = self.values[0, self.start]
-        self._log_weights = ref._reward_table(rewards) / beta
 
-    def _rows(self, step: int, contexts: Tensor) -> Tensor:
+    def _exact_rows(self, step: int, contexts: Tensor) -> Tensor:
         self._check_step(step)
         following = self._next(contexts[..., None], torch.arange(self._v, device=contexts.device))
-        ref = self.ref._rows(step, contexts)
-        here = self.values[step, contexts].unsqueeze(-1)
-        tilted = ref + self._log_weights[contexts] + self.values[step + 1, following] - here
+        ref = self.ref._exact_rows(step, contexts)
+        best, rest = self._best[step, contexts].unsqueeze(-1), self._rest[step, contexts].unsqueeze(-1)
+        open_ = best > -math.inf
+        gain = self._rewards[contexts] + self._best[step + 1, following] - torch.where(open_, best, 0.0)
+        # A symbol that the reference never writes was left out of the largest total, and may lie above it.
+        gain = torch.where(ref > -math.inf, gain, 0.0)
+        tilted = ref + gain / self._beta + self._rest[step + 1, following] - rest
         # A context from which every continuation is excluded is never reached; it keeps the row of the reference.
-        return torch.where(here > -math.inf, tilted, ref)
+        return torch.where(open_, tilted, ref)

@@ -39,12 +39,16 @@ class TabularPolicy(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(logits.detach().clone())
 
-    def law(self) -> Tensor:
-        """Compute the whole law, differentiable in the logits: log-probabilities of shape (K,)."""
-        logps = torch.log_softmax(self.logits, -1)
+    def _law(self) -> Tensor:
+        """Compute the law in float64, normalised as no narrower dtype could hold it."""
+        logps = torch.log_softmax(self.logits.double(), -1)
         if bool(logps.isnan().any()):
             raise ValueError("logits must be finite, got NaN or inf: training has diverged, lower the learning rate")
         return logps
+
+    def law(self) -> Tensor:
+        """Compute the whole law, differentiable in the logits: log-probabilities, shape (K,), dtype of the logits."""
+        return self._law().to(self.logits.dtype)
 
     def logps(self, outcomes: Tensor) -> Tensor:
         """Compute the log-probability of outcomes, differentiable in the logits.
@@ -53,7 +57,7 @@ class TabularPolicy(nn.Module):
             outcomes: Outcome indices in 0..K-1, integer tensor of any shape.
 
         Returns:
-            Log-probabilities, shape of `outcomes`.
+            Log-probabilities, shape of `outcomes`, dtype of the logits.
 
         Raises:
             TypeError: `outcomes` is not an integer tensor.
@@ -72,10 +76,10 @@ class TabularPolicy(nn.Module):
             Outcome indices, int64, shape (n,).
 
         Raises:
-            TypeError: `n` is not an int.
+            TypeError: `n` is not an int, or `generator` not a generator.
             ValueError: `n` < 1.
         """
-        return categorical.sample(self.law().detach(), n, generator=generator)
+        return categorical.sample(self._law().detach(), n, generator=generator)
 
 
 def natural_step(
@@ -97,12 +101,12 @@ def natural_step(
         step: Step size h with 0 < h < 2 / beta; h = 1 / beta moves a drawn entry all the way.
 
     Returns:
-        New logits, shape (K,).
+        New logits, shape (K,), dtype of `logits`; computed in float64.
 
     Raises:
-        TypeError: a tensor of the wrong dtype.
-        ValueError: tensors not finite, not of one shape or indices outside 0..K-1; `beta` not finite and > 0; or `step`
-            outside (0, 2 / beta).
+        TypeError: a tensor of the wrong dtype, or `beta` or `step` not a number.
+        ValueError: tensors not finite, not of one shape or indices outside 0..K-1; `beta` not finite and > 0; `step`
+            outside (0, 2 / beta); or new logits that the dtype cannot hold.
 
     Source: book chapter 1, `natural-gradient-path`; book chapter 3, `policy-gradient-tilt`.
     """
@@ -118,10 +122,14 @@ def natural_step(
         )
     outcomes = _checks.indices("outcomes", outcomes, logits.shape[-1])
     _checks.positive("beta", beta)
+    _checks.number("step", step)
+    beta, step = float(beta), float(step)
     if not 0 < step < 2 / beta:
         raise ValueError(f"step must lie in (0, 2 / beta) = (0, {2 / beta:g}), got {step!r}")
     y = outcomes.flatten()
-    moved = logits[y] + step * (rewards[y] - beta * (logits[y] - ref_logps[y]))
+    theta, log_p, r = (x[y].double() for x in (logits, ref_logps, rewards))
+    moved = (theta + step * (r - beta * (theta - log_p))).to(logits.dtype)
+    _checks.finite("the new logits", moved)
     return logits.index_copy(0, y, moved)  # a repeated outcome is written twice with one value
 
 
@@ -131,10 +139,10 @@ class _Block(nn.Module):
     def __init__(self, width: int, heads: int, device: torch.device, generator: torch.Generator) -> None:
         super().__init__()
         self.heads = heads
-        self.before_attention = nn.LayerNorm(width, device=device)
+        self.before_attention = nn.LayerNorm(width, device=device, dtype=torch.float32)
         self.qkv = _linear(width, 3 * width, device, generator)
         self.out = _linear(width, width, device, generator)
-        self.before_mlp = nn.LayerNorm(width, device=device)
+        self.before_mlp = nn.LayerNorm(width, device=device, dtype=torch.float32)
         self.up = _linear(width, 4 * width, device, generator)
         self.down = _linear(4 * width, width, device, generator)
 
@@ -149,10 +157,15 @@ class _Block(nn.Module):
 
 def _linear(inputs: int, outputs: int, device: torch.device, generator: torch.Generator) -> nn.Linear:
     """Make a linear layer from the given generator; the constructor itself would use the global one."""
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, device=device)
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, device=device, dtype=torch.float32)
     nn.init.xavier_uniform_(layer.weight, generator=generator)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def _embedding(entries: int, width: int, device: torch.device, generator: torch.Generator) -> nn.Parameter:
+    drawn = torch.randn(entries, width, generator=generator, device=device, dtype=torch.float32)
+    return nn.Parameter(drawn / math.sqrt(width))
 
 
 class TransformerPolicy(nn.Module):
@@ -160,8 +173,8 @@ class TransformerPolicy(nn.Module):
 
         pi(y_t | y_<t) = softmax(log p(y_t | context) + f(y_<t))(y_t),    f = 0 before training
 
-    The network is float32; log-probabilities have the dtype of the reference. Symbols that the reference excludes
-    stay excluded.
+    The network is float32, whatever the default dtype; sums and normalisations are float64; log-probabilities have the
+    dtype of the reference. Symbols that the reference excludes stay excluded.
 
     Args:
         ref: Reference chain, with V symbols. Its rows are fixed; only the network has parameters.
@@ -172,7 +185,7 @@ class TransformerPolicy(nn.Module):
         heads: Number of attention heads, >= 1.
 
     Raises:
-        TypeError: a size that is not an int.
+        TypeError: a size that is not an int, or `generator` not a generator.
         ValueError: a size below 1, `width` no multiple of `heads`, or a reference shorter than `length`.
 
     Source: [vaswani2017]; book chapter 3, `policy-gradient-tilt`.
@@ -190,19 +203,21 @@ class TransformerPolicy(nn.Module):
     ) -> None:
         for name, value in (("length", length), ("layers", layers), ("width", width), ("heads", heads)):
             _checks.count(name, value)
+        _checks.generator("generator", generator)
+        length, layers, width, heads = int(length), int(layers), int(width), int(heads)
         if ref.length is not None and ref.length < length:
             raise ValueError(f"length must be at most {ref.length}, the length of the reference, got {length}")
         if width % heads:
             raise ValueError(f"width must be a multiple of heads = {heads}, got {width}")
         super().__init__()
         self.ref, self.length = ref, length
-        device, v = ref._logps.device, len(ref.alphabet)
+        device, v = ref._device, len(ref.alphabet)
         # Entry V stands for "no symbol yet".
-        self.symbols = nn.Parameter(torch.randn(v + 1, width, generator=generator, device=device) / math.sqrt(width))
-        self.places = nn.Parameter(torch.randn(length, width, generator=generator, device=device) / math.sqrt(width))
+        self.symbols = _embedding(v + 1, width, device, generator)
+        self.places = _embedding(length, width, device, generator)
         self.blocks = nn.ModuleList(_Block(width, heads, device, generator) for _ in range(layers))
-        self.last = nn.LayerNorm(width, device=device)
-        self.head = nn.utils.skip_init(nn.Linear, width, v, device=device)
+        self.last = nn.LayerNorm(width, device=device, dtype=torch.float32)
+        self.head = nn.utils.skip_init(nn.Linear, width, v, device=device, dtype=torch.float32)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -234,13 +249,17 @@ class TransformerPolicy(nn.Module):
             ValueError: `tokens` outside 0..V-1, empty, or longer than the context of the policy; or parameters that are
                 no longer finite.
         """
+        return self._conditionals(tokens).to(self.ref._dtype)
+
+    def _conditionals(self, tokens: Tensor) -> Tensor:
+        """Compute `conditionals` in float64."""
         contexts = self.ref._steps(tokens)
         if tokens.shape[-1] > self.length:
             raise ValueError(f"tokens must have at most {self.length} positions, got shape {tuple(tokens.shape)}")
         flat = tokens.reshape(-1, tokens.shape[-1]).long()
         none_yet = torch.full_like(flat[:, :1], len(self.ref.alphabet))
         added, _ = self._network(torch.cat([none_yet, flat[:, :-1]], -1), 0, [None] * len(self.blocks))
-        rows = [self.ref._rows(t, context) for t, context in enumerate(contexts.unbind(-1))]
+        rows = [self.ref._exact_rows(t, context) for t, context in enumerate(contexts.unbind(-1))]
         return torch.log_softmax(torch.stack(rows, -2) + added.view(*tokens.shape, -1), -1)
 
     def token_logps(self, tokens: Tensor) -> Tensor:
@@ -256,7 +275,10 @@ class TransformerPolicy(nn.Module):
             TypeError: as for `conditionals`.
             ValueError: as for `conditionals`.
         """
-        return self.conditionals(tokens).gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+        return self._token_logps(tokens).to(self.ref._dtype)
+
+    def _token_logps(self, tokens: Tensor) -> Tensor:
+        return self._conditionals(tokens).gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
 
     def logps(self, tokens: Tensor) -> Tensor:
         """Compute log pi(y), the sum of `token_logps`. Differentiable.
@@ -271,7 +293,7 @@ class TransformerPolicy(nn.Module):
             TypeError: as for `conditionals`.
             ValueError: as for `conditionals`.
         """
-        return self.token_logps(tokens).sum(-1)
+        return self._token_logps(tokens).sum(-1).to(self.ref._dtype)
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator) -> Tensor:
@@ -287,10 +309,12 @@ class TransformerPolicy(nn.Module):
             Symbol numbers, int64, shape (n, length).
 
         Raises:
-            TypeError: `n` is not an int.
+            TypeError: `n` is not an int, or `generator` not a generator.
             ValueError: `n` < 1, or parameters that are no longer finite.
         """
         _checks.count("n", n)
+        _checks.generator("generator", generator)
+        n = int(n)
         device, v = self.symbols.device, len(self.ref.alphabet)
         symbol = torch.full((n,), v, device=device)
         context = torch.full((n,), self.ref.start, device=device)
@@ -299,7 +323,7 @@ class TransformerPolicy(nn.Module):
         for t in range(self.length):
             added, now = self._network(symbol[:, None], t, past)
             past = list(now)
-            logps = torch.log_softmax(self.ref._rows(t, context) + added[:, 0], -1)
+            logps = torch.log_softmax(self.ref._exact_rows(t, context) + added[:, 0], -1)
             symbol = categorical.sample(logps, 1, generator=generator)[:, 0]
             drawn.append(symbol)
             context = self.ref._next(context, symbol)

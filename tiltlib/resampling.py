@@ -11,23 +11,27 @@ index that each of n places takes. All are unbiased: index i is expected n W_i t
 `gumbel_top_k` draws without replacement. Its first item has law W; its set has no law proportional to a tilt.
 `rejection` keeps each sample on its own, with exactly the tilted law if the bound on the reward holds.
 
-Cost O(N + n) per row, without a search and without a loop over rows: the cumulative offspring counts are marked on the
+All is computed in float64, whatever the dtype of the weights. A batch dimension of size 0 gives an empty result. Cost
+O(N + n) per row, without a search and without a loop over rows: the cumulative offspring counts are marked on the
 places, and a running sum of the marks is the ancestor of each place.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-from tiltlib import _checks, categorical, weights
+from tiltlib import _checks, categorical
 
 __all__ = ["gumbel_top_k", "multinomial", "rejection", "residual", "stratified", "systematic"]
 
 
-def _probs(log_weights: Tensor, n: int) -> Tensor:
-    """Check the arguments that all schemes share; return normalised weights in float64."""
+def _checked(log_weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Check the arguments that all share; return the log weights in float64, before anything is added up."""
+    _checks.generator("generator", generator)
     _checks.count("n", n)
     _checks.log_weights("log_weights", log_weights)
-    return torch.softmax(log_weights.double(), -1)
+    return log_weights.detach().double()
 
 
 def _cumulative(probs: Tensor) -> Tensor:
@@ -64,13 +68,15 @@ def systematic(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Te
         Ancestors, indices in 0..N-1, int64, shape (..., n), ascending.
 
     Raises:
-        TypeError: `log_weights` is not a floating tensor, or `n` is not an int.
+        TypeError: `log_weights` is not a floating tensor, `n` is not an int, or `generator` is no generator.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf, or `n` < 1.
 
     Source: [carpenter1999], [douc2005]; book chapter 6, `resampling-law` and `diversity`.
     """
-    cdf = _cumulative(_probs(log_weights, n))
+    cdf = _cumulative(torch.softmax(_checked(log_weights, n, generator), -1))
     u = torch.rand((*cdf.shape[:-1], 1), generator=generator, device=cdf.device, dtype=torch.float64)
+    # n - u must not round to n - 1: the last place would go past the last index with weight.
+    u.clamp_(max=n - math.nextafter(n - 1, n))
     # Places below n cdf(i) - U belong to an index up to i.
     through = cdf.mul_(n).sub_(u).ceil_().clamp_(0, n).long()
     return _ancestors(through, n)
@@ -92,12 +98,12 @@ def stratified(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Te
         Ancestors, indices in 0..N-1, int64, shape (..., n), ascending.
 
     Raises:
-        TypeError: `log_weights` is not a floating tensor, or `n` is not an int.
+        TypeError: `log_weights` is not a floating tensor, `n` is not an int, or `generator` is no generator.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf, or `n` < 1.
 
     Source: [kitagawa1996], [douc2005]; book chapter 6, `resampling-law`.
     """
-    cdf = _cumulative(_probs(log_weights, n))
+    cdf = _cumulative(torch.softmax(_checked(log_weights, n, generator), -1))
     u = torch.rand((*cdf.shape[:-1], n), generator=generator, device=cdf.device, dtype=torch.float64)
     reach = n * cdf
     stratum = reach.floor().clamp(max=n)
@@ -122,13 +128,13 @@ def multinomial(log_weights: Tensor, n: int, *, generator: torch.Generator) -> T
         Ancestors, indices in 0..N-1, int64, shape (..., n), in random order.
 
     Raises:
-        TypeError: `log_weights` is not a floating tensor, or `n` is not an int.
+        TypeError: `log_weights` is not a floating tensor, `n` is not an int, or `generator` is no generator.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf, or `n` < 1.
 
     Source: [gordon1993]; book chapter 6, `resampling-law` and `diversity`.
     """
-    _checks.count("n", n)
-    return categorical.sample(weights.normalize(log_weights), n, generator=generator)
+    logps = torch.log_softmax(_checked(log_weights, n, generator), -1)
+    return categorical.sample(logps, n, generator=generator)
 
 
 def residual(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Tensor:
@@ -147,12 +153,12 @@ def residual(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Tens
         Ancestors, indices in 0..N-1, int64, shape (..., n): the certain copies ascending, then the drawn ones.
 
     Raises:
-        TypeError: `log_weights` is not a floating tensor, or `n` is not an int.
+        TypeError: `log_weights` is not a floating tensor, `n` is not an int, or `generator` is no generator.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf, or `n` < 1.
 
     Source: [liu1998], [douc2005]; book chapter 6, `resampling-law`.
     """
-    probs = _probs(log_weights, n)
+    probs = torch.softmax(_checked(log_weights, n, generator), -1)
     expected = n * probs
     # A product that should be whole may round to just below it: a billionth of a copy is none to draw for.
     sure = (expected + 1e-9 * (1 + expected)).floor()
@@ -184,20 +190,20 @@ def gumbel_top_k(log_weights: Tensor, n: int, *, generator: torch.Generator) -> 
         Indices in the order drawn, int64, shape (..., n).
 
     Raises:
-        TypeError: `log_weights` is not a floating tensor, or `n` is not an int.
+        TypeError: `log_weights` is not a floating tensor, `n` is not an int, or `generator` is no generator.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf; `n` < 1; or fewer than `n` indices of
             positive weight.
 
     Source: [yellott1977], [kool2019b]; book chapter 6, `without-replacement`.
     """
-    logps = weights.normalize(log_weights).double()
-    _checks.count("n", n)
-    fewest = int((logps > -torch.inf).sum(-1).min())
+    logps = torch.log_softmax(_checked(log_weights, n, generator), -1)
+    possible = logps > -math.inf
+    fewest = int(possible.sum(-1).min()) if possible.numel() else possible.shape[-1]
     if n > fewest:
         raise ValueError(f"n must be at most the number of indices with positive weight, {fewest}, got {n}")
-    # 1 - u lies in (0, 1], so that a key is never +inf.
+    # u lies in (0, 1], so that no key is -inf but those of excluded indices; u = 1 gives +inf, and there -inf + inf.
     u = 1 - torch.rand(logps.shape, generator=generator, device=logps.device, dtype=torch.float64)
-    keys = logps - torch.log(-torch.log(u))
+    keys = torch.where(possible, logps - torch.log(-torch.log(u)), -math.inf)
     return torch.topk(keys, n, dim=-1).indices
 
 
@@ -219,14 +225,21 @@ def rejection(rewards: Tensor, beta: float, max_reward: float, *, generator: tor
         True where the sample is kept, boolean, shape of `rewards`.
 
     Raises:
-        TypeError: `rewards` is not a floating tensor.
+        TypeError: `rewards` is not a floating tensor, `beta` or `max_reward` no number, or `generator` no generator.
         ValueError: `rewards` with NaN or +inf, `beta` not finite and > 0, or `max_reward` not finite.
 
     Source: [vonneumann1951]; book chapter 6, `rejection`.
     """
-    _checks.rewards("rewards", rewards)
+    _checks.generator("generator", generator)
+    if not isinstance(rewards, Tensor) or not rewards.is_floating_point():
+        raise TypeError(f"rewards must be a floating-point torch.Tensor, got {_checks.described(rewards)}")
+    if not bool((rewards < math.inf).all()):
+        raise ValueError("rewards must be finite or -inf (excluded), got NaN or +inf")
     _checks.positive("beta", beta)
-    if not -float("inf") < max_reward < float("inf"):
+    _checks.number("max_reward", max_reward)
+    if not -math.inf < max_reward < math.inf:
         raise ValueError(f"max_reward must be finite, got {max_reward!r}")
-    log_keep = (rewards.double().clamp(max=max_reward) - max_reward) / beta
+    # Halves are exact, and their difference does not overflow.
+    bound = max_reward / 2
+    log_keep = (rewards.double() / 2).clamp(max=bound).sub(bound) / float(beta) * 2
     return torch.rand(rewards.shape, generator=generator, device=rewards.device, dtype=torch.float64) < log_keep.exp()

@@ -4,6 +4,9 @@ Draw N candidates from a reference law p and keep one: the best (`best_of_n`), o
 w = exp(r / beta) (`soft_best_of_n`). The `_law` functions give the law of the kept candidate without sampling;
 `soft_best_of_n_stream` keeps one of arbitrarily many candidates in constant memory; `candidate_counts` replaces N draws
 by one multinomial count vector.
+
+All is computed in float64, whatever the dtype of the input. A temperature that is a tensor broadcasts against the batch
+dimensions, one per row, as `weights.beta_for_ess` returns it.
 """
 
 import math
@@ -13,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tiltlib import _checks
+from tiltlib import _checks, categorical, weights
 from tiltlib.markov import MarkovChain
 
 __all__ = [
@@ -40,7 +43,7 @@ class Streamed(NamedTuple):
     Attributes:
         winner: The kept candidate, shape (...) or (..., L).
         log_mean_weight: Log of the mean of exp(reward / beta) over all candidates, shape (...). Its exponential is
-            unbiased for Z, so itself it is below log Z on average.
+            unbiased for Z, so itself it is below log Z on average. float64.
         n: Number of candidates per row.
     """
 
@@ -70,17 +73,18 @@ def best_of_n(rewards: Tensor, *, generator: torch.Generator) -> Tensor:
         Index of the chosen candidate, int64, shape (...).
 
     Raises:
-        TypeError: `rewards` is not a floating tensor.
+        TypeError: `rewards` is not a floating tensor, or `generator` not a torch.Generator.
         ValueError: `rewards` has NaN, +inf, or a row that is all -inf.
 
     Source: [beirami2024]; book chapter 2, `bon-law`.
     """
     top = _candidate_rewards(rewards)
+    _checks.generator("generator", generator)
     u = torch.rand(rewards.shape, generator=generator, device=rewards.device, dtype=torch.float64)
     return torch.where(rewards == top, u, -1.0).argmax(-1)
 
 
-def soft_best_of_n(rewards: Tensor, beta: float, *, generator: torch.Generator) -> Tensor:
+def soft_best_of_n(rewards: Tensor, beta: float | Tensor, *, generator: torch.Generator) -> Tensor:
     """Pick one candidate with probability proportional to exp(reward / beta).
 
         P(i) = exp(r_i / beta) / sum_j exp(r_j / beta)
@@ -90,29 +94,31 @@ def soft_best_of_n(rewards: Tensor, beta: float, *, generator: torch.Generator) 
 
     Args:
         rewards: Reward of each candidate, shape (..., N), floating; -inf excludes a candidate.
-        beta: Temperature in reward units, > 0; small is greedy, large is uniform.
+        beta: Temperature in reward units, > 0; small is greedy, large is uniform. A tensor broadcasts against the batch
+            dimensions; several temperatures for one row choose from the same candidates.
         generator: Source of randomness, on the device of `rewards`.
 
     Returns:
         Index of the chosen candidate, int64, shape (...).
 
     Raises:
-        TypeError: `rewards` is not a floating tensor.
-        ValueError: `rewards` has NaN, +inf, or a row that is all -inf, or `beta` is not finite and > 0.
+        TypeError: `rewards` is not a floating tensor, or `generator` not a torch.Generator.
+        ValueError: `rewards` has NaN, +inf, or a row that is all -inf, or `beta` is not finite and > 0 or does not fit.
 
     Source: [verdun2025]; book chapter 2, `soft-bon-law`.
     """
     top = _candidate_rewards(rewards)
-    _checks.positive("beta", beta)
-    return _pick(((rewards - top) / beta).exp(), generator)[0]
+    _checks.positive_per_row("beta", beta, rewards.shape[:-1])
+    _checks.generator("generator", generator)
+    return _pick(weights._over(rewards.detach(), top.detach(), beta).exp_(), generator)[0]
 
 
-def _pick(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _pick(w: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Pick an index with probability proportional to weights that are not all 0; also return their sum."""
     # float64 sums: in float32 the cumulative sum of a long row distorts single candidates by a relative 1e-2.
-    cdf = weights.cumsum(-1, dtype=torch.float64)
+    cdf = w.cumsum(-1, dtype=torch.float64)
     total = cdf[..., -1:]
-    u = torch.rand(total.shape, generator=generator, device=weights.device, dtype=torch.float64)
+    u = torch.rand(total.shape, generator=generator, device=w.device, dtype=torch.float64)
     # u <= 1 - 2^-53, so u * total rounds to a number below total, and the search cannot run past the end.
     index = torch.searchsorted(cdf, u * total, right=True)
     return index.squeeze(-1), total.squeeze(-1)
@@ -123,8 +129,8 @@ def best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
 
         P(y) = p(y) (F(y)^N - F-(y)^N) / (F(y) - F-(y)),    F = P_p(r <= r(y)), F- = P_p(r < r(y))
 
-    Accurate to rounding for any N: powers are taken as exp(N log1p(-upper tail)). Not differentiable in `rewards`.
-    Cost O(K log K) per row.
+    Accurate to rounding for any N: powers are taken as exp(N log1p(-upper tail)). Differentiable in `ref_logps`, not in
+    `rewards`. Cost O(K log K) per row.
 
     Args:
         ref_logps: Reference log-probabilities, shape (..., K), normalised.
@@ -132,7 +138,7 @@ def best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
         n: Number of candidates, >= 1.
 
     Returns:
-        Log-probabilities of the kept candidate, shape (..., K).
+        Log-probabilities of the kept candidate, shape (..., K), in the dtype of `ref_logps`.
 
     Raises:
         TypeError: a tensor is not floating, or `n` is not an int.
@@ -144,7 +150,7 @@ def best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
     ref, supported = _finite_n_inputs(ref_logps, rewards, n)
     if n == 1:
         return ref.to(ref_logps.dtype)
-    sorted_rewards, order = supported.sort(-1)
+    sorted_rewards, order = supported.detach().sort(-1)
     rises = sorted_rewards[..., 1:] > sorted_rewards[..., :-1]
     level = torch.cat([torch.zeros_like(order[..., :1]), rises.long().cumsum(-1)], -1)
     log_mass = _log_mass_per_level(ref.gather(-1, order), level)
@@ -154,10 +160,13 @@ def best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
     above = torch.cat([mass[..., 1:].flip(-1).cumsum(-1).flip(-1), torch.zeros_like(mass[..., :1])], -1)
     log_f = torch.where(above < 0.5, torch.log1p(-above.clamp(max=0.5)), log_below)
     share = (log_mass - log_below).exp().clamp(max=1)
-    # log (F^N - F-^N) / (F - F-), with F- = F (1 - share); a share that underflows takes the limit N F^(N-1).
+    # log (F^N - F-^N) / (F - F-), with F- = F (1 - share); a share that underflows takes the limit N F^(N-1), and the
+    # lowest level, whose share is 1, has F-^N = 0. Both are masked at the input too, where gradients would be NaN.
     many = float(n)  # whole numbers above 2^63 do not fit a tensor
-    log_ratio = many * log_f + torch.log(-torch.expm1(many * torch.log1p(-share))) - log_mass
-    log_ratio = torch.where(share > 0, log_ratio, math.log(n) + (many - 1) * log_f)
+    inner = torch.where((share > 1e-290) & (share < 1), share, 0.5)
+    log_gain = torch.where(share < 1, torch.log(-torch.expm1(many * torch.log1p(-inner))), 0)
+    log_ratio = many * log_f + log_gain - log_mass
+    log_ratio = torch.where(share > 1e-290, log_ratio, math.log(n) + (many - 1) * log_f)
     per_outcome = torch.empty_like(ref).scatter(-1, order, log_ratio.gather(-1, level))
     law = torch.where(ref > -math.inf, ref + per_outcome, -math.inf)
     return law.to(ref_logps.dtype)
@@ -165,10 +174,11 @@ def best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
 
 def _log_mass_per_level(logps: Tensor, level: Tensor) -> Tensor:
     """Sum probabilities over each level in log space, so that a level of e^-800 keeps its mass."""
-    peak = torch.full_like(logps, -math.inf).scatter_reduce(-1, level, logps, "amax")
+    peak = torch.full_like(logps, -math.inf).scatter_reduce(-1, level, logps.detach(), "amax")
     shift = torch.where(peak > -math.inf, peak, 0)
     sums = torch.zeros_like(logps).scatter_add(-1, level, (logps - shift.gather(-1, level)).exp())
-    return shift + sums.log()
+    # Masked at the input too: the gradient of log at 0 would be NaN.
+    return torch.where(sums > 0, shift + torch.where(sums > 0, sums, 1).log(), -math.inf)
 
 
 def _finite_n_inputs(ref_logps: Tensor, rewards: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -188,24 +198,25 @@ def _finite_n_inputs(ref_logps: Tensor, rewards: Tensor, n: int) -> tuple[Tensor
     return torch.log_softmax(ref, -1), torch.where(on_support, r, lowest)
 
 
-def soft_best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int, beta: float) -> Tensor:
+def soft_best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int, beta: float | Tensor) -> Tensor:
     """Compute the exact law of soft best-of-N, for any N.
 
         P_N(y) = N p(y) w(y) int_0^inf exp(-s w(y)) M(s)^(N-1) ds,    M(s) = sum_k p_k exp(-s w_k),  w = exp(r / beta)
 
     With s = e^t the trapezoid rule of step 1/4 has a relative quadrature error below 1e-15 for every N, p, w and y
     (book chapter 2, `soft-bon-quadrature`); rounding adds about 1e-14. All terms are positive, so nothing cancels. Not
-    differentiable. Cost at most 4 (log N + R + 42) exponentials per distinct reward, R the range of r / beta; far less
-    for large N.
+    differentiable: the result carries no graph. Cost at most 4 (log N + R + 42) exponentials per distinct reward, R the
+    range of r / beta; far less for large N.
 
     Args:
         ref_logps: Reference log-probabilities, shape (..., K), normalised.
         rewards: Finite reward of each outcome, shape (..., K).
         n: Number of candidates, >= 1; checked up to 10^12.
-        beta: Temperature in reward units, > 0. The range of rewards / beta over the support must not exceed 600.
+        beta: Temperature in reward units, > 0. The range of rewards / beta over the support must not exceed 600. A
+            tensor broadcasts against the batch dimensions.
 
     Returns:
-        Log-probabilities of the kept candidate, shape (..., K).
+        Log-probabilities of the kept candidate, shape (..., K), in the dtype of `ref_logps`.
 
     Raises:
         TypeError: a tensor is not floating, or `n` is not an int.
@@ -215,24 +226,38 @@ def soft_best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int, beta: float) 
     Source: [verdun2025] for the method; the exact law is derived in book chapter 2, `soft-bon-law`.
     """
     ref, supported = _finite_n_inputs(ref_logps, rewards, n)
-    _checks.positive("beta", beta)
-    spread = (supported.amax(-1) - supported.amin(-1)).max().item() / beta
-    if spread > 600:  # exp(-700) leaves float64; the limit beta to 0 is `best_of_n_law`
+    _checks.positive_per_row("beta", beta, ref.shape[:-1])
+    log_w = _log_w(supported, beta)
+    spread = -log_w.amin(-1)
+    if bool((spread > 600).any()):  # exp(-700) leaves float64; the limit beta to 0 is `best_of_n_law`
+        worst = int(spread.argmax())
+        widest = (supported.amax(-1) - supported.amin(-1)).expand(spread.shape).flatten()[worst].item()
+        coldest = beta.expand(spread.shape).flatten()[worst].item() if isinstance(beta, Tensor) else beta
         raise ValueError(
-            f"beta must be at least (max reward - min reward) / 600, got {beta} for a range of {spread * beta:.6g}; "
+            f"beta must be at least (max reward - min reward) / 600, got {coldest} for a range of {widest:.6g}; "
             "use best_of_n_law for the limit beta to 0"
         )
+    return _soft_law(ref, log_w, n).to(ref_logps.dtype)
+
+
+def _log_w(supported: Tensor, beta: float | Tensor) -> Tensor:
+    """Compute log weights whose largest of each row is 0."""
+    return weights._over(supported, supported.amax(-1, keepdim=True), beta)
+
+
+def _soft_law(ref: Tensor, log_w: Tensor, n: int) -> Tensor:
+    """Compute the law for a normalised reference and log weights in [-600, 0], both float64, whose largest is 0."""
+    ref, log_w = torch.broadcast_tensors(ref.detach(), log_w.detach())
     if n == 1:
-        return ref.to(ref_logps.dtype)
-    log_w = (supported - supported.amax(-1, keepdim=True)) / beta
+        return ref.clone()
     flat_ref, flat_w = ref.reshape(-1, ref.shape[-1]), log_w.reshape(-1, ref.shape[-1])
-    rows = []
-    for row, row_w in zip(flat_ref, flat_w, strict=True):
+    law = torch.empty_like(flat_ref)
+    for i, (row, row_w) in enumerate(zip(flat_ref, flat_w, strict=True)):
         # Outcomes of equal reward share one integral; adding their mass changes nothing else.
         levels, level = row_w.unique(return_inverse=True)
         mass = torch.zeros_like(levels).index_add(0, level, row.exp())
-        rows.append(row + _log_selection_ratio(mass, levels, n)[level])
-    return torch.stack(rows).reshape(ref.shape).to(ref_logps.dtype)
+        law[i] = row + _log_selection_ratio(mass, levels, n)[level]
+    return law.reshape(ref.shape)
 
 
 def _log_selection_ratio(mass: Tensor, log_w: Tensor, n: int) -> Tensor:
@@ -308,20 +333,30 @@ def soft_best_of_n_chain(ref: MarkovChain, rewards: Tensor, beta: float, log_val
 
     Raises:
         TypeError: `rewards` or `log_values` is not a floating tensor, or `n` is not an int.
-        ValueError: `log_values` of another shape or not finite where the reference can go; `rewards`, `beta` and `n` as
-            for `soft_best_of_n_law`.
+        ValueError: `log_values` of another shape or not finite where the reference can go; rewards / beta + log_values
+            that span more than 600 in one context; `rewards`, `beta` and `n` as for `soft_best_of_n_law`.
 
     Source: book chapter 7, `blockwise-gap` and `values-break-the-wall`.
     """
     _checks.count("n", n)
     _checks.positive("beta", beta)
     length = ref._steps_of("log_values", log_values)
-    log_w = ref._reward_table(rewards).double() / beta
+    table = ref._reward_table(rewards).double()
     reached, tables = ref._reached("log_values", log_values, "where the reference can go"), []
     for t in range(length):
-        rows, here = ref.table(t).double().clone(), reached[t]
-        scores = log_w + ref._lookahead(log_values[t + 1].double())
-        rows[here] = soft_best_of_n_law(rows[here], scores[here], n, 1.0)
+        rows, here = categorical._law("ref", ref.table(t).detach()).clone(), reached[t]
+        # Only what the reference can do counts: shifted before it is divided, whatever small beta makes of the rest.
+        top = torch.where(rows > -math.inf, table, -math.inf).amax(-1, keepdim=True)
+        scores = weights._over(table, torch.where(top > -math.inf, top, 0), beta)
+        scores = torch.where(rows > -math.inf, scores + ref._lookahead(log_values[t + 1].double()), 0)
+        law, supported = _finite_n_inputs(rows[here], scores[here], n)
+        log_w = _log_w(supported, 1.0)
+        if bool((log_w < -600).any()):
+            raise ValueError(
+                f"rewards / beta + log_values must span at most 600 in each context, got {-log_w.min().item():.6g} "
+                f"at step {t}; beta must be larger"
+            )
+        rows[here] = _soft_law(law, log_w, n)
         tables.append(rows)
     return MarkovChain(torch.stack(tables), ref.alphabet)
 
@@ -343,14 +378,15 @@ def candidate_counts(ref_logps: Tensor, n: int, *, generator: torch.Generator) -
         Counts, float64, shape (..., K), each row summing to `n`; whole numbers up to 2^53, rounded above.
 
     Raises:
-        TypeError: `ref_logps` is not a floating tensor, or `n` is not an int.
+        TypeError: `ref_logps` is not a floating tensor, `n` not an int, or `generator` not a torch.Generator.
         ValueError: `ref_logps` not normalised, or `n` < 1.
 
     Source: [devroye1986], chapter 11.
     """
     _checks.logps("ref_logps", ref_logps)
     _checks.count("n", n)
-    probs = ref_logps.double().exp()
+    _checks.generator("generator", generator)
+    probs = ref_logps.detach().double().exp()
     tail = probs.flip(-1).cumsum(-1).flip(-1)
     # Nothing lies behind the last outcome that has mass, so its share is exactly 1 and it takes what is left.
     share = torch.where(tail > 0, probs / tail, 0).unbind(-1)
@@ -364,7 +400,7 @@ def candidate_counts(ref_logps: Tensor, n: int, *, generator: torch.Generator) -
 
 
 def soft_best_of_n_draw(
-    ref_logps: Tensor, rewards: Tensor, n: int, beta: float, *, generator: torch.Generator
+    ref_logps: Tensor, rewards: Tensor, n: int, beta: float | Tensor, *, generator: torch.Generator
 ) -> Tensor:
     """Draw one soft best-of-N outcome per row from a categorical reference, in time that does not grow with N.
 
@@ -376,57 +412,68 @@ def soft_best_of_n_draw(
         ref_logps: Reference log-probabilities, shape (..., K), normalised. Expand it for several rows.
         rewards: Reward of each outcome, shape (..., K), finite where the reference has mass.
         n: Number of candidates, >= 1.
-        beta: Temperature in reward units, > 0.
+        beta: Temperature in reward units, > 0. A tensor broadcasts against the batch dimensions.
         generator: Source of randomness, on the device of the tensors.
 
     Returns:
         Outcome index, int64, shape (...).
 
     Raises:
-        TypeError: a tensor is not floating, or `n` is not an int.
+        TypeError: a tensor is not floating, `n` not an int, or `generator` not a torch.Generator.
         ValueError: as for `soft_best_of_n_law`, except that any `beta` > 0 will do.
 
     Source: book chapter 2, `soft-bon-law`.
     """
     ref, supported = _finite_n_inputs(ref_logps, rewards, n)
-    _checks.positive("beta", beta)
+    _checks.positive_per_row("beta", beta, ref.shape[:-1])
+    if isinstance(beta, Tensor):  # candidates of their own for each temperature
+        ref = ref.expand(*torch.broadcast_shapes(ref.shape[:-1], beta.shape), -1)
     counts = candidate_counts(ref, n, generator=generator)
-    drawn = torch.where(counts > 0, supported, -math.inf)
-    return _pick(counts * ((drawn - drawn.amax(-1, keepdim=True)) / beta).exp(), generator)[0]
+    drawn = torch.where(counts > 0, supported.detach(), -math.inf)
+    return _pick(counts * _log_w(drawn, beta).exp(), generator)[0]
 
 
 def soft_best_of_n_stream(
-    chunks: Iterable[tuple[Tensor, Tensor]], beta: float, *, generator: torch.Generator
+    chunks: Iterable[tuple[Tensor, Tensor]], beta: float | Tensor, *, generator: torch.Generator
 ) -> Streamed:
     """Keep one of arbitrarily many candidates by soft best-of-N, chunk by chunk, in constant memory.
 
     Per chunk one candidate is picked with probability proportional to w; it replaces the winner so far with probability
     (weight of the chunk) / (weight of all candidates so far). After every chunk the winner is a soft best-of-N choice
-    among all candidates seen. Chunks of about 2^17 rewards, rows times columns, are fastest.
+    among all candidates seen. Chunks of about 2^17 rewards, rows times columns, are fastest. Not differentiable in the
+    rewards: what is carried from chunk to chunk has no graph.
 
     Args:
         chunks: Pairs `(candidates, rewards)`. `rewards` has shape (..., C), floating, -inf excludes; C may differ from
             chunk to chunk. `candidates` has shape (..., C) or (..., C, L), any dtype.
-        beta: Temperature in reward units, > 0.
+        beta: Temperature in reward units, > 0. A tensor broadcasts to the batch dimensions of the rewards.
         generator: Source of randomness, on the device of the tensors.
 
     Returns:
         `Streamed(winner, log_mean_weight, n)`: the kept candidate, shape (...) or (..., L); the log of the mean weight
-        over all n candidates, an estimate of log Z, shape (...); and n per row.
+        over all n candidates, an estimate of log Z, float64, shape (...), infinite where rewards / beta leaves float64;
+        and n per row.
 
     Raises:
-        TypeError: rewards that are not a floating tensor.
+        TypeError: rewards that are not a floating tensor, or `generator` not a torch.Generator.
         ValueError: no chunk, shapes that do not fit, rewards with NaN or +inf, a row without any finite reward, or
             `beta` not finite and > 0.
 
     Source: [chao1982] for one-pass weighted choice; book chapter 2, `soft-bon-law`.
     """
-    _checks.positive("beta", beta)
+    if isinstance(beta, Tensor):
+        beta = beta.detach()
+    _checks.positive_per_row("beta", beta, beta.shape if isinstance(beta, Tensor) else torch.Size())
+    _checks.generator("generator", generator)
     winner: Tensor | None = None
+    # The largest reward so far, with a dimension of size 1 behind, and log of the sum of exp((reward - that) / beta).
+    peak: Tensor | None = None
     log_total: Tensor | None = None
     n = 0
     for candidates, rewards in chunks:
         _checks.tensor("rewards", rewards)
+        if not isinstance(candidates, Tensor):
+            raise TypeError(f"candidates must be a torch.Tensor, got {_checks.described(candidates)}")
         if candidates.shape[: rewards.ndim] != rewards.shape:
             raise ValueError(
                 f"candidates must have the shape of rewards, then any event dimensions, "
@@ -437,14 +484,15 @@ def soft_best_of_n_stream(
                 f"rewards must keep the batch shape {tuple(log_total.shape)} of the first chunk, "
                 f"got shape {tuple(rewards.shape)}"
             )
-        top = rewards.amax(-1, keepdim=True)
-        if not bool((top < math.inf).all()):  # false for NaN too: one pass instead of two
-            raise ValueError("rewards must be finite or -inf (excluded), got NaN or +inf")
+        if isinstance(beta, Tensor):
+            _checks.fits("beta", beta, rewards[..., 0])
+        _checks.rewards("rewards", rewards)
+        top = rewards.detach().amax(-1, keepdim=True).double()
         # A chunk that is all -inf has weight 0; shifting by 0 there keeps it from becoming NaN.
         shift = torch.where(top > -math.inf, top, 0)
-        index, total = _pick((rewards - shift).div_(beta).exp_(), generator)
+        index, total = _pick(weights._over(rewards.detach(), shift, beta).exp_(), generator)
         index = index.clamp(max=rewards.shape[-1] - 1)  # a chunk of weight 0 ends the search past its last entry
-        log_chunk = total.log() + shift.squeeze(-1).double() / beta
+        log_chunk = total.log()
         where = index.reshape(index.shape + (1,) * (candidates.ndim - index.ndim))
         picked = torch.take_along_dim(candidates, where, index.ndim).squeeze(index.ndim)
         if winner is not None and picked.shape != winner.shape:
@@ -452,16 +500,21 @@ def soft_best_of_n_stream(
                 f"candidates must keep the event shape {tuple(winner.shape[index.ndim :])} of the first chunk, "
                 f"got {tuple(picked.shape[index.ndim :])}"
             )
-        if winner is None or log_total is None:
-            winner, log_total = picked, log_chunk
+        if winner is None or log_total is None or peak is None:
+            winner, log_total, peak = picked, log_chunk, top
         else:
+            higher = torch.maximum(peak, top)
+            shift = torch.where(higher > -math.inf, higher, 0)
+            log_total = log_total + weights._over(peak, shift, beta).squeeze(-1)
+            log_chunk = log_chunk + weights._over(top, shift, beta).squeeze(-1)
             both = torch.logaddexp(log_total, log_chunk)
             u = torch.rand(both.shape, generator=generator, device=both.device, dtype=torch.float64)
             replace = u < (log_chunk - both).exp()  # NaN where nothing has weight yet: False
             winner = torch.where(replace.reshape(replace.shape + (1,) * (picked.ndim - replace.ndim)), picked, winner)
-            log_total = both
+            log_total, peak = both, higher
         n += rewards.shape[-1]
-    if winner is None or log_total is None:
+    if winner is None or log_total is None or peak is None:
         raise ValueError("chunks must hold at least one pair (candidates, rewards), got none")
     _checks.some_left("rewards", log_total)
-    return Streamed(winner, log_total - math.log(n), n)
+    temperature = beta.double() if isinstance(beta, Tensor) else float(beta)
+    return Streamed(winner, log_total + peak.squeeze(-1) / temperature - math.log(n), n)

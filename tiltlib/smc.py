@@ -55,11 +55,13 @@ class Particles(NamedTuple):
 
 
 class _Target(NamedTuple):
-    """The tilt, where it can be at each step, and log p(a | c) + r(c, a) / beta + V_{t+1}(c a) for each step."""
+    """The tilt, where it can be at each step, log p(a | c), r(c, a), and V_{t+1}(c a) for each step; all float64."""
 
     tilted: TiltedChain
     reached: Tensor
-    log_joint: Tensor
+    tables: Tensor
+    rewards: Tensor
+    ahead: Tensor
 
 
 def _target(ref: MarkovChain, rewards: Tensor, beta: float, log_twists: Tensor) -> _Target:
@@ -68,9 +70,9 @@ def _target(ref: MarkovChain, rewards: Tensor, beta: float, log_twists: Tensor) 
         raise ValueError("log_twists must be 0 after the last step, since the rewards are the whole weight of a string")
     tilted = ref.tilt(rewards, beta, length)
     reached = tilted._reached("log_twists", log_twists, "wherever the target has mass")
-    log_w = ref._reward_table(rewards).double() / beta
-    ahead = (ref._lookahead(values) for values in log_twists[1:].double())
-    return _Target(tilted, reached, torch.stack([ref.table(t).double() + log_w + v for t, v in enumerate(ahead)]))
+    tables = torch.stack([ref.table(t) for t in range(length)])
+    ahead = torch.stack([ref._lookahead(values) for values in log_twists[1:].double()])
+    return _Target(tilted, reached, tables, ref._reward_table(rewards), ahead)
 
 
 def twisted_proposal(ref: MarkovChain, rewards: Tensor, beta: float, log_twists: Tensor) -> MarkovChain:
@@ -95,10 +97,16 @@ def twisted_proposal(ref: MarkovChain, rewards: Tensor, beta: float, log_twists:
 
     Source: [guarniero2017]; book chapter 7, `soft-value`.
     """
-    joint = _target(ref, rewards, beta, log_twists).log_joint
-    total = joint.logsumexp(-1, keepdim=True)
-    rows = torch.stack([ref.table(t).double() for t in range(len(joint))])
-    return MarkovChain(torch.where(total > -math.inf, joint - total, rows), ref.alphabet)
+    _, _, tables, gain, ahead = _target(ref, rewards, beta, log_twists)
+    possible = (tables > -math.inf) & (gain > -math.inf) & (ahead > -math.inf)
+    somewhere = possible.any(-1, keepdim=True)
+    # Shift before dividing: r / beta may overflow, (r - max r) / beta only goes to weight 0.
+    top = torch.where(possible, gain, -math.inf).detach().amax(-1, keepdim=True)
+    shifted = torch.where(possible, gain, 0.0) - torch.where(somewhere, top, 0.0)
+    joint = torch.where(possible, tables + shifted / float(beta) + ahead, -math.inf)
+    # The softmax of a context that leads nowhere would be NaN, in the gradient even where it is masked.
+    rows = torch.log_softmax(torch.where(somewhere, joint, 0.0), -1)
+    return MarkovChain(torch.where(somewhere, rows, tables), ref.alphabet)
 
 
 def log_increments(
@@ -122,19 +130,19 @@ def log_increments(
         Log increments, float64, shape (L, V^order, V); -inf where the weight is 0 or the proposal never goes.
 
     Raises:
-        TypeError: `rewards` or `log_twists` is not a floating tensor.
+        TypeError: `rewards` or `log_twists` is not a floating tensor, or `proposal` no chain.
         ValueError: `log_twists` of another shape, not 0 after the last step, with NaN or +inf, or -inf where the target
             has mass; a proposal that is 0 there, or of another order or alphabet; `rewards` or `beta` as for
-            `MarkovChain.soft_values`.
+            `MarkovChain.soft_values`, or `beta` so small that an increment leaves float64.
 
     Source: [guarniero2017]; book chapter 7, `smc-unbiased`.
     """
     proposal = ref if proposal is None else proposal
     ref._check_alike("proposal", proposal)
-    tilted, reached, log_joint = _target(ref, rewards, beta, log_twists)
+    tilted, reached, tables, gain, ahead = _target(ref, rewards, beta, log_twists)
     steps = []
-    for t, numerator in enumerate(log_joint):
-        q = proposal.table(t).double()
+    for t, numerator in enumerate(tables + gain / float(beta) + ahead):
+        q = proposal.table(t)
         missed = reached[t][:, None] & (tilted.table(t) > -math.inf) & (q == -math.inf)
         if bool(missed.any()):
             context, symbol = missed.nonzero()[0].tolist()
@@ -145,14 +153,17 @@ def log_increments(
         # A prefix whose twist is 0 has weight 0 for good; a symbol that is never proposed needs no weight.
         here = log_twists[t].double()[:, None]
         steps.append(torch.where((here > -math.inf) & (q > -math.inf), numerator - here - q, -math.inf))
-    return torch.stack(steps)
+    increments = torch.stack(steps)
+    if not bool((increments < math.inf).all()):
+        raise ValueError(f"beta must be so large that rewards / beta and log_twists stay within float64, got {beta!r}")
+    return increments
 
 
 def trace(symbols: Tensor, ancestors: Tensor) -> Tensor:
     """Follow each last particle back to its first symbol.
 
     Args:
-        symbols: Symbol that each particle added at each step, integer tensor, shape (..., L, n).
+        symbols: Symbol that each particle added at each step, integer tensor, shape (..., L, n) with L, n >= 1.
         ancestors: Particle of the step before that each particle continues, integer tensor in 0..n-1, same shape; those
             of step 0 are not used.
 
@@ -160,19 +171,25 @@ def trace(symbols: Tensor, ancestors: Tensor) -> Tensor:
         Strings, shape (..., n, L).
 
     Raises:
-        TypeError: `ancestors` is not an integer tensor.
-        ValueError: `ancestors` outside 0..n-1, or shapes that differ.
+        TypeError: `symbols` or `ancestors` is not an integer tensor.
+        ValueError: `ancestors` outside 0..n-1, or shapes that differ or are not (..., L, n).
     """
-    _checks.same_shape(symbols=symbols, ancestors=ancestors)
-    ancestors = _checks.indices("ancestors", ancestors, symbols.shape[-1])
+    parents = _checks.sequences("ancestors", ancestors)
+    _checks.sequences("symbols", symbols)
+    _checks.same_shape(symbols=symbols, ancestors=parents)
+    if symbols.ndim < 2 or symbols.shape[-2] == 0:
+        raise ValueError(f"symbols must have shape (..., L, n) with L >= 1, got {tuple(symbols.shape)}")
+    if parents.numel():  # no particle systems have no ancestors to check
+        _checks.indices("ancestors", parents, symbols.shape[-1])
     particle = torch.arange(symbols.shape[-1], device=symbols.device).expand(symbols[..., 0, :].shape)
     strings = []
     for t in reversed(range(symbols.shape[-2])):
         strings.append(symbols[..., t, :].gather(-1, particle))
-        particle = ancestors[..., t, :].gather(-1, particle)
+        particle = parents[..., t, :].gather(-1, particle)
     return torch.stack(strings[::-1], -1)
 
 
+@torch.no_grad()
 def twisted_smc(
     ref: MarkovChain,
     rewards: Tensor,
@@ -192,7 +209,7 @@ def twisted_smc(
         then log_partition += log of the mean weight, and all weights are 1
 
     Independent runs are computed together; each decides on its own when to resample. A run in which every particle has
-    weight 0 estimates Z by 0, and goes on without resampling.
+    weight 0 estimates Z by 0, and goes on without resampling. All is computed in float64. Not differentiable.
 
     Args:
         ref: Reference chain p.
@@ -210,15 +227,16 @@ def twisted_smc(
         `Particles(tokens, log_weights, log_partition, ancestors, ess)`.
 
     Raises:
-        TypeError: `rewards` or `log_twists` is not a floating tensor, or `n` or `runs` not an int.
+        TypeError: `rewards` or `log_twists` is not a floating tensor, `n` or `runs` not an int, `threshold` no number,
+            or `generator` no generator.
         ValueError: as for `log_increments`; `n` < 1, `runs` < 1, or `threshold` outside [0, 1].
 
     Source: [delmoral2006], [guarniero2017]; book chapter 7, `smc-unbiased` and `particle-law`.
     """
+    _checks.generator("generator", generator)
     _checks.count("n", n)
     _checks.count("runs", runs)
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold must lie in [0, 1], got {threshold!r}")
+    _checks.fraction("threshold", threshold, zero=True)
     increments = log_increments(ref, rewards, beta, log_twists, proposal)
     proposal = ref if proposal is None else proposal
     device = increments.device

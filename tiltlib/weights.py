@@ -1,6 +1,7 @@
 """Log-space weights: normalise, average, effective sample size, and the temperature for a wanted one.
 
 Unnormalised log weights are the currency of this package. A weight of -inf is a candidate that is excluded.
+All is computed in float64, whatever the dtype of the input, and rounded once at the end.
 """
 
 import math
@@ -14,9 +15,26 @@ __all__ = ["beta_for_ess", "ess", "log_mean", "normalize"]
 
 
 def _shifted(name: str, log_weights: Tensor) -> Tensor:
-    """Check log weights and return them shifted so that the largest of each row is 0."""
+    """Check log weights and return them in float64, shifted so that the largest of each row is 0."""
     _checks.log_weights(name, log_weights)
-    return log_weights - log_weights.amax(-1, keepdim=True)
+    return log_weights.double() - log_weights.detach().amax(-1, keepdim=True).double()
+
+
+def _over(rewards: Tensor, top: Tensor, beta: float | Tensor) -> Tensor:
+    """Compute (rewards - top) / beta in float64, one `beta` per row if it is a tensor.
+
+    Shifted before it is divided: r / beta may overflow for small beta, (r - max r) / beta only goes to weight 0.
+    """
+    # Halves are exact, and a difference of halves does not overflow.
+    shifted = (rewards.double() / 2).sub_(top.double() / 2)
+    if isinstance(beta, Tensor):
+        return shifted / (beta.double() / 2).clamp(min=5e-324).unsqueeze(-1)
+    return shifted / max(float(beta) / 2, 5e-324)
+
+
+def _count_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype for numbers that half precision could not hold, such as a count of 10^5."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def normalize(log_weights: Tensor) -> Tensor:
@@ -30,14 +48,14 @@ def normalize(log_weights: Tensor) -> Tensor:
         log_weights: Unnormalised natural-log weights, shape (..., N), floating; -inf excludes an entry.
 
     Returns:
-        Normalised log weights, same shape and dtype.
+        Normalised log weights, same shape and dtype; -inf too where they lie below the range of the dtype.
 
     Raises:
         TypeError: `log_weights` is not a floating tensor.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf.
     """
     _checks.log_weights("log_weights", log_weights)
-    return torch.log_softmax(log_weights, -1)
+    return torch.log_softmax(log_weights.double(), -1).to(log_weights.dtype)
 
 
 def log_mean(log_weights: Tensor) -> Tensor:
@@ -51,14 +69,15 @@ def log_mean(log_weights: Tensor) -> Tensor:
         log_weights: Unnormalised natural-log weights, shape (..., N), floating; -inf counts as weight 0.
 
     Returns:
-        Log of the mean weight, shape (...).
+        Log of the mean weight, shape (...), same dtype.
 
     Raises:
         TypeError: `log_weights` is not a floating tensor.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf.
     """
     _checks.log_weights("log_weights", log_weights)
-    return torch.logsumexp(log_weights, -1) - math.log(log_weights.shape[-1])
+    mean = torch.logsumexp(log_weights.double(), -1) - math.log(log_weights.shape[-1])
+    return mean.to(log_weights.dtype)
 
 
 def ess(log_weights: Tensor) -> Tensor:
@@ -67,12 +86,14 @@ def ess(log_weights: Tensor) -> Tensor:
         ESS = (sum_i w_i)^2 / sum_i w_i^2        between 1 and N
 
     It prices the variance of a weighted mean, not the distance between laws (book chapter 6, `effective-sample-size`).
+    Differentiable.
 
     Args:
         log_weights: Unnormalised natural-log weights, shape (..., N), floating; -inf counts as weight 0.
 
     Returns:
-        Effective sample size per row, shape (...), in [1, N] up to rounding.
+        Effective sample size per row, shape (...), in [1, N] up to rounding; in the dtype of the input, but float32 for
+        half precision, which cannot hold a count above 65504 or to the unit.
 
     Raises:
         TypeError: `log_weights` is not a floating tensor.
@@ -81,50 +102,64 @@ def ess(log_weights: Tensor) -> Tensor:
     Source: [kong1992]; book chapter 1, `tilt-path`.
     """
     shifted = _shifted("log_weights", log_weights)
-    return torch.exp(2 * torch.logsumexp(shifted, -1) - torch.logsumexp(2 * shifted, -1))
+    size = torch.exp(2 * torch.logsumexp(shifted, -1) - torch.logsumexp(2 * shifted, -1))
+    return size.to(_count_dtype(log_weights.dtype))
 
 
-def beta_for_ess(rewards: Tensor, fraction: float) -> Tensor:
+def beta_for_ess(rewards: Tensor, fraction: float, *, ties: str = "raise") -> Tensor:
     """Find the temperature at which the tilt weights keep a wanted fraction of the sample.
 
         ESS(exp(r / beta)) / N = fraction
 
     The left side grows with beta: with eta = 1/beta, d log ESS / d eta = 2 (mu(eta) - mu(2 eta)) <= 0, where mu is the
     weighted mean reward. So the solution is unique, and bisection on log(eta) finds it to the last bits.
-    Not differentiable.
+    Not differentiable: the result carries no graph.
 
     Args:
         rewards: Reward of each sample, shape (..., N), floating; -inf excludes a sample.
-        fraction: Wanted ESS / N. It must lie strictly between (number of maximal rewards) / N, the limit for beta to 0,
-            and (number of finite rewards) / N, the limit for beta to infinity.
+        fraction: Wanted ESS / N, between 0 and 1. A row attains it if it lies strictly between (number of maximal
+            rewards) / N, the limit for beta to 0, and (number of finite rewards) / N, the limit for beta to infinity.
+        ties: What becomes of a row that does not attain it, as when all its rewards tie: "raise" refuses the batch,
+            "clamp" gives that row the limit, the smallest normal number of the dtype of the result where the fraction
+            is at or below the lower limit, else the largest number. Both are legal temperatures: greedy, and uniform.
 
     Returns:
-        Temperature per row, shape (...), in reward units.
+        Temperature per row, shape (...), in reward units; in the dtype of the input, but float32 for half precision.
 
     Raises:
-        TypeError: `rewards` is not a floating tensor.
-        ValueError: `rewards` has NaN, +inf or a row that is all -inf, or `fraction` is not attainable for some row.
+        TypeError: `rewards` is not a floating tensor, or `fraction` not a number.
+        ValueError: `rewards` has NaN, +inf or a row that is all -inf; `fraction` is not strictly between 0 and 1, or,
+            with `ties="raise"`, not attainable for some row; or `ties` is another word.
 
     Source: book chapter 1, `tilt-path`; book chapter 6, `diversity`.
     """
-    shifted = _shifted("rewards", rewards).double()
-    n = shifted.shape[-1]
+    shifted = _shifted("rewards", rewards.detach() if isinstance(rewards, Tensor) else rewards)
+    _checks.one_of("ties", ties, ("raise", "clamp"))
+    _checks.number("fraction", fraction)
+    n, fraction = shifted.shape[-1], float(fraction)
     low = (shifted == 0).sum(-1).double() / n
     high = (shifted > -math.inf).sum(-1).double() / n
-    if not bool(((low < fraction) & (fraction < high)).all()):
+    attained = (low < fraction) & (fraction < high)
+    if ties == "raise" and not bool(attained.all()):
         raise ValueError(
             f"fraction must lie strictly between {low.max().item()!r} (only maximal rewards kept) and "
             f"{high.min().item()!r} (all rewards kept), got {fraction!r}"
         )
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction must lie strictly between 0 and 1, got {fraction!r}")
     # In units of the largest gap, eta lies between e^-80, where all weights are equal to rounding, and e^80 over the
-    # smallest gap, where all but the maximal ones have underflowed.
+    # smallest gap, where all but the maximal ones have underflowed. A row whose rewards all tie has no gap.
     below = torch.where((shifted < 0) & (shifted > -math.inf), shifted, math.nan)
     gap = -below.nan_to_num(nan=0.0).amin(-1, keepdim=True)
     smallest = -below.nan_to_num(nan=-math.inf).amax(-1, keepdim=True)
+    gap, smallest = torch.where(gap > 0, gap, 1), torch.where(gap > 0, smallest, 1)
     scaled = shifted / gap
     lower, upper = torch.full_like(gap, -80.0), 80.0 + (gap / smallest).log()
     for _ in range(100):  # the interval is below 1600 wide, and 1600 / 2^100 is far below one ulp of the exponent
         middle = (lower + upper) / 2
         keeps_more = (ess(scaled * middle.exp()) / n > fraction).unsqueeze(-1)
         lower, upper = torch.where(keeps_more, middle, lower), torch.where(keeps_more, upper, middle)
-    return (gap / upper.exp()).squeeze(-1).to(rewards.dtype)
+    beta = torch.where(attained, (gap / upper.exp()).squeeze(-1), torch.where(low < fraction, math.inf, 0.0))
+    dtype = _count_dtype(rewards.dtype)
+    # Within the normal numbers of the dtype, so that what is returned is a legal temperature everywhere.
+    return beta.clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max).to(dtype)
