@@ -85,6 +85,16 @@ def test_levels_decrease_from_end_to_end(n, low, ratio, rho):
         (lambda: diffusion.geometric(4, 0, 1), ValueError, r"low must lie in \(0, high\), got low = 0 and high = 1"),
         (lambda: diffusion.geometric(4, 1, math.inf), ValueError, "high must be finite and > 0, got inf"),
         (lambda: diffusion.karras(4, 1, 2, rho=0), ValueError, "rho must be finite and > 0, got 0"),
+        (
+            lambda: diffusion.karras(4, 1, 2, rho=1e-4),
+            ValueError,
+            r"rho must be above log\(high\) / 700, .* got 0.0001",
+        ),
+        (lambda: diffusion.karras(4, 1, 2, rho=1e20), ValueError, "low and high must leave room for n levels .* n = 4"),
+        (lambda: diffusion.geometric(4, 1e-300, 1e300), ValueError, "low and high must leave room for n levels"),
+        (lambda: diffusion.karras(4, 1, 1 + 4e-16), ValueError, "low and high must leave room for n levels"),
+        (lambda: diffusion.karras(4, torch.tensor(1.0), 2), TypeError, "low must be a number, got a torch.float32"),
+        (lambda: diffusion.karras(4, "1", 2), TypeError, "low must be a number, got str"),
         (lambda: diffusion.variance_preserving(4, -1.0), ValueError, "time must be finite and > 0, got -1.0"),
         (lambda: diffusion.variance_preserving(4, 400.0), ValueError, "time must lie below 350, got 400.0"),
     ],
@@ -386,8 +396,13 @@ BAD_SAMPLE = [
     ({"levels": vector(1, -1)}, ValueError, "levels must be >= 0, got -1.0"),
     ({"levels": vector(math.inf, 1)}, ValueError, "levels must be finite"),
     ({"levels": [2, 1]}, TypeError, "levels must be a floating-point torch.Tensor, got list"),
-    ({"y": vector(1)}, ValueError, r"y must have shape \(n, D\) with n >= 1, got \(1,\)"),
-    ({"y": torch.zeros(0, 2)}, ValueError, r"y must have shape \(n, D\) with n >= 1, got \(0, 2\)"),
+    ({"y": vector(1)}, ValueError, r"y must have shape \(n, D\), got \(1,\)"),
+    ({"y": torch.zeros(2, 0)}, ValueError, r"y must have a last dimension of size >= 1, got shape \(2, 0\)"),
+    ({"y": torch.full((2, 1), math.nan)}, ValueError, "y must be finite, got 2 of 2 entries"),
+    ({"levels": vector(1e200, 1)}, ValueError, r"levels must be at most 1e\+150, got 1e\+200"),
+    ({"score": lambda y, s: [0.0]}, TypeError, "score must return a floating-point torch.Tensor, got list"),
+    ({"generator": 5}, TypeError, "generator must be a torch.Generator, got int"),
+    ({"method": None}, ValueError, "method must be one of 'euler', .* got None"),
     ({"y": torch.zeros(2, 1).long()}, TypeError, "y must be a floating-point torch.Tensor"),
     (
         {"score": lambda y, s: y[:, 0]},
@@ -401,8 +416,8 @@ BAD_SAMPLE = [
     ),
     ({"churn": 0.5}, ValueError, "churn must be left at 1 unless method is 'maruyama', got 0.5 for 'euler'"),
     ({"method": "maruyama", "churn": -0.5}, ValueError, "churn must be finite and >= 0, got -0.5"),
-    ({"method": "maruyama"}, ValueError, "generator must be a torch.Generator where noise is drawn, got NoneType"),
-    ({"method": "ancestral"}, ValueError, "generator must be a torch.Generator where noise is drawn, got NoneType"),
+    ({"method": "maruyama"}, TypeError, "generator must be a torch.Generator, got NoneType"),
+    ({"method": "ancestral"}, TypeError, "generator must be a torch.Generator, got NoneType"),
 ]
 
 
@@ -439,6 +454,132 @@ def test_bad_scores_and_means():
         diffusion.denoised(gaussian, torch.zeros(2, 1), 0)
     with pytest.raises(ValueError, match="churn must be finite and >= 0, got nan"):
         diffusion.transition(gaussian, torch.zeros(2, 1), 1.0, 0.5, churn=math.nan)
+    with pytest.raises(ValueError, match=r"s must be at most 1e\+150, got 1e\+200"):
+        diffusion.denoised(gaussian, torch.zeros(2, 1), 1e200)
+    with pytest.raises(ValueError, match=r"churn must be at most 1e\+150, got 1e\+200"):
+        diffusion.transition(gaussian, torch.zeros(2, 1), 1.0, 0.5, churn=1e200)
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ODES)
+@pytest.mark.parametrize("last", [1e-3, 1e-12, 1e-300, 5e-324])
+def test_a_tiny_last_level_is_nearly_0(method, last):
+    # N(0, 1) from 10 at level 10: the exact end is 10 / sqrt(101) = .995. A line drawn to log s = -27 ends at 1.486.
+    for n, error in ((9, 0.13 if method == "euler" else 0.04), (90, 0.02 if method == "euler" else 6e-3)):
+        levels = torch.cat([diffusion.karras(n, 0.1, 10.0), vector(last)])
+        run = partial(diffusion.sample, partial(gaussian, mean=0.0, variance=1.0), vector(10)[:, None], method=method)
+        to_zero = run(torch.cat([levels[:-1], vector(0)]))
+        if method != "heun":  # whose correction is that of a step of finite length
+            close(run(levels), to_zero, 2e-4 if last == 1e-3 else 1e-11)
+        assert abs(run(levels).item() - 10 / math.sqrt(101)) < error
+
+
+@given(st.lists(st.floats(-340, 100), min_size=2, max_size=30, unique=True), st.sampled_from(ODES))
+def test_extrapolation_is_bounded_on_any_levels(logs, method):
+    # D lies in [-1, 1] everywhere, and no sum of absolute weights is above 5. Each end is an average of y and D.
+    levels = vector(*sorted(logs, reverse=True)).exp()
+    if method == "heun" or not (levels.diff() < 0).all():
+        return
+    signs = itertools.cycle((1.0, -1.0))
+    score = lambda y, s: (next(signs) - y) / s / s  # noqa: E731
+    assert diffusion.sample(score, vector(5)[:, None], levels, method=method).abs() <= 5.01
+
+
+def test_levels_next_to_each_other_are_levels():
+    # The ratio of some neighbouring numbers rounds to 1, and its logarithm to 0.
+    start = math.nextafter(2.0, 0.0)
+    numbers = [start]
+    for _ in range(18):
+        numbers.append(math.nextafter(numbers[-1], 0.0))
+    for method in ODES:
+        out = diffusion.sample(gaussian, vector(5)[:, None], vector(*numbers), method=method)
+        close(out, [[5.0]], 1e-13)
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, np.int64, int])
+def test_levels_take_numbers_of_numpy(number):
+    for grid in (diffusion.karras, diffusion.geometric):
+        levels = grid(np.int64(4), number(1), number(8))
+        assert isinstance(levels, torch.Tensor) and torch.equal(levels, grid(4, 1.0, 8.0))
+    assert torch.equal(diffusion.karras(4, 1.0, 8.0, number(2)), diffusion.karras(4, 1.0, 8.0, 2.0))
+    assert torch.equal(diffusion.variance_preserving(4, number(3)), diffusion.variance_preserving(4, 3.0))
+    y = vector(3)[:, None]
+    for kernel in (diffusion.transition, diffusion.posterior_transition):
+        close(kernel(gaussian, y, number(2), number(1)).mean, kernel(gaussian, y, 2.0, 1.0).mean)
+    close(diffusion.denoised(diffusion.of_mixture(MIXTURE), y, number(2)), MIXTURE.denoise(y, 1.0, 2.0))
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, F64])
+@pytest.mark.parametrize("other", [torch.float16, torch.float32, F64])
+def test_what_comes_back_has_the_dtype_of_the_points(dtype, other):
+    seen = set()
+
+    def score(y, s):
+        seen.add(y.dtype)
+        return gaussian(y.double(), s).to(other)
+
+    y, levels = torch.tensor([[3.0], [-1.0]], dtype=dtype), vector(2, 1, 0.5)
+    for method in METHODS:
+        out = diffusion.sample(score, y, levels, method=method, generator=torch.Generator().manual_seed(1))
+        assert out.dtype == dtype, method
+    own = lambda score, y, s, t, g: diffusion.posterior_transition(score, y, s, t).mean  # noqa: E731
+    assert diffusion.sample(score, y, levels, method=own).dtype == dtype
+    assert diffusion.denoised(score, y, 1.0).dtype == dtype
+    assert diffusion.transition(score, y, 2.0, 1.0).mean.dtype == dtype
+    assert diffusion.posterior_transition(score, y, 2.0, 1.0).mean.dtype == dtype
+    assert diffusion.denoising_loss(score, y, 1.0, torch.ones_like(y)).dtype == dtype
+    assert seen == {dtype}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_loses_no_short_steps(method, dtype):
+    # Steps of 1.7 % or less are lost in the rounding of bfloat16: points carried in it end 40 roundings off.
+    levels, y = diffusion.geometric(400, 0.05, 50.0), vector(-60, -30, 20, 7)[:, None]
+    run = partial(diffusion.sample, levels=levels, method=method, churn=0.0 if method == "maruyama" else 1.0)
+    exact = diffusion.of_mixture(MIXTURE)
+    in_half = lambda y, s: exact(y.double(), s).to(dtype)  # noqa: E731
+    out, right = (
+        run(score, points, generator=torch.Generator().manual_seed(3))
+        for score, points in ((in_half, y.to(dtype)), (exact, y))
+    )
+    assert out.dtype == dtype
+    close(out, right, 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_points(method):
+    empty = torch.zeros(0, 2, dtype=torch.float32)
+    out = diffusion.sample(gaussian, empty, vector(2, 1, 0.5), method=method, generator=torch.Generator())
+    assert out.shape == (0, 2) and out.dtype == torch.float32
+    assert diffusion.denoised(gaussian, empty, 1.0).shape == (0, 2)
+    for kernel in (diffusion.transition, diffusion.posterior_transition):
+        assert kernel(gaussian, empty, 2.0, 1.0).mean.shape == (0, 2)
+    assert diffusion.denoising_loss(gaussian, empty, 1.0, empty).shape == (0,)
+    assert diffusion.denoising_loss(gaussian, empty, torch.zeros(0, 1), empty).shape == (0,)
+
+
+def test_nothing_depends_on_the_default_dtype():
+    def results():
+        y = torch.tensor([[3.0], [-1.0]], dtype=torch.float32)
+        g = torch.Generator().manual_seed(1)
+        yield from (diffusion.karras(5, 0.1, 3), diffusion.geometric(5, 0.1, 3), diffusion.variance_preserving(5, 2))
+        for method in METHODS:
+            yield diffusion.sample(gaussian, y, vector(2, 1, 0), method=method, generator=g)
+        yield diffusion.denoising_loss(gaussian, y, 1.0, torch.ones_like(y))
+
+    default, expected = torch.get_default_dtype(), list(results())
+    try:
+        torch.set_default_dtype(F64)
+        for got, before in zip(results(), expected, strict=True):
+            assert got.dtype == before.dtype and torch.equal(got, before)
+    finally:
+        torch.set_default_dtype(default)
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -483,6 +624,9 @@ def test_the_loss_is_least_at_the_score_of_the_weighted_law():
         ({"s": 0.0}, "s must be finite and > 0, got 0.0"),
         ({"s": torch.zeros(2, 1)}, "s must be finite and > 0"),
         ({"s": torch.ones(2)}, r"s must have shape \(2, 1\), got \(2,\)"),
+        ({"s": 1e200}, r"s must be at most 1e\+150, got 1e\+200"),
+        ({"x0": torch.full((2, 3), math.inf)}, "x0 must be finite"),
+        ({"eps": torch.full((2, 3), math.nan)}, "eps must be finite"),
         ({"score": lambda y, s: y[0]}, "score must return shape"),
     ],
 )
@@ -490,3 +634,28 @@ def test_bad_loss(change, text):
     arguments = {"score": gaussian, "x0": torch.zeros(2, 3), "s": 1.0, "eps": torch.zeros(2, 3), **change}
     with pytest.raises(ValueError, match=text):
         diffusion.denoising_loss(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"eps": torch.zeros(2, 3, dtype=F64)}, "eps must have the dtype of x0, torch.float32, got torch.float64"),
+        ({"x0": torch.zeros(2, 3, dtype=F64)}, "eps must have the dtype of x0, torch.float64, got torch.float32"),
+        ({"s": torch.ones(2, 1, dtype=F64)}, "s must have the dtype of x0, torch.float32, got torch.float64"),
+        ({"eps": [0.0]}, "eps must be a floating-point torch.Tensor, got list"),
+        ({"score": lambda y, s: None}, "score must return a floating-point torch.Tensor, got NoneType"),
+    ],
+)
+def test_the_loss_takes_one_dtype(change, text):
+    arguments = {"score": gaussian, "x0": torch.zeros(2, 3), "s": 1.0, "eps": torch.zeros(2, 3), **change}
+    with pytest.raises(TypeError, match=text):
+        diffusion.denoising_loss(**arguments)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_loss_in_half_precision_rounds_once(dtype):
+    # s times the score is 300.8 and eps is -299: in half precision 300.8 is 300.75 or 300.
+    x0, slope = torch.zeros(1, 1, dtype=dtype), torch.tensor([[3.008]], dtype=dtype)
+    eps = x0 - 299
+    loss = diffusion.denoising_loss(lambda y, s: slope, x0, 100.0, eps)
+    close(loss, [(100 * slope.item() + eps.item()) ** 2], torch.finfo(dtype).eps * 8)

@@ -541,6 +541,188 @@ def test_particles_keep_dtype_and_inputs(rng):
     assert double.y.shape == (3, 4, 2) and double.ess.shape == (3, 2) and double.log_partition.shape == (3,)
 
 
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+DTYPES = [F64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def test_classifier_free_refuses_scores_that_would_broadcast():
+    y = points(4, 2, torch.Generator().manual_seed(1))
+    row, scalar, table = y[:1], y[0, 0], torch.zeros(3, 4, 2, dtype=F64)
+    for wrong in (row, y[:, :1], scalar, table):
+        got = str(tuple(wrong.shape)).replace("(", r"\(").replace(")", r"\)")
+        with pytest.raises(ValueError, match=rf"conditional must return shape \(4, 2\), as its argument, got {got}"):
+            guidance.classifier_free(lambda y, s, w=wrong: w, normal(1.0), 2.0)(y, 1.0)
+        with pytest.raises(ValueError, match=rf"unconditional must return shape \(4, 2\), as its argument, got {got}"):
+            guidance.classifier_free(normal(1.0), lambda y, s, w=wrong: w, 2.0)(y, 1.0)
+    with pytest.raises(TypeError, match="conditional must return a floating-point torch.Tensor, got float"):
+        guidance.classifier_free(lambda y, s: 0.0, normal(1.0), 2.0)(y, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_comes_back_has_the_dtype_of_the_points(dtype, rng):
+    ref = PLANE._as(dtype)
+    tilted = ref.tilt(SADDLE.float(), SLOPE, 2.0)
+    bend = SADDLE.float()  # A in another dtype than the mixture means the same
+    exact = PLANE.tilt(bend.double(), SLOPE, 2.0)
+    y = points(6, 2, rng).to(dtype)
+    wide = y.double()
+    eps = torch.finfo(dtype).eps
+    for s in (0.5, 3.0, 1000.0):
+        for got, right in (
+            (guidance.value_gradient(ref, tilted, y, s), guidance.value_gradient(PLANE, exact, wide, s)),
+            (
+                guidance.plug_in(ref, SADDLE.float(), SLOPE, 2.0)(y, s),
+                guidance.plug_in(PLANE, bend.double(), SLOPE, 2.0)(wide, s),
+            ),
+            (
+                guidance.plug_in(ref, SADDLE, SLOPE.half(), 2.0, damped=True)(y, s),
+                guidance.plug_in(PLANE, SADDLE, SLOPE.half().double(), 2.0, damped=True)(wide, s),
+            ),
+            (guidance.exact_value(tilted)(y, s), guidance.exact_value(exact)(wide, s)),
+        ):
+            assert got.dtype == dtype
+            torch.testing.assert_close(got.double(), right, rtol=4 * eps + 1e-6, atol=4 * eps * 0.1 + 1e-7)
+        # log Z itself is in the dtype of the mixture.
+        got = guidance.log_value(ref, tilted)(y, s)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), guidance.log_value(PLANE, exact)(wide, s), rtol=4 * eps, atol=4 * eps)
+    for other in DTYPES:
+        mixed = guidance.classifier_free(lambda y, s, d=other: -y.to(d), lambda y, s: 0 * y.double(), 2.0)(y, 1.0)
+        assert mixed.dtype == dtype
+        torch.testing.assert_close(mixed.double(), -2 * wide, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=0)
+
+
+def test_a_gradient_of_the_value_has_its_own_digits():
+    # Far out, scores of p and of its tilt are 10^4 and differ by 1/2: in float32 each is rounded to 10^-3.
+    ref = GaussianMixture(vector(0), vector(0)[None], vector(1))._as(torch.float32)
+    tilted = ref.tilt(None, vector(0.5), 1.0)
+    y = torch.tensor([[1e4], [-33333.3]])
+    torch.testing.assert_close(guidance.value_gradient(ref, tilted, y, 0.0), torch.full_like(y, 0.5), rtol=1e-6, atol=0)
+    value = guidance.log_value(ref, tilted)(y, 0.0)
+    torch.testing.assert_close(value.double(), 0.5 * y[:, 0].double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("beta", [1e-300, 1e-30, 1.0, 1e30, 1e300])
+def test_plug_in_at_any_temperature(beta, rng):
+    y = points(6, 2, rng)
+    a = SADDLE @ SADDLE
+    damped = guidance.plug_in(PLANE, a, SLOPE, beta, damped=True)(y, 0.7)
+    assert damped.isfinite().all() and guidance.plug_in(PLANE, a, SLOPE, beta)(y, 0.7).isfinite().all()
+    limit = diffusion.of_mixture(PLANE)(y, 0.7)
+    if beta >= 1e30:
+        close(damped, limit)
+    if beta <= 1e-30:  # (C / s^2) (A C)^-1 (b - A D)
+        d, c = PLANE.denoise(y, 1.0, 0.7), PLANE.denoise_covariance(y, 1.0, 0.7)
+        slope = torch.linalg.solve(a @ c, (SLOPE - d @ a)[..., None])
+        close(damped, limit + (c @ slope)[..., 0] / 0.49, 1e-8)
+
+
+def test_what_would_overflow_is_refused_by_name():
+    y = vector(1)[None]
+    for call, text in (
+        (
+            lambda: guidance.plug_in(ONE, None, TOWARD, 1e-320),
+            "beta must keep linear / beta within the range of float64",
+        ),
+        (lambda: guidance.plug_in(ONE, KAPPA, None, 1e-320), "beta must keep quadratic / beta within the range"),
+        (lambda: guidance.plug_in(ONE, KAPPA, None, 1.0)(y, 1e-200), "s must be at least 1e-150"),
+        (lambda: guidance.plug_in(ONE, KAPPA, None, 1.0)(y, 1e200), r"s must be at most 1e\+150"),
+        (lambda: guidance.value_gradient(ONE, ONE.tilt(None, TOWARD, 1.0), y * math.nan, 1.0), "y must be finite"),
+        (lambda: guidance.log_value(ONE, ONE.tilt(None, TOWARD, 1.0))(y, 1e200), "alpha = 1 and sigma = 1e.200 must"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            call()
+    with pytest.raises(TypeError, match="y must have the dtype of the mixture, torch.float64, got torch.float32"):
+        guidance.plug_in(ONE, KAPPA, None, 1.0)(y.float(), 1.0)
+    with pytest.raises(TypeError, match="guidance_scale must be a number, got a torch.float32 tensor"):
+        guidance.classifier_free(REF, REF, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("power", [-2.0, 0.0, 1.0, 3.0])
+def test_an_excluded_candidate_is_never_kept(power):
+    # Half of the candidates, those below 0, have the value -inf: 0 (-inf) and -2 (-inf) are no reasons to keep one.
+    value = lambda y, s: torch.where(y[:, 0] > 0, y[:, 0], -math.inf)  # noqa: E731
+    step = guidance.soft_best_of_n_step(value, 40, power)
+    out = step(normal(1.0), torch.zeros(50, 1, dtype=F64), 2.0, 1.0, torch.Generator().manual_seed(1))
+    assert (out > 0).all()
+
+
+def test_values_are_refused_by_their_own_name():
+    y, g = torch.zeros(2, 1, dtype=F64), torch.Generator()
+    for value, power, text in (
+        (lambda y, s: y[:, 0] * math.nan, 1.0, "log_value must be finite or -inf"),
+        (lambda y, s: y[:, 0] * 0 + math.inf, 1.0, "log_value must be finite or -inf"),
+        (lambda y, s: y[:, 0] * 0 - math.inf, 1.0, "log_value must leave at least one outcome"),
+        (lambda y, s: y[:, 0] * 0 + 1e300, 1e300, "power times log_value must be finite or -inf"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            guidance.soft_best_of_n_step(value, 3, power)(REF, y, 2.0, 1.0, g)
+    # A float32 value times a large power does not overflow.
+    step = guidance.soft_best_of_n_step(lambda y, s: y[:, 0].float() * 0 + 1e30, 3, 1e30)
+    assert step(REF, y, 2.0, 1.0, g).isfinite().all()
+
+
+def test_no_points(rng):
+    empty = torch.zeros(0, 2, dtype=F64)
+    tilted = PLANE.tilt(SADDLE, SLOPE, 2.0)
+    assert guidance.classifier_free(REF, REF, 2.0)(empty, 1.0).shape == (0, 2)
+    assert guidance.value_gradient(PLANE, tilted, empty, 1.0).shape == (0, 2)
+    assert guidance.log_value(PLANE, tilted)(empty, 1.0).shape == (0,)
+    assert guidance.plug_in(PLANE, SADDLE, SLOPE, 2.0, damped=True)(empty, 1.0).shape == (0, 2)
+    step = guidance.soft_best_of_n_step(log_class, 3, 2.0)
+    assert step(REF, empty, 2.0, 1.0, rng).shape == (0, 2)
+    out = guidance.particles(
+        REF, normal(1.0), torch.zeros(0, 4, 1, dtype=torch.float32), SHORT, log_tilt, log_twist, generator=rng
+    )
+    assert out.y.shape == (0, 4, 1) and out.y.dtype == torch.float32
+    assert out.log_weights.shape == (0, 4) and out.log_partition.shape == (0,) and out.ess.shape == (0, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_particles_in_small_dtypes(dtype):
+    """Weights are ratios of kernels at the points that were drawn: rounding of the points does not enter them."""
+    seen = set()
+
+    def see(f):
+        def seeing(y, *rest):
+            seen.add(y.dtype)
+            return f(y, *rest)
+
+        return seeing
+
+    y, levels = points(400, 1, torch.Generator().manual_seed(1)).view(1, 400, 1), diffusion.geometric(100, 0.5, 3.0)
+    y = y.to(dtype)
+    run = lambda y: guidance.particles(  # noqa: E731
+        see(normal(1.0)), see(lambda z, s: normal(1.0)(z, s) + 0.5), y, levels, see(log_tilt), see(log_twist),
+        generator=torch.Generator().manual_seed(2), threshold=0,
+    )  # fmt: skip
+    low = run(y)
+    assert seen == {dtype} and low.y.dtype == dtype and low.log_weights.dtype == F64
+    high = run(y.double())
+    close(low.log_partition, high.log_partition, 20 * torch.finfo(dtype).eps)
+
+
+def test_nothing_depends_on_the_default_dtype():
+    tilted = PLANE.tilt(SADDLE, SLOPE, 2.0)
+
+    def results():
+        g, y = torch.Generator().manual_seed(1), vector(1, -2)[None]
+        yield guidance.plug_in(PLANE, SADDLE, SLOPE, 2.0, damped=True)(y, 1.0)
+        yield guidance.value_gradient(PLANE, tilted, y, 1.0)
+        yield guidance.soft_best_of_n_step(log_class, 3, 2.0)(REF, y.float(), 2.0, 1.0, g)
+        start = torch.ones(2, 5, 1, dtype=torch.float32)
+        yield from guidance.particles(REF, normal(1.0), start, SHORT, log_tilt, log_twist, generator=g)
+
+    default, expected = torch.get_default_dtype(), list(results())
+    try:
+        torch.set_default_dtype(F64)
+        for got, before in zip(results(), expected, strict=True):
+            assert got.dtype == before.dtype and torch.equal(got, before)
+    finally:
+        torch.set_default_dtype(default)
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -584,15 +766,15 @@ def test_particles_keep_dtype_and_inputs(rng):
         ),
         (
             lambda: diffusion.sample(REF, vector(1)[None], SHORT, method=STEP),
-            ValueError,
-            "generator must be a torch.Generator where noise is drawn, got NoneType",
+            TypeError,
+            "generator must be a torch.Generator, got NoneType",
         ),
         (
             lambda: diffusion.sample(
                 REF, vector(1)[None], SHORT, method=guidance.soft_best_of_n_step(log_class, 2, 1.0, kernel=NOISELESS)
             ),
-            ValueError,
-            "generator must be a torch.Generator where noise is drawn, got NoneType",
+            TypeError,
+            "generator must be a torch.Generator, got NoneType",
         ),
     ],
 )
@@ -617,8 +799,17 @@ NOISELESS = partial(diffusion.transition, churn=0.0)
             ValueError,
             "kernel must draw noise at every step, .* got std = 0.0 from level 1.0 to 0.0",
         ),
-        ({"y": torch.zeros(4, 1)}, ValueError, r"y must have shape \(runs, n, D\), none of them 0, got \(4, 1\)"),
-        ({"y": torch.zeros(0, 4, 1)}, ValueError, r"y must have shape \(runs, n, D\)"),
+        (
+            {"y": torch.zeros(4, 1)},
+            ValueError,
+            r"y must have shape \(runs, n, D\) with n >= 1 and D >= 1, got \(4, 1\)",
+        ),
+        ({"y": torch.zeros(2, 0, 1)}, ValueError, r"y must have shape \(runs, n, D\) with n >= 1"),
+        ({"y": torch.full((2, 4, 1), math.inf)}, ValueError, "y must be finite, got 8 of 8"),
+        ({"generator": None}, TypeError, "generator must be a torch.Generator, got NoneType"),
+        ({"log_twist": lambda y, s: 0.0}, TypeError, "log_twist must return a floating-point torch.Tensor, got float"),
+        ({"log_tilt": lambda y: y[:, 0] > 0}, TypeError, "log_tilt must return a floating-point .* got a torch.bool"),
+        ({"threshold": math.nan}, ValueError, "threshold must be finite, got nan"),
         ({"levels": vector(1, 2)}, ValueError, "levels must decrease strictly"),
         ({"threshold": 1.1}, ValueError, r"threshold must lie in \[0, 1\], got 1.1"),
         ({"log_twist": lambda y, s: y}, ValueError, r"log_twist must return shape \(8,\), one number per point"),

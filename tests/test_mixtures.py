@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import F64, check_sampler, law, vector
@@ -205,6 +206,268 @@ def test_a_component_that_is_switched_off_is_not_there(kind, rng):
     close(off.tilt(None, x[0], 1.0).log_partition, without.tilt(None, x[0], 1.0).log_partition, 1e-10)
     u = torch.rand(9, generator=rng, dtype=F64)
     close(off.project(x[0]).quantile(u), without.project(x[0]).quantile(u), 1e-10)
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+DTYPES = [F64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def cast(mixture, dtype):
+    return GaussianMixture(mixture.priors.to(dtype), mixture.means.to(dtype), mixture.covariances.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_component_that_is_switched_off_takes_no_digits(dtype):
+    # The same to the last bit, whatever the third mean is.
+    far = 1e4 if dtype == torch.float16 else 1e6
+    off = GaussianMixture(law(0.5, 0.5, 0).to(dtype), vector(-1, 1, far)[:, None].to(dtype), vector(1).to(dtype))
+    pair = GaussianMixture(law(0.5, 0.5).to(dtype), vector(-1, 1)[:, None].to(dtype), vector(1).to(dtype))
+    for x in (vector(0)[:, None].to(dtype), vector(0.2, -3)[:, None].to(dtype)):
+        for f in (lambda m, x=x: m.logps(x), lambda m, x=x: m.score(x), lambda m, x=x: m.denoise(x, 0.5, 0.5)):
+            assert torch.equal(f(off), f(pair))
+        assert torch.equal(off.denoise_covariance(x, 1.0, 1.0), pair.denoise_covariance(x, 1.0, 1.0))
+        assert torch.equal(off.posterior(x)[:, :2], pair.posterior(x))
+    assert torch.equal(off.mean(), pair.mean()) and torch.equal(off.covariance(), pair.covariance())
+    tilted, alone = (m.tilt(ONE, vector(1), 1.0) for m in (off, pair))
+    assert torch.equal(tilted.log_partition, alone.log_partition)
+
+
+def test_a_far_mean_that_is_switched_off_in_single_precision():
+    off = GaussianMixture(law(0.5, 0.5, 0).float(), torch.tensor([[-1.0], [1.0], [1e6]]), torch.tensor([0.25]))
+    # .5 N(.9; 1, 1/4) (1 + exp(-8 .9)): around the middle of all three means this came out as 16384.
+    right = math.log(0.5 * (1 + math.exp(-7.2))) - 0.02 - math.log(2 * math.pi * 0.25) / 2
+    assert f"{right:.3f}" == "-0.938"
+    assert abs(off.logps(torch.tensor([[0.9]])).item() - right) < 1e-6
+
+
+@pytest.mark.parametrize("mean", [1e200, -1e300, 1.7e308])
+@pytest.mark.parametrize("shape", [(1,), (3,), (1, 2), (3, 2), (1, 2, 2), (3, 2, 2)])
+def test_a_component_that_is_switched_off_may_be_anywhere(mean, shape, rng):
+    eye = torch.eye(2, dtype=F64) if len(shape) == 3 else torch.ones((), dtype=F64)
+    scale = vector(1, 0.5, 1e-250)[-shape[0] :] if shape[0] > 1 else vector(0.7)
+    covariances = scale.view(-1, *[1] * (len(shape) - 1)) * eye.expand(shape)
+    means = torch.cat([normal((2, 2), rng), torch.full((1, 2), mean, dtype=F64)])
+    off = GaussianMixture(law(0.4, 0.6, 0), means, covariances)
+    alone = GaussianMixture(law(0.4, 0.6), means[:2], covariances[:2])
+    x = normal((9, 2), rng)
+    for f in (
+        lambda m: m.logps(x),
+        lambda m: m.score(x),
+        lambda m: m.denoise(x, 0.8, 0.6),
+        lambda m: m.tilt(None, x[0], 1.0).log_partition,
+        lambda m: m.tilt(spd((2, 2), verify.rng("off")), x[0], 1.0).log_partition,
+        lambda m: m.tilt(spd((2, 2), verify.rng("off")), x[0], 1.0).mixture.score(x),
+        lambda m: m.mean(),
+        lambda m: m.uniforms(x),
+        lambda m: m.project(vector(1, 0)).quantile(vector(1e-9, 0.3)),
+    ):
+        close(f(off), f(alone), 1e-10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:])
+def test_half_precision_at_any_level_of_noise(dtype):
+    # sigma^2 = 10^6 is above 65504, the largest number of float16.
+    noised = cast(PAIR, dtype).noised(1.0, 1000.0)
+    x = vector(-3e4, -500, 0, 2, 1000)[:, None].to(dtype)
+    exact = PAIR.noised(1.0, 1000.0)
+    for f in (lambda m, x: m.score(x), lambda m, x: m.logps(x), lambda m, x: m.posterior(x)):
+        got = f(noised, x)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), f(exact, x.double()), rtol=torch.finfo(dtype).eps, atol=1e-7)
+    got = cast(PAIR, dtype).denoise(x, 1.0, 1000.0)
+    torch.testing.assert_close(got.double(), PAIR.denoise(x.double(), 1.0, 1000.0), rtol=0.01, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_comes_back_has_the_dtype_of_the_mixture(kind, dtype, rng):
+    wide = random_mixture(kind, rng)
+    exact = wide._as(dtype)
+    x = (2 * normal((20, D), rng)).to(dtype)
+    a, b = spd((D, D), rng).float(), normal(D, rng)
+    g = lambda: torch.Generator().manual_seed(2)  # noqa: E731
+    for f in (
+        lambda m, x: m.logps(x),
+        lambda m, x: m.component_logps(x),
+        lambda m, x: m.posterior(x),
+        lambda m, x: m.class_logps(x, torch.tensor([0, 1, 0])),
+        lambda m, x: m.of_class(torch.tensor([0, 1, 0]), 0).score(x),
+        lambda m, x: m.score(x),
+        lambda m, x: m.denoise(x, 0.8, 0.6),
+        lambda m, x: m.denoise_covariance(x, 0.8, 0.6),
+        lambda m, x: m.tilt(a, b, 0.7).log_partition,
+        lambda m, x: m.tilt(a, b, 0.7).mixture.means,
+        lambda m, x: m.project(b).means,
+        lambda m, x: m.mean(),
+        lambda m, x: m.covariance(),
+        lambda m, x: m.covariances,
+        lambda m, x: m.sample(20, generator=g()),
+    ):
+        got, expected = f(exact, x), f(wide, x.double())
+        assert got.dtype == dtype and not got.isnan().any()
+        tolerance = 4 * max(torch.finfo(dtype).eps, 2e-6 if dtype != F64 else 0)
+        torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+    # Drawn in float64 and rounded once, so draws in any dtype are those in float64.
+    assert torch.equal(exact.sample(20, generator=g()), wide.sample(20, generator=g()).to(dtype))
+
+
+def test_single_precision_keeps_its_digits_between_far_means():
+    # |m|^2 / v = 10^8: products in float32 would leave errors of 10 in a log density.
+    means = torch.tensor([[0.0], [1.0]])
+    mixture = GaussianMixture(law(0.5, 0.5).float(), means, torch.tensor([1e-8]))
+    x = torch.tensor([[0.0], [1.0], [0.5], [0.50001]])
+    exact = GaussianMixture(mixture.priors.double(), means.double(), torch.tensor([1e-8]).double())
+    torch.testing.assert_close(mixture.logps(x).double(), exact.logps(x.double()), rtol=1e-6, atol=0)
+    torch.testing.assert_close(mixture.score(x).double(), exact.score(x.double()), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("variance", [1e-300, 1e-150, 1.0, 1e150, 1e300])
+def test_variances_of_any_legal_size(variance, rng):
+    unit = GaussianMixture(law(0.3, 0.7), vector(-1, 2)[:, None], vector(1))
+    scale = math.sqrt(variance)
+    mixture = GaussianMixture(law(0.3, 0.7), scale * vector(-1, 2)[:, None], vector(variance))
+    x = normal((9, 1), rng)
+    close(mixture.logps(scale * x), unit.logps(x) - math.log(scale), 1e-9)
+    close(mixture.score(scale * x) * scale, unit.score(x), 1e-9)
+    close(mixture.denoise(scale * x, 1.0, scale if scale < 1e150 else 0.0) / scale,
+          unit.denoise(x, 1.0, 1.0 if scale < 1e150 else 0.0), 1e-9)  # fmt: skip
+    close(mixture.cdf(scale * x[:, 0]), unit.cdf(x[:, 0]), 1e-9)
+    close(mixture.quantile(vector(1e-9, 0.4)) / scale, unit.quantile(vector(1e-9, 0.4)), 1e-9)
+    close(mixture.uniforms(scale * x), unit.uniforms(x), 1e-9)
+
+
+def test_what_would_overflow_is_refused_by_name():
+    for call, text in (
+        (lambda: PAIR.noised(1e-200, 0), r"alpha = 1e-200 and sigma = 0 must give variances in \[1e-300, 1e\+300\]"),
+        (lambda: PAIR.noised(1.0, 1e200), r"alpha = 1 and sigma = 1e\+200 must give variances in"),
+        (lambda: PAIR.noised(1e200, 0.0), r"alpha = 1e\+200 and sigma = 0 must give variances in"),
+        (lambda: PAIR.denoise(vector(1)[None], 1e-200, 0.0), "alpha = 1e-200 and sigma = 0 must give variances"),
+        (
+            lambda: GaussianMixture(law(1), vector(0)[None], vector(5e-324)),
+            r"means and covariances must give variances in \[1e-300, 1e\+300\] .* got variances from 4.9\d*e-324",
+        ),
+        (lambda: GaussianMixture(law(1), vector(0)[None], vector(1e301)), "must give variances in"),
+        (
+            lambda: GaussianMixture(law(0.5, 0.5), vector(-1, 1)[:, None], vector(1e-300)).project(vector(1e155)),
+            "direction must give variances in .* and means within",
+        ),
+        (
+            lambda: GaussianMixture(law(0.5, 0.5), vector(-1, 1)[:, None] * 1e160, vector(1)),
+            r"and means within 1e\+150 of the smallest standard deviation, got variances from 1 to 1 and 1e\+160",
+        ),
+        (lambda: PAIR.project(vector(1e-200)), "direction must give variances in"),
+        (lambda: PAIR.logps(vector(1e200)[None]), r"x must lie within .*e\+152 of the centre of the means, .* 1e\+200"),
+        (lambda: PAIR.score(vector(0, 1e200)[:, None]), "x must lie within"),
+        (lambda: PAIR.denoise(vector(1e200)[None], 1.0, 1.0), "xt must lie within"),
+        (lambda: PAIR.tilt(None, vector(1), 1e-320), "quadratic, linear and beta = .* must keep r / beta within"),
+        (lambda: PAIR.tilt(ONE, vector(1), 1e-320), "quadratic, linear and beta = .* must keep r / beta within"),
+        (lambda: PAIR.tilt(None, vector(1), 1e-170), "quadratic, linear and beta = 1e-170 must "),
+    ):
+        with pytest.raises(ValueError, match=text):
+            call()
+
+
+def test_a_mixture_keeps_copies():
+    priors, means, covariances = law(0.5, 0.5), vector(-1, 1)[:, None], vector(0.25, 0.5)
+    x = vector(0.3, -2)[:, None]
+    mixture = GaussianMixture(priors, means, covariances)
+    before = mixture.logps(x), mixture.mean(), mixture.covariance(), mixture.noised(1.0, 1.0).score(x)
+    for part in (priors, means, covariances, mixture.means, mixture.priors, mixture.covariances):
+        part += 100
+    after = mixture.logps(x), mixture.mean(), mixture.covariance(), mixture.noised(1.0, 1.0).score(x)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    close(mixture.mean(), [0.0])
+
+
+def test_quantiles_have_no_graph_and_cdfs_a_right_one():
+    mixture = GaussianMixture(law(0.3, 0.7), vector(-1, 2)[:, None], vector(0.3, 0.8))
+    u = vector(0.2, 0.5, 0.9).requires_grad_()
+    assert not mixture.quantile(u).requires_grad
+    # Nor through parameters.
+    means = vector(-1, 2)[:, None].requires_grad_()
+    free = GaussianMixture(law(0.3, 0.7), means, vector(0.3, 0.8))
+    assert not free.quantile(vector(0.2)).requires_grad
+    q = mixture.quantile(u.detach())
+    # The documented derivative, by finite differences: 1 / pdf.
+    slope = (mixture.quantile(u.detach() + 1e-6) - mixture.quantile(u.detach() - 1e-6)) / 2e-6
+    torch.testing.assert_close(slope, 1 / mixture.logps(q[:, None]).exp(), rtol=1e-6, atol=0)
+    assert torch.autograd.gradcheck(mixture.cdf, q.requires_grad_())
+
+
+def test_gradients_reach_points_and_parameters():
+    priors, x = vector(0.2, -0.3), vector(0.3, -2, 5)[:, None]
+    means, variances = vector(-1, 1.5)[:, None], vector(0.25, 0.5)
+
+    def f(logits, means, variances, x):
+        mixture = GaussianMixture(logits.log_softmax(-1), means, variances).noised(0.8, 0.6)
+        return mixture.logps(x), mixture.score(x), mixture.mean(), mixture.covariance()
+
+    inputs = [part.clone().requires_grad_() for part in (priors, means, variances, x)]
+    assert torch.autograd.gradcheck(f, inputs)
+    # In half precision, too, they come back in the dtype of the points.
+    half = x.half().requires_grad_()
+    (gradient,) = torch.autograd.grad(cast(PAIR, torch.float16).logps(half).sum(), half)
+    assert gradient.dtype == torch.float16
+    torch.testing.assert_close(gradient.double(), PAIR.score(half.detach().double()), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_points(kind, rng):
+    mixture, x = random_mixture(kind, rng), torch.zeros(0, D, dtype=F64)
+    classes = torch.tensor([0, 1, 0])
+    for f, shape in (
+        (mixture.logps, (0,)),
+        (mixture.component_logps, (0, J)),
+        (mixture.posterior, (0, J)),
+        (mixture.score, (0, D)),
+        (lambda x: mixture.class_logps(x, classes), (0, 2)),
+        (lambda x: mixture.denoise(x, 1.0, 1.0), (0, D)),
+        (lambda x: mixture.denoise_covariance(x, 1.0, 1.0), (0, D, D)),
+        (mixture.uniforms, (0, D)),
+        (mixture.project(torch.ones(D)).cdf, (0, D)),
+    ):
+        assert f(x).shape == shape and f(x).dtype == F64
+
+
+def test_a_fit_in_half_precision_is_computed_in_float64(rng):
+    # The sum of 2,000 numbers near 100 is above 65504, and bfloat16 has no two digits between them.
+    x = (100 + normal((2000, 2), rng)).half()
+    fitted = GaussianMixture.fit(x, torch.zeros(2000, dtype=torch.int64), 1e-3)
+    exact = GaussianMixture.fit(x.double(), torch.zeros(2000, dtype=torch.int64), 1e-3)
+    assert fitted.means.dtype == torch.float16
+    assert torch.equal(fitted.means, exact.means.half()) and torch.equal(fitted.covariances, exact.covariances.half())
+    # What is kept is not rounded: x - mean has its digits.
+    torch.testing.assert_close(fitted.logps(x).double(), exact.logps(x.double()), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, np.int64])
+def test_numbers_of_numpy(number):
+    x = vector(0.3)[None]
+    close(PAIR.noised(number(2), number(1)).score(x), PAIR.noised(2.0, 1.0).score(x))
+    close(PAIR.denoise(x, number(2), number(1)), PAIR.denoise(x, 2.0, 1.0))
+    close(PAIR.denoise_covariance(x, number(2), number(1)), PAIR.denoise_covariance(x, 2.0, 1.0))
+    close(PAIR.tilt(ONE, vector(1), number(2)).log_partition, PAIR.tilt(ONE, vector(1), 2.0).log_partition)
+    assert PAIR.tilt(ONE, vector(1), number(2)).mixture.score(x).dtype == F64
+
+
+def test_nothing_depends_on_the_default_dtype(rng):
+    def results():
+        yield PAIR.noised(1.0, 2.0).score(vector(0.3)[None])
+        yield cast(PAIR, torch.float32).score(torch.tensor([[0.3]], dtype=torch.float32))
+        yield PAIR.tilt(ONE, vector(1), 1.0).log_partition
+        yield PAIR.sample(3, generator=torch.Generator().manual_seed(1))
+        yield PAIR.quantile(torch.tensor([0.3], dtype=torch.float32))
+        yield GaussianMixture.fit(vector(1, 2, 5)[:, None], torch.tensor([0, 0, 1]), 0.1).covariances
+
+    default, expected = torch.get_default_dtype(), list(results())
+    try:
+        for other in (F64, torch.float16):
+            torch.set_default_dtype(other)
+            for got, before in zip(results(), expected, strict=True):
+                assert got.dtype == before.dtype and torch.equal(got, before)
+    finally:
+        torch.set_default_dtype(default)
 
 
 # --- classes ---------------------------------------------------------------------------------------------------------
@@ -647,6 +910,7 @@ CLASSES = torch.tensor([0, 1])
         (lambda: MIX.noised(1.0, math.inf), ValueError, "sigma must be finite and >= 0, got inf"),
         (lambda: MIX.noised(1.0, True), ValueError, "sigma must be finite and >= 0, got True"),
         (lambda: MIX.sample(0, generator=torch.Generator()), ValueError, "n must be an integer >= 1, got 0"),
+        (lambda: MIX.sample(2, generator=None), TypeError, "generator must be a torch.Generator, got NoneType"),
         (lambda: MIX.tilt(EYES[0], None, 0.0), ValueError, "beta must be finite and > 0, got 0.0"),
         (lambda: MIX.tilt(EYES, None, 1.0), ValueError, r"quadratic must have shape \(3, 3\), got \(2, 3, 3\)"),
         (lambda: MIX.tilt(None, MEANS, 1.0), ValueError, r"linear must have shape \(3,\), got \(2, 3\)"),

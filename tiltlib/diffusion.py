@@ -19,6 +19,9 @@ where order is that of the Wasserstein distance in 1/n, for a smooth target on l
 the noise factor c = `churn`: at 1 it is the reverse SDE, at 0 the probability-flow ODE in the clock s^2. A sampler has
 to start from the law at its first level; started elsewhere, an ODE keeps the error. The first step of "ab3" is "euler":
 it leaves an error of order 2, times the squared ratio of the spread of x_0 to the first level, which is small.
+
+Points come back in the dtype that came in, whatever dtype the score returns; half precision is carried in float32, so
+that small steps are not lost, and the score sees the dtype that came in. No points (n = 0) are no points.
 """
 
 import itertools
@@ -56,8 +59,11 @@ _ORDERS = {"euler": 1, "dpmpp_2m": 2, "ab3": 3}
 _METHODS = ("euler", "heun", "dpmpp_2m", "ab3", "maruyama", "ancestral")
 # A parabola multiplies errors of D by 11/3 on a fine even grid, by up to 7 where steps are long, by more where they
 # grow: past 5 for a growth of 1.2 per step. Below 16 steps of `karras` it helps on some targets and harms on others.
+# A line does so by 1 + h / h1, which has no bound where the last level is tiny: past 5, a step 4 times the one before,
+# D is not extrapolated at all, as for a last level of 0.
 _LIMIT = 5.0
 _FEW = 16
+_HIGHEST = 1e150  # squares of levels must not overflow
 
 
 class Transition(NamedTuple):
@@ -75,13 +81,27 @@ class Transition(NamedTuple):
 def _fractions(n: int) -> Tensor:
     """Cut [0, 1] into n steps. Levels are numbers that the host loops over, so they live on the CPU."""
     _checks.count("n", n)
-    return torch.linspace(0, 1, n + 1, dtype=torch.float64)
+    return torch.linspace(0, 1, int(n) + 1, dtype=torch.float64)
 
 
-def _range(low: float, high: float) -> None:
+def _range(low: float, high: float) -> tuple[float, float]:
     _checks.positive("high", high)
+    _checks.number("low", low)
     if not 0 < low < high:
         raise ValueError(f"low must lie in (0, high), got low = {low!r} and high = {high!r}")
+    # A numpy scalar would turn the levels into an array.
+    return float(low), float(high)
+
+
+def _bounded(name: str, value: float) -> float:
+    if float(value) > _HIGHEST:
+        raise ValueError(f"{name} must be at most {_HIGHEST:g}, got {value!r}")
+    return float(value)
+
+
+def _level(name: str, value: float) -> float:
+    _checks.positive(name, value)
+    return _bounded(name, value)
 
 
 def karras(n: int, low: float, high: float, rho: float = 7.0) -> Tensor:
@@ -99,14 +119,18 @@ def karras(n: int, low: float, high: float, rho: float = 7.0) -> Tensor:
         Levels, strictly decreasing, float64, shape (n + 1,).
 
     Raises:
-        TypeError: `n` is not an int.
-        ValueError: `n` < 1, not 0 < `low` < `high`, or a number that is not finite and > 0.
+        TypeError: `n` is not an int, or a bound is a tensor.
+        ValueError: `n` < 1, not 0 < `low` < `high`, a number that is not finite and > 0, `rho` so small that
+            high^(1/rho) overflows, or levels that float64 cannot tell apart.
 
     Source: [karras2022].
     """
     fractions = _fractions(n)
-    _range(low, high)
+    low, high = _range(low, high)
     _checks.positive("rho", rho)
+    rho = float(rho)
+    if math.log(high) > 700 * rho:
+        raise ValueError(f"rho must be above log(high) / 700, where high^(1/rho) overflows, got {rho!r}")
     top, bottom = high ** (1 / rho), low ** (1 / rho)
     return _ends((top + fractions * (bottom - top)) ** rho, low, high)
 
@@ -125,18 +149,25 @@ def geometric(n: int, low: float, high: float) -> Tensor:
         Levels, strictly decreasing, float64, shape (n + 1,).
 
     Raises:
-        TypeError: `n` is not an int.
-        ValueError: `n` < 1, not 0 < `low` < `high`, or a number that is not finite and > 0.
+        TypeError: `n` is not an int, or a bound is a tensor.
+        ValueError: `n` < 1, not 0 < `low` < `high`, a number that is not finite and > 0, or levels that float64 cannot
+            tell apart.
 
     Source: [song2021sde].
     """
     fractions = _fractions(n)
-    _range(low, high)
+    low, high = _range(low, high)
     return _ends(high * (low / high) ** fractions, low, high)
 
 
 def _ends(levels: Tensor, low: float, high: float) -> Tensor:
     levels[0], levels[-1] = high, low  # to the last digit: a start drawn at `high` is a start at the first level
+    if not bool((levels.diff() < 0).all()):
+        steps = len(levels) - 1
+        raise ValueError(
+            f"low and high must leave room for n levels that float64 can tell apart, "
+            f"got low = {low!r} and high = {high!r} for n = {steps}"
+        )
     return levels
 
 
@@ -164,7 +195,7 @@ def variance_preserving(n: int, time: float) -> Tensor:
     _checks.positive("time", time)
     if time >= 350:  # exp(2 time) would overflow
         raise ValueError(f"time must lie below 350, got {time!r}")
-    return torch.expm1(2 * time * (1 - fractions)).sqrt()
+    return torch.expm1(2 * float(time) * (1 - fractions)).sqrt()
 
 
 def _floats(levels: Tensor) -> list[float]:
@@ -177,45 +208,51 @@ def _floats(levels: Tensor) -> list[float]:
     for i, (s, s_next) in enumerate(itertools.pairwise(numbers)):
         if not s_next < s:
             raise ValueError(f"levels must decrease strictly, got {s_next!r} after {s!r} at step {i}")
+    _bounded("levels", numbers[0])
     return numbers
 
 
 def _points(name: str, value: Tensor) -> None:
     _checks.tensor(name, value)
-    if value.ndim != 2 or not len(value):
-        raise ValueError(f"{name} must have shape (n, D) with n >= 1, got {tuple(value.shape)}")
+    if value.ndim != 2:
+        raise ValueError(f"{name} must have shape (n, D), got {tuple(value.shape)}")
 
 
-def _evaluate(score: Score, y: Tensor, s: Level) -> Tensor:
+def _evaluate(score: Score, y: Tensor, s: Level, name: str = "score") -> Tensor:
+    """Evaluate a score; its dtype does not matter, its shape does."""
     value = score(y, s)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must return a floating-point torch.Tensor, got {_checks.described(value)}")
     if value.shape != y.shape:
-        raise ValueError(f"score must return shape {tuple(y.shape)}, as its argument, got {tuple(value.shape)}")
-    return value
+        raise ValueError(f"{name} must return shape {tuple(y.shape)}, as its argument, got {tuple(value.shape)}")
+    return value.to(y.dtype)
 
 
-def _step_between(y: Tensor, s: float, s_next: float) -> None:
+def _widened(score: Score, y: Tensor, least: torch.dtype = torch.float32) -> tuple[Score, Tensor]:
+    """Take points in a dtype of enough digits, and the score as a function of them that sees the dtype that came in."""
+    narrow, wide = y.dtype, torch.promote_types(y.dtype, least)
+    return (score, y) if wide == narrow else (lambda z, s: score(z.to(narrow), s), y.to(wide))
+
+
+def _step_between(y: Tensor, s: float, s_next: float) -> tuple[float, float]:
     _points("y", y)
-    _checks.positive("s", s)
-    if not 0 <= s_next < s:
+    s = _level("s", s)
+    _checks.nonnegative("s_next", s_next)
+    if not s_next < s:
         raise ValueError(f"s_next must lie in [0, s), got s_next = {s_next!r} and s = {s!r}")
+    return s, float(s_next)
 
 
-def _required(generator: Generator | None) -> Generator:
-    # torch.rand would take None for the global generator.
-    if not isinstance(generator, Generator):
-        raise ValueError(f"generator must be a torch.Generator where noise is drawn, got {type(generator).__name__}")
-    return generator
-
-
-def _normal(like: Tensor, generator: Generator) -> Tensor:
+def _normal(like: Tensor, generator: Generator | None) -> Tensor:
     """Draw standard normal noise of the shape, dtype and device of a tensor."""
+    _checks.generator("generator", generator)
     u = torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float64)
     # A uniform number may be 0, whose quantile is -inf.
     return torch.special.ndtri(u.clamp_(min=2.0**-54)).to(like.dtype)
 
 
 def _draw(step: Transition, generator: Generator | None) -> Tensor:
-    return step.mean + step.std * _normal(step.mean, _required(generator)) if step.std > 0 else step.mean
+    return step.mean + step.std * _normal(step.mean, generator) if step.std > 0 else step.mean
 
 
 def _mixture(name: str, value: object) -> None:
@@ -252,17 +289,18 @@ def denoised(score: Score, y: Tensor, s: float) -> Tensor:
         s: Level of noise, > 0.
 
     Returns:
-        D, shape (n, D).
+        D, shape (n, D), in the dtype of `y`.
 
     Raises:
-        TypeError: `y` is not a floating tensor.
-        ValueError: `y` not (n, D), `s` not finite and > 0, or a score of another shape.
+        TypeError: `y`, or what `score` returns, is not a floating tensor.
+        ValueError: `y` not (n, D), `s` not in (0, 1e150], or a score of another shape.
 
     Source: [efron2011]; book chapter 8, `noised-mixture`.
     """
     _points("y", y)
-    _checks.positive("s", s)
-    return y + s**2 * _evaluate(score, y, s)
+    s = _level("s", s)
+    inner, wide = _widened(score, y)
+    return (wide + s**2 * _evaluate(inner, wide, s)).to(y.dtype)
 
 
 def transition(score: Score, y: Tensor, s: float, s_next: float, churn: float = 1.0) -> Transition:
@@ -281,16 +319,18 @@ def transition(score: Score, y: Tensor, s: float, s_next: float, churn: float = 
         `Transition(mean, std)`.
 
     Raises:
-        TypeError: `y` is not a floating tensor.
-        ValueError: `y` not (n, D), not 0 <= `s_next` < `s`, `churn` negative or not finite, or a score of another
+        TypeError: `y`, or what `score` returns, is not a floating tensor.
+        ValueError: `y` not (n, D), not 0 <= `s_next` < `s` <= 1e150, `churn` not in [0, 1e150], or a score of another
             shape.
 
     Source: [song2021sde], [karras2022]; book chapter 8, `reverse-process`.
     """
-    _step_between(y, s, s_next)
+    s, s_next = _step_between(y, s, s_next)
     _checks.nonnegative("churn", churn)
-    elapsed = (s - s_next) * (s + s_next)
-    return Transition(y + (1 + churn**2) / 2 * elapsed * _evaluate(score, y, s), churn * math.sqrt(elapsed))
+    churn, elapsed = _bounded("churn", churn), (s - s_next) * (s + s_next)
+    inner, wide = _widened(score, y)
+    mean = wide + (1 + churn**2) / 2 * elapsed * _evaluate(inner, wide, s)
+    return Transition(mean.to(y.dtype), churn * math.sqrt(elapsed))
 
 
 def posterior_transition(score: Score, y: Tensor, s: float, s_next: float) -> Transition:
@@ -308,14 +348,15 @@ def posterior_transition(score: Score, y: Tensor, s: float, s_next: float) -> Tr
         `Transition(mean, std)`.
 
     Raises:
-        TypeError: `y` is not a floating tensor.
-        ValueError: `y` not (n, D), not 0 <= `s_next` < `s`, or a score of another shape.
+        TypeError: `y`, or what `score` returns, is not a floating tensor.
+        ValueError: `y` not (n, D), not 0 <= `s_next` < `s` <= 1e150, or a score of another shape.
 
     Source: [ho2020]; book chapter 8, `gaussian-chain`.
     """
-    _step_between(y, s, s_next)
-    mean, kept = denoised(score, y, s), (s_next / s) ** 2
-    return Transition(mean + kept * (y - mean), s_next * math.sqrt(1 - kept))
+    s, s_next = _step_between(y, s, s_next)
+    inner, wide = _widened(score, y)
+    mean, kept = denoised(inner, wide, s), (s_next / s) ** 2
+    return Transition((mean + kept * (wide - mean)).to(y.dtype), s_next * math.sqrt(1 - kept))
 
 
 def _extrapolated(past: list[tuple[float, Tensor]], s_next: float, order: int) -> Tensor:
@@ -329,13 +370,15 @@ def _extrapolated(past: list[tuple[float, Tensor]], s_next: float, order: int) -
     if order == 1 or not older or s_next == 0:
         return d
     h, h1 = math.log(s / s_next), math.log(older[0][0] / s)
+    if not 0 < h < (_LIMIT - 1) * h1:
+        return d
     slope = (d - older[0][1]) / h1
     if order == 3 and len(older) == 2:
         h2 = math.log(older[1][0] / older[0][0])
         m1 = h / -math.expm1(-h) - 1
         bend = h**2 / -math.expm1(-h) - 2 * m1 + h1 * m1  # the average of x (x + h1)
         # The sum of the absolute weights of the three D.
-        if 1 + 2 * m1 / h1 + 2 * bend / (h1 * h2) <= _LIMIT:
+        if h2 > 0 and 1 + 2 * m1 / h1 + 2 * bend / (h1 * h2) <= _LIMIT:
             change = (slope - (older[0][1] - older[1][1]) / h2) / (h1 + h2)
             return d + m1 * slope + bend * change
     return d + h / 2 * slope
@@ -354,7 +397,8 @@ def sample(
 
     The table at the top of the module gives one step of each method. A step to level 0 is the "euler" step, y' = D, for
     every deterministic method. "ab3" starts with an "euler" and a "dpmpp_2m" step, and falls back to "dpmpp_2m"
-    for runs of fewer than 16 steps and wherever levels are too uneven for a parabola.
+    for runs of fewer than 16 steps and wherever levels are too uneven for a parabola. Both take an "euler" step where
+    log s falls 4 times as far as in the step before, as to a last level next to 0.
 
     Args:
         score: Score function (y, s) of the law to sample.
@@ -366,22 +410,27 @@ def sample(
         generator: Source of randomness, on the device of `y`; required where noise is drawn.
 
     Returns:
-        Points at the last level, shape (n, D).
+        Points at the last level, shape (n, D), in the dtype of `y`.
 
     Raises:
-        TypeError: `y` or `levels` is not a floating tensor.
-        ValueError: `levels` not finite, negative or not strictly decreasing; `y` not (n, D); a score of another shape;
-            an unknown `method`; `churn` negative, not finite, or given to another method; no `generator` for noise.
+        TypeError: `y`, `levels` or what `score` returns is not a floating tensor, or no `generator` for noise.
+        ValueError: `levels` not in [0, 1e150] or not strictly decreasing; `y` not (n, D) or not finite; a score of
+            another shape; an unknown `method`; `churn` not in [0, 1e150], or given to another method.
 
     Source: [song2021ddim], [karras2022], [lu2022dpmpp], [zhang2023deis], [ho2020]; book chapter 8, `sampler-order`.
     """
     numbers = _floats(levels)
     _points("y", y)
-    if isinstance(method, str):
+    _checks.finite("y", y)
+    if generator is not None:
+        _checks.generator("generator", generator)
+    if not callable(method):
         _checks.one_of("method", method, _METHODS)
     if churn != 1 and method != "maruyama":
         raise ValueError(f"churn must be left at 1 unless method is 'maruyama', got {churn!r} for {method!r}")
-    past: list[tuple[float, Tensor]] = []
+    dtype, past = y.dtype, list[tuple[float, Tensor]]()
+    if isinstance(method, str):
+        score, y = _widened(score, y)
     for s, s_next in itertools.pairwise(numbers):
         if not isinstance(method, str):
             y = method(score, y, s, s_next, generator)
@@ -396,7 +445,7 @@ def sample(
         else:
             kernel = partial(transition, churn=churn) if method == "maruyama" else posterior_transition
             y = _draw(kernel(score, y, s, s_next), generator)
-    return y
+    return y.to(dtype)
 
 
 def denoising_loss(score: Score, x0: Tensor, s: float | Tensor, eps: Tensor) -> Tensor:
@@ -411,22 +460,34 @@ def denoising_loss(score: Score, x0: Tensor, s: float | Tensor, eps: Tensor) -> 
         score: Score function (y, s).
         x0: Clean points, shape (n, D).
         s: Level of noise, > 0: a number, or a tensor of shape (n, 1) with a level for each point. The score gets it as
-            it is.
-        eps: Standard normal noise, shape (n, D).
+            it is. A tensor has the dtype of `x0`.
+        eps: Standard normal noise, shape (n, D), in the dtype of `x0`.
 
     Returns:
-        Loss of each point, shape (n,).
+        Loss of each point, shape (n,), in the dtype of `x0`.
 
     Raises:
-        TypeError: `x0` is not a floating tensor.
-        ValueError: `x0` not (n, D), `eps` of another shape, `s` not finite and > 0 or of another shape, or a score of
-            another shape.
+        TypeError: `x0`, `eps` or what `score` returns is not a floating tensor, or dtypes that differ.
+        ValueError: `x0` not (n, D), `eps` of another shape, one of them not finite, `s` not in (0, 1e150] or of another
+            shape, or a score of another shape.
 
     Source: [hyvarinen2005], [vincent2011]; book chapter 10, `weighted-score-matching`.
     """
     _points("x0", x0)
+    _checks.finite("x0", x0)
+    _checks.finite("eps", eps)
     _checks.same_shape(x0=x0, eps=eps)
-    if isinstance(s, Tensor) and s.shape != (len(x0), 1):
-        raise ValueError(f"s must have shape {(len(x0), 1)}, got {tuple(s.shape)}")
-    _checks.positive_per_row("s", s, x0.shape)
-    return (_evaluate(score, x0 + eps * s, s) * s + eps).square().sum(-1)
+    if isinstance(s, Tensor):
+        if s.shape != (len(x0), 1):
+            raise ValueError(f"s must have shape {(len(x0), 1)}, got {tuple(s.shape)}")
+        _checks.positive_per_row("s", s, x0.shape)
+    else:
+        s = _level("s", s)
+    for name, value in (("eps", eps), ("s", s)):
+        if isinstance(value, Tensor) and value.dtype != x0.dtype:
+            raise TypeError(f"{name} must have the dtype of x0, {x0.dtype}, got {value.dtype}")
+    value = _evaluate(score, x0 + eps * s, s)
+    # Squares of numbers in half precision overflow from 256 on.
+    wide = torch.promote_types(x0.dtype, torch.float32)
+    width = s.to(wide) if isinstance(s, Tensor) else s
+    return (value.to(wide) * width + eps.to(wide)).square().sum(-1).to(x0.dtype)

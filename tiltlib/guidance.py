@@ -11,6 +11,8 @@ So its score is that of p plus grad log h. Four changes of the score, each a sco
 One change of the step, from values alone: `soft_best_of_n_step` draws candidates for the next point and keeps one. And
 one correction of whatever the score gets wrong: `particles` weights and resamples points that follow any score. Guided
 points have to start from the guided law at the first level, not from that of the reference.
+
+What is a difference of two scores or two log densities is computed in float64, and comes back in the dtype of y.
 """
 
 import itertools
@@ -61,17 +63,22 @@ class Particles(NamedTuple):
     ess: Tensor
 
 
-def _number(name: str, value: float) -> None:
+def _number(name: str, value: float) -> float:
+    _checks.number(name, value)
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value!r}")
+    return float(value)
 
 
 def _per_point(name: str, value: Tensor, y: Tensor) -> Tensor:
+    """Require one number per point; return them in float64."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must return a floating-point torch.Tensor, got {_checks.described(value)}")
     if value.shape != y.shape[:1]:
         raise ValueError(
             f"{name} must return shape {tuple(y.shape[:1])}, one number per point, got {tuple(value.shape)}"
         )
-    return value
+    return value.double()
 
 
 def classifier_free(conditional: Score, unconditional: Score, guidance_scale: float) -> Score:
@@ -88,18 +95,23 @@ def classifier_free(conditional: Score, unconditional: Score, guidance_scale: fl
         guidance_scale: g, finite; 0 is unconditional, 1 conditional, above 1 guided.
 
     Returns:
-        The guided score function.
+        The guided score function. It refuses a score of another shape than its argument, so that a single row is not
+        taken for a score of every point, and returns the dtype of its argument.
 
     Raises:
+        TypeError: `guidance_scale` is a tensor.
         ValueError: `guidance_scale` is not finite.
 
     Source: [ho2022cfg]; book chapter 9, `cfg-is-value-guidance` and `cfg-is-not-a-tilt`.
     """
-    _number("guidance_scale", guidance_scale)
+    scale = _number("guidance_scale", guidance_scale)
 
     def score(y: Tensor, s: float) -> Tensor:
-        start = unconditional(y, s)
-        return start + guidance_scale * (conditional(y, s) - start)
+        _checks.tensor("y", y)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        start = diffusion._evaluate(unconditional, y, s, "unconditional").to(wide)
+        toward = diffusion._evaluate(conditional, y, s, "conditional").to(wide)
+        return (start + scale * (toward - start)).to(y.dtype)
 
     return score
 
@@ -141,16 +153,21 @@ def value_gradient(ref: GaussianMixture, tilted: Tilted, y: Tensor, s: float) ->
         s: Level of noise, >= 0.
 
     Returns:
-        The gradient, shape (n, D).
+        The gradient, shape (n, D), in the dtype of `y`; computed in float64.
 
     Raises:
-        TypeError: `ref` is not a `GaussianMixture`, `tilted` not a `Tilted`, or `y` not a floating tensor.
-        ValueError: `y` not (n, D), or `s` negative or not finite.
+        TypeError: `ref` is not a `GaussianMixture`, `tilted` not a `Tilted`, or `y` not a floating tensor in the dtype
+            of `ref`.
+        ValueError: `y` not (n, D) or not finite, or `s` negative or not finite.
 
     Source: book chapter 8, `tilted-score`.
     """
     diffusion._mixture("ref", ref)
-    return exact_value(tilted)(y, s) - diffusion.of_mixture(ref)(y, s)
+    _tilted(tilted)
+    ref._points("y", y)
+    wide = y.double()
+    law, start = (mixture._as(torch.float64).noised(1.0, s) for mixture in (tilted.mixture, ref))
+    return (law.score(wide) - start.score(wide)).to(y.dtype)
 
 
 def log_value(ref: GaussianMixture, tilted: Tilted) -> LogValue:
@@ -163,7 +180,7 @@ def log_value(ref: GaussianMixture, tilted: Tilted) -> LogValue:
         tilted: Its tilt, from `ref.tilt`.
 
     Returns:
-        The function `log_value(y, s)`, shape (n,); at s = 0 it is r(y) / beta.
+        The function `log_value(y, s)`, shape (n,), in the dtype of y; at s = 0 it is r(y) / beta.
 
     Raises:
         TypeError: `ref` is not a `GaussianMixture`, or `tilted` not a `Tilted`.
@@ -172,10 +189,12 @@ def log_value(ref: GaussianMixture, tilted: Tilted) -> LogValue:
     """
     diffusion._mixture("ref", ref)
     _tilted(tilted)
-    law, log_z = tilted
+    law, start, log_z = tilted.mixture._as(torch.float64), ref._as(torch.float64), tilted.log_partition.double()
 
     def value(y: Tensor, s: float) -> Tensor:
-        return log_z + law.noised(1.0, s).logps(y) - ref.noised(1.0, s).logps(y)
+        ref._points("y", y)
+        wide = y.double()
+        return (log_z + law.noised(1.0, s).logps(wide) - start.noised(1.0, s).logps(wide)).to(y.dtype)
 
     return value
 
@@ -204,11 +223,13 @@ def plug_in(
         damped: Whether to damp.
 
     Returns:
-        The guided score function, for levels s > 0.
+        The guided score function, for levels s in [1e-150, 1e150]. It takes points in the dtype of `ref`, whatever the
+        dtypes of `quadratic` and `linear`, computes in float64 and returns the dtype of the points.
 
     Raises:
         TypeError: `ref` is not a `GaussianMixture`, or `quadratic` or `linear` not a floating tensor.
-        ValueError: `quadratic` or `linear` not finite, of another shape or not symmetric, or `beta` not finite and > 0.
+        ValueError: `quadratic` or `linear` not finite, of another shape or not symmetric, `beta` not finite and > 0, or
+            so small that r / beta overflows.
 
     Source: [chung2023]; book chapter 9, `plug-in-bias`.
     """
@@ -219,21 +240,30 @@ def plug_in(
             _checks.finite(name, value)
             if value.shape != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+            if not bool((value.double() / float(beta)).isfinite().all()):
+                raise ValueError(f"beta must keep {name} / beta within the range of float64, got {beta!r}")
     if quadratic is not None:
         mixtures._symmetric("quadratic", quadratic)
 
-    score = diffusion.of_mixture(ref)
+    law, beta = ref._as(torch.float64), float(beta)
+    curve = None if quadratic is None else quadratic.double()
+    rise = None if linear is None else linear.double() / beta
+    score = diffusion.of_mixture(law)
 
     def guided(y: Tensor, s: float) -> Tensor:
-        _checks.positive("s", s)
-        covariance = ref.denoise_covariance(y, 1.0, s)
-        slope = torch.zeros_like(y) if linear is None else (linear / beta).expand_as(y)
-        if quadratic is not None:
-            slope = slope - ref.denoise(y, 1.0, s) @ quadratic / beta
+        s = diffusion._level("s", s)
+        if s < 1e-150:
+            raise ValueError(f"s must be at least 1e-150, whose square is above 0, got {s!r}")
+        ref._points("y", y)
+        wide = y.double()
+        covariance = law.denoise_covariance(wide, 1.0, s)
+        slope = torch.zeros_like(wide) if rise is None else rise.expand_as(wide)
+        if curve is not None:
+            slope = slope - law.denoise(wide, 1.0, s) @ curve / beta
             if damped:
-                identity = torch.eye(ref.dimension, dtype=y.dtype, device=y.device)
-                slope = torch.linalg.solve(identity + quadratic @ covariance / beta, slope)
-        return score(y, s) + (covariance @ slope[..., None])[..., 0] / s**2
+                identity = torch.eye(law.dimension, dtype=torch.float64, device=y.device)
+                slope = torch.linalg.solve(identity + curve @ covariance / beta, slope)
+        return (score(wide, s) + (covariance @ slope[..., None])[..., 0] / s**2).to(y.dtype)
 
     return guided
 
@@ -247,7 +277,8 @@ def soft_best_of_n_step(log_value: LogValue, n: int, power: float, *, kernel: Ke
     plus power (1 - 1/n) grad log_value, from values alone. Cost n values and one score per point.
 
     Args:
-        log_value: Function (y, s) that gives the log value of each point, shape (n,); -inf excludes a candidate.
+        log_value: Function (y, s) that gives the log value of each point, shape (n,); -inf excludes a candidate, for
+            any `power`.
         n: Number of candidates, >= 1; 1 leaves the sampler as it is.
         power: Exponent of the value, finite.
         kernel: Law of the candidates: `diffusion.transition` (partial for another `churn`) or `posterior_transition`.
@@ -256,20 +287,25 @@ def soft_best_of_n_step(log_value: LogValue, n: int, power: float, *, kernel: Ke
         The step, for the argument `method` of `diffusion.sample`.
 
     Raises:
-        TypeError: `n` is not an int.
+        TypeError: `n` is not an int, or `power` is a tensor.
         ValueError: `n` < 1, or `power` is not finite.
 
     Source: [li2024svdd], [verdun2025]; book chapter 9, `stepwise-soft-bon`.
     """
     _checks.count("n", n)
-    _number("power", power)
+    n, power = int(n), _number("power", power)
 
     def step(score: Score, y: Tensor, s: float, s_next: float, generator: Generator | None) -> Tensor:
+        _checks.generator("generator", generator)
+        assert generator is not None
         mean, std = kernel(score, y, s, s_next)
         pool = diffusion._draw(Transition(mean.repeat_interleave(n, 0), std), generator)
-        values = power * _per_point("log_value", log_value(pool, s_next), pool).view(-1, n)
-        chosen = selection.soft_best_of_n(values, 1.0, generator=diffusion._required(generator))
-        return pool.view(-1, n, y.shape[-1]).take_along_dim(chosen[:, None, None], 1)[:, 0]
+        log_values = _per_point("log_value", log_value(pool, s_next), pool).view(len(y), n)
+        _checks.log_weights("log_value", log_values)
+        values = torch.where(log_values > -math.inf, power * log_values, -math.inf)
+        _checks.log_weights("power times log_value", values)
+        chosen = selection.soft_best_of_n(values, 1.0, generator=generator)
+        return pool.view(len(y), n, y.shape[-1]).take_along_dim(chosen[:, None, None], 1)[:, 0]
 
     return step
 
@@ -297,7 +333,7 @@ def particles(
     With more particles the weighted points follow the tilt by w of the chain of K(.; ref) at these levels, whatever
     proposal and twist are; that of p itself only as steps grow too, or if K is the exact reverse kernel. Likewise Z is
     the mean of w under that chain. Weights are carried from step to step until a resampling spends them; dropping them
-    is a bias.
+    is a bias. Points are carried in float64; each function sees, and the result has, the dtype of `y`.
 
     Args:
         ref: Score function of the reference.
@@ -317,29 +353,34 @@ def particles(
         `Particles(y, log_weights, log_partition, ess)`.
 
     Raises:
-        TypeError: `y` or `levels` is not a floating tensor.
+        TypeError: `y`, `levels` or what a function returns is not a floating tensor, or `generator` is not a
+            `torch.Generator`.
         ValueError: a kernel without noise, as an ODE has no ratio of densities; `levels` as for `diffusion.sample`; `y`
-            not (runs, n, D); functions that return another shape, or values that are not finite; `threshold` outside
-            [0, 1].
+            not (runs, n, D) or not finite; functions that return another shape, or values that are not finite;
+            `threshold` outside [0, 1].
 
     Source: [delmoral2006], [wu2023]; book chapter 9, `smc-guidance`.
     """
+    _checks.generator("generator", generator)
     numbers = diffusion._floats(levels)
     _checks.tensor("y", y)
-    if y.ndim != 3 or not y.numel():
-        raise ValueError(f"y must have shape (runs, n, D), none of them 0, got {tuple(y.shape)}")
-    if not 0 <= threshold <= 1:
+    if y.ndim != 3 or not y.shape[1]:
+        raise ValueError(f"y must have shape (runs, n, D) with n >= 1 and D >= 1, got {tuple(y.shape)}")
+    _checks.finite("y", y)
+    if not 0 <= _number("threshold", threshold) <= 1:
         raise ValueError(f"threshold must lie in [0, 1], got {threshold!r}")
     runs, n, d = y.shape
 
     def twist(points: Tensor, s: float) -> Tensor:
         if log_twist is None:
             return torch.zeros(runs, n, dtype=torch.float64, device=y.device)
-        value = _per_point("log_twist", log_twist(points, s), points)
+        value = _per_point("log_twist", log_twist(points.to(y.dtype), s), points)
         _checks.finite("log_twist", value)
-        return value.double().view(runs, n)
+        return value.view(runs, n)
 
+    guided = proposal is not ref
     points = y.flatten(0, 1)
+    (proposal, _), (ref, points) = (diffusion._widened(score, points, torch.float64) for score in (proposal, ref))
     values = twist(points, numbers[0])
     log_weights = values
     if start_log_weights is not None:
@@ -368,21 +409,21 @@ def particles(
                 f"got std = {std!r} from level {s!r} to {s_next!r}"
             )
         noise = diffusion._normal(mean, generator)
-        if proposal is not ref:
+        if guided:
             # Both kernels have one std: log N(y'; ref) - log N(y'; proposal) with y' = mean + std noise.
             gap = (mean - kernel(ref, points, s, s_next).mean) / std
-            log_weights = log_weights - (gap * (gap / 2 + noise)).sum(-1).double().view(runs, n)
+            log_weights = log_weights - (gap * (gap / 2 + noise)).sum(-1).view(runs, n)
         points = mean + std * noise
         if i < len(numbers) - 2:
             ahead = twist(points, s_next)
         else:
-            ahead = _per_point("log_tilt", log_tilt(points), points).double().view(runs, n)
+            ahead = _per_point("log_tilt", log_tilt(points.to(y.dtype)), points).view(runs, n)
             _checks.rewards("log_tilt", ahead)
         log_weights, values = log_weights + ahead - values, ahead
         alive = (log_weights > -math.inf).any(-1)
         sizes.append(torch.where(alive, weights.ess(torch.where(alive[:, None], log_weights, 0.0)), 0.0))
     return Particles(
-        points.view(runs, n, d),
+        points.view(runs, n, d).to(y.dtype),
         log_weights,
         log_partition + log_weights.logsumexp(-1) - math.log(n),
         torch.stack(sizes[1:], -1),

@@ -9,7 +9,11 @@ A law on vectors x of D numbers that stays one under everything a diffusion mode
 Every covariance is kept as S_k = U_k diag(v_k) U_k', decomposed once: noise changes the v_k only. Components may share
 it, and it may be one number, one per coordinate, or have a basis. Densities and scores are matrix products; arrays of
 n J D numbers appear only where each component has a basis of its own. The products expand |x - m|^2 around the centre
-of the means, which costs a log density the digits of |m|^2 / v: errors of 1e-16 |m|^2 / v in float64, 1e-7 in float32.
+of the means, which costs a log density the digits of |m|^2 / v: errors of 1e-16 |m|^2 / v.
+
+A mixture keeps its parameters in float64, whatever their dtype was, and returns the dtype that came in. At points in
+float32 or half precision it computes in float32, with errors of 1e-7 |m|^2 / v, or in float64 where |m|^2 / v > 10^4.
+Variances must lie between 1e-300 and 1e300. A component of probability 0 has no effect, wherever its mean is.
 """
 
 import math
@@ -56,6 +60,10 @@ def _positive_definite(what: str, eigenvalues: Tensor, floor: Tensor) -> None:
         raise ValueError(f"{what}, got smallest eigenvalue {lowest[k].item():g} in component {k}")
 
 
+# With variances in this range and means within 1e150 of the smallest standard deviation, no table overflows in float64.
+_SMALLEST, _LARGEST, _FARTHEST = 1e-300, 1e300, 1e150
+
+
 def _normal_cdf(z: Tensor) -> Tensor:
     # torch.special.ndtr is 0 below -8.3; this keeps its digits as far as -37.
     return torch.special.erfc(z * -math.sqrt(0.5)) / 2
@@ -66,6 +74,8 @@ class GaussianMixture:
 
         p(x) = sum_k exp(priors_k) N(x; m_k, S_k)
 
+    It keeps copies of its arguments and gives out copies: nothing that a caller does to a tensor changes it.
+
     Args:
         logps: Log-probabilities of the components, shape (J,), normalised; -inf switches one off.
         means: Their means, shape (J, D), floating.
@@ -75,11 +85,9 @@ class GaussianMixture:
     Raises:
         TypeError: an argument that is not a floating tensor, or dtypes that differ.
         ValueError: `logps` not normalised, shapes that do not fit, numbers that are not finite, or a covariance that is
-            not symmetric and positive definite (the message names the component).
+            not symmetric and positive definite (the message names the component); or variances outside of
+            [1e-300, 1e300], or means farther apart than 1e150 of the smallest standard deviation.
     """
-
-    priors: Tensor
-    means: Tensor
 
     def __init__(self, logps: Tensor, means: Tensor, covariances: Tensor) -> None:
         _checks.logps("logps", logps)
@@ -101,43 +109,71 @@ class GaussianMixture:
         basis = None
         if covariances.ndim == 3:
             _symmetric("covariances", covariances)
-            spectrum, basis = (part.to(means.dtype) for part in torch.linalg.eigh(covariances.double()))
+            spectrum, basis = torch.linalg.eigh(covariances.double())
             floor = d * torch.finfo(means.dtype).eps * spectrum.abs().amax(-1)
         else:
-            spectrum = covariances.reshape(len(covariances), -1)
+            spectrum = covariances.double().reshape(len(covariances), -1).clone()
             floor = torch.zeros_like(spectrum[:, 0])
         _positive_definite("covariances must be positive definite", spectrum, floor)
-        self._set(logps, means, spectrum, basis)
+        # What a smaller dtype leaves of the sum is no error: it is normalised away.
+        priors = logps.clone() if logps.dtype == torch.float64 else logps.double().log_softmax(-1)
+        self._set(priors, means.double().clone(), spectrum, basis, means.dtype, "means and covariances")
 
-    def _set(self, priors: Tensor, means: Tensor, spectrum: Tensor, basis: Tensor | None) -> None:
+    def _set(
+        self, priors: Tensor, means: Tensor, spectrum: Tensor, basis: Tensor | None, dtype: torch.dtype, cause: str
+    ) -> None:
         """Keep S_k = U_k diag(v_k) U_k': spectrum of shape (1 or J, 1 or D), basis None or of shape (1 or J, D, D)."""
-        self.priors, self.means = priors, means
+        self._priors, self._means, self._spectrum, self._dtype = priors, means, spectrum, dtype
         self.components, self.dimension = means.shape
-        self._spectrum = spectrum
         self._basis = None if self.dimension == 1 else basis
-        # Distances from the middle of the means: |x|^2 - 2 x'm + |m|^2 would cancel for data far from 0.
-        self._centre = means.mean(0)
-        centred = means - self._centre
+        self._alive = priors > -math.inf
+        # Distances from the middle of the means: |x|^2 - 2 x'm + |m|^2 would cancel for data far from 0. A component of
+        # probability 0 must not move the middle, and is put there itself: -inf plus an overflow would be NaN.
+        everyone = bool(self._alive.all())
+        centre = means.mean(0) if everyone else means[self._alive].mean(0)
+        centred = means - centre if everyone else torch.where(self._alive[:, None], means - centre, 0)
+        smallest, largest, farthest = torch.stack([*spectrum.aminmax(), centred.abs().amax()]).tolist()
+        farthest /= math.sqrt(smallest) if smallest > 0 else 1.0
+        if not (smallest >= _SMALLEST and largest <= _LARGEST and farthest <= _FARTHEST):
+            raise ValueError(
+                f"{cause} must give variances in [{_SMALLEST:g}, {_LARGEST:g}] and means within {_FARTHEST:g} of the "
+                f"smallest standard deviation, got variances from {smallest:g} to {largest:g} and {farthest:g}"
+            )
+        # Float32 where it has digits and range to spare, which is twice as fast.
+        single = dtype != torch.float64 and self.dimension * farthest**2 < 1e4 and smallest > 1e-8 and largest < 1e16
+        self._work = torch.float32 if single else torch.float64
+        # Points must not lie so far away that their squares overflow.
+        self._reach = math.sqrt(torch.finfo(self._work).max / 64 / self.dimension) * min(1.0, math.sqrt(smallest))
         log_det = spectrum.log().expand(-1, self.dimension).sum(-1)
         log_norm = priors - (log_det + self.dimension * math.log(2 * math.pi)) / 2
         if self._own_bases():
             assert self._basis is not None
             # All bases side by side, each column over its standard deviation: (x - centre) @ table is (n, J D).
             whiten = self._basis / spectrum.sqrt()[:, None, :]
-            self._table = whiten.movedim(0, 1).flatten(1)
-            self._frame = (whiten.mT @ centred[..., None])[..., 0]
-            self._bias = log_norm
+            table = whiten.movedim(0, 1).flatten(1)
+            frame = (whiten.mT @ centred[..., None])[..., 0]
+            bias = log_norm
         else:
             # log p_k N_k is linear in the coordinates z of x - centre and their squares (one sum of them if isotropic).
-            self._frame = centred if self._basis is None else centred @ self._basis[0]
-            slopes = self._frame / spectrum
-            self._table = torch.cat([slopes, (-0.5 / spectrum).expand(len(means), -1)], -1)
-            self._bias = log_norm - (slopes * self._frame).sum(-1) / 2
+            frame = centred if self._basis is None else centred @ self._basis[0]
+            slopes = frame / spectrum
+            table = torch.cat([slopes, (-0.5 / spectrum).expand(len(means), -1)], -1)
+            bias = log_norm - (slopes * frame).sum(-1) / 2
+        self._centre, self._table, self._bias = (part.to(self._work) for part in (centre, table, bias))
+        self._frame = frame
 
     @classmethod
-    def _of(cls, priors: Tensor, means: Tensor, spectrum: Tensor, basis: Tensor | None) -> "GaussianMixture":
+    def _of(
+        cls,
+        priors: Tensor,
+        means: Tensor,
+        spectrum: Tensor,
+        basis: Tensor | None,
+        dtype: torch.dtype = torch.float64,
+        cause: str = "parameters",
+    ) -> "GaussianMixture":
         mixture = cls.__new__(cls)
-        mixture._set(priors, means, spectrum, basis)
+        mixture._set(priors, means, spectrum, basis, dtype, cause)
         return mixture
 
     def _own_bases(self) -> bool:
@@ -150,22 +186,36 @@ class GaussianMixture:
         return (self._basis * values[:, None, :]) @ self._basis.mT
 
     def _times(self, values: Tensor, vectors: Tensor) -> Tensor:
-        """Compute U_k diag(values_k) U_k' applied to vector k, for vectors of shape (..., J, D)."""
+        """Compute U_k diag(values_k) U_k' applied to vector k, for vectors of shape (..., J, D), in their dtype."""
+        values = values.to(vectors.dtype)
         if self._basis is None:
             return values * vectors
+        basis = self._basis.to(vectors.dtype)
         if not self._own_bases():
-            return (vectors @ self._basis[0] * values) @ self._basis[0].mT
-        turned = torch.einsum("...jd,jde->...je", vectors, self._basis) * values
-        return torch.einsum("...je,jde->...jd", turned, self._basis)
+            return (vectors @ basis[0] * values) @ basis[0].mT
+        turned = torch.einsum("...jd,jde->...je", vectors, basis) * values
+        return torch.einsum("...je,jde->...jd", turned, basis)
 
-    def _double(self) -> "GaussianMixture":
-        basis = None if self._basis is None else self._basis.double()
-        return self._of(self.priors.double(), self.means.double(), self._spectrum.double(), basis)
+    def _as(self, dtype: torch.dtype) -> "GaussianMixture":
+        """Take the same law for points of another dtype."""
+        if dtype == self._dtype:
+            return self
+        return self._of(self._priors, self._means, self._spectrum, self._basis, dtype)
+
+    @property
+    def priors(self) -> Tensor:
+        """Log-probabilities of the components, shape (J,)."""
+        return self._priors.to(self._dtype, copy=True)
+
+    @property
+    def means(self) -> Tensor:
+        """Means of the components, shape (J, D)."""
+        return self._means.to(self._dtype, copy=True)
 
     @property
     def covariances(self) -> Tensor:
         """Covariance matrices of all components, shape (J, D, D)."""
-        return self._matrices(self._spectrum).expand(self.components, -1, -1)
+        return self._matrices(self._spectrum).to(self._dtype).expand(self.components, -1, -1)
 
     @classmethod
     def fit(cls, x: Tensor, labels: Tensor, ridge: float) -> "GaussianMixture":
@@ -179,7 +229,7 @@ class GaussianMixture:
             ridge: Added to every variance, >= 0; must be > 0 where a class has no spread in some direction.
 
         Returns:
-            The fitted mixture, in the dtype of `x`.
+            The fitted mixture, for points of the dtype of `x`; computed in float64.
 
         Raises:
             TypeError: `x` not floating or `labels` not integer.
@@ -193,30 +243,42 @@ class GaussianMixture:
             )
         _checks.nonnegative("ridge", ridge)
         _checks.indices("labels", labels, len(x))
+        ridge, points = float(ridge), x.double()
         counts = labels.bincount()
         if bool((counts == 0).any()):
             raise ValueError(f"labels must use every number from 0 to {len(counts) - 1}, got no {int(counts.argmin())}")
-        groups = [x[labels == k] for k in range(len(counts))]
-        eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        groups = [points[labels == k] for k in range(len(counts))]
+        eye = torch.eye(x.shape[-1], dtype=torch.float64, device=x.device)
         covariances = [g.mT.cov(correction=0).reshape(eye.shape) + ridge * eye for g in groups]
-        priors = (counts.to(x.dtype) / len(x)).log()
-        return cls(priors, torch.stack([g.mean(0) for g in groups]), torch.stack(covariances))
+        priors = (counts.double() / len(x)).log()
+        return cls(priors, torch.stack([g.mean(0) for g in groups]), torch.stack(covariances))._as(x.dtype)
 
     # --- densities and scores ----------------------------------------------------------------------------------------
 
-    def _points(self, name: str, x: Tensor) -> None:
-        _checks.finite(name, x)
-        if x.dtype != self.means.dtype:
-            raise TypeError(f"{name} must have the dtype of the mixture, {self.means.dtype}, got {x.dtype}")
+    def _points(self, name: str, x: Tensor) -> Tensor:
+        """Check points and return them in the dtype of the computation."""
+        if not isinstance(x, Tensor) or x.dtype != self._dtype:
+            _checks.finite(name, x)
+            raise TypeError(f"{name} must have the dtype of the mixture, {self._dtype}, got {x.dtype}")
         if x.ndim != 2 or x.shape[-1] != self.dimension:
             raise ValueError(f"{name} must have shape (n, {self.dimension}), got {tuple(x.shape)}")
+        points = x.to(self._work)
+        # One pass for both: NaN lies within no distance.
+        if len(x) and not bool((points.detach() - self._centre).abs().amax() <= self._reach):
+            _checks.finite(name, x)
+            raise ValueError(
+                f"{name} must lie within {self._reach:.3g} of the centre of the means, where squares do not overflow, "
+                f"got {x.detach().abs().amax().item():.3g}"
+            )
+        return points
 
     def _coordinates(self, x: Tensor) -> Tensor:
         """Write x - centre in the common basis, shape (n, D), or each x - m_k whitened, shape (n, J, D)."""
         z = x - self._centre
         if self._own_bases():
-            return (z @ self._table).view(len(x), self.components, self.dimension) - self._frame
-        return z if self._basis is None else z @ self._basis[0]
+            whitened = (z @ self._table).view(len(x), self.components, self.dimension)
+            return whitened - self._frame.to(self._work)
+        return z if self._basis is None else z @ self._basis[0].to(self._work)
 
     def _logits(self, z: Tensor, *, up_to_a_constant: bool = False) -> Tensor:
         """Compute log p_k N_k(x) from coordinates, shape (n, J); what all components share may be left out."""
@@ -230,8 +292,11 @@ class GaussianMixture:
     def _pull(self, gain: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Make the function of x with values p(k | x) and sum_k p(k | x) U_k diag(gain_k / v_k) U_k' (m_k - x)."""
         scale = gain / self._spectrum
+        turn = None if self._basis is None else self._basis[0].mT.to(self._work)
         # Tables of few columns: multiplying by them is several times faster if they are stored column by column.
-        toward, away = (scale * self._frame).mT.contiguous(), scale.mT.contiguous()
+        toward = (scale * self._frame).mT.to(self._work, memory_format=torch.contiguous_format)
+        away = scale.mT.to(self._work, memory_format=torch.contiguous_format)
+        gain = gain.to(self._work)
 
         def pull(x: Tensor) -> tuple[Tensor, Tensor]:
             z = self._coordinates(x)
@@ -240,15 +305,16 @@ class GaussianMixture:
                 return shares, (-shares[..., None] * gain * z).flatten(1) @ self._table.mT
             back = z * (away.mT if len(scale) == 1 else linear(shares, away))
             pulled = linear(shares, toward) - back
-            return shares, pulled if self._basis is None else pulled @ self._basis[0].mT
+            return shares, pulled if turn is None else pulled @ turn
 
         return pull
 
     def _blockwise(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Apply a function to blocks of rows whose arrays fit in a cache of 1 MB: up to twice as fast."""
+        """Apply a function to blocks of rows whose arrays fit in a cache of 1 MB: up to twice as fast. Round once."""
         numbers = self.components * (self.dimension if self._own_bases() else 1)
         rows = max(1, 2**20 // (numbers * x.element_size()))
-        return torch.cat([compute(part) for part in x.split(rows)]) if len(x) > rows else compute(x)
+        whole = torch.cat([compute(part) for part in x.split(rows)]) if len(x) > rows else compute(x)
+        return whole.to(self._dtype)
 
     def component_logps(self, x: Tensor) -> Tensor:
         """Compute the joint log density of each component and the point.
@@ -261,8 +327,10 @@ class GaussianMixture:
         Returns:
             Log densities, shape (n, J).
         """
-        self._points("x", x)
-        return self._logits(self._coordinates(x))
+        return self._joint(x).to(self._dtype)
+
+    def _joint(self, x: Tensor) -> Tensor:
+        return self._logits(self._coordinates(self._points("x", x)))
 
     def logps(self, x: Tensor) -> Tensor:
         """Compute the log density.
@@ -275,7 +343,7 @@ class GaussianMixture:
         Returns:
             Log densities, shape (n,).
         """
-        return self.component_logps(x).logsumexp(-1)
+        return self._joint(x).logsumexp(-1).to(self._dtype)
 
     def posterior(self, x: Tensor) -> Tensor:
         """Compute which component a point came from.
@@ -288,8 +356,11 @@ class GaussianMixture:
         Returns:
             Log-probabilities, shape (n, J), each row normalised.
         """
-        self._points("x", x)
-        return self._logits(self._coordinates(x), up_to_a_constant=True).log_softmax(-1)
+        return self._posterior("x", x).to(self._dtype)
+
+    def _posterior(self, name: str, x: Tensor) -> Tensor:
+        z = self._coordinates(self._points(name, x))
+        return self._logits(z, up_to_a_constant=True).log_softmax(-1)
 
     def score(self, x: Tensor) -> Tensor:
         """Compute the gradient of the log density.
@@ -302,9 +373,9 @@ class GaussianMixture:
         Returns:
             The gradient, shape (n, D).
         """
-        self._points("x", x)
+        points = self._points("x", x)
         pull = self._pull(torch.ones_like(self._spectrum))
-        return self._blockwise(lambda part: pull(part)[1], x)
+        return self._blockwise(lambda part: pull(part)[1], points)
 
     def _class_masks(self, classes: Tensor) -> list[Tensor]:
         classes = _checks.integers("classes", classes)
@@ -315,7 +386,7 @@ class GaussianMixture:
             )
         masks = [classes == c for c in range(int(classes.max()) + 1)]
         for c, mask in enumerate(masks):
-            if not bool((self.priors[mask] > -math.inf).any()):
+            if not bool(self._alive[mask].any()):
                 raise ValueError(f"classes must each have positive probability, got 0 for class {c}")
         return masks
 
@@ -336,8 +407,8 @@ class GaussianMixture:
             ValueError: `classes` of another shape, or a class of probability 0.
         """
         masks = self._class_masks(classes)
-        posterior = self.posterior(x)
-        return torch.stack([posterior[:, mask].logsumexp(-1) for mask in masks], -1)
+        posterior = self._posterior("x", x)
+        return torch.stack([posterior[:, mask].logsumexp(-1) for mask in masks], -1).to(self._dtype)
 
     def of_class(self, classes: Tensor, c: int) -> "GaussianMixture":
         """Condition on a class: the mixture of its components alone.
@@ -364,7 +435,8 @@ class GaussianMixture:
             return part[keep] if len(part) == self.components else part
 
         basis = None if self._basis is None else own(self._basis)
-        return self._of(self.priors[keep].log_softmax(-1), self.means[keep], own(self._spectrum), basis)
+        priors = self._priors[keep].log_softmax(-1)
+        return self._of(priors, self._means[keep], own(self._spectrum), basis, self._dtype)
 
     # --- draws and noise ---------------------------------------------------------------------------------------------
 
@@ -380,12 +452,17 @@ class GaussianMixture:
             generator: Source of randomness, on the device of the mixture.
 
         Returns:
-            Points, shape (n, D).
+            Points, shape (n, D); drawn in float64 and rounded once.
+
+        Raises:
+            TypeError: `n` is not an int, or `generator` is not a `torch.Generator`.
+            ValueError: `n` < 1.
         """
-        component = categorical.sample(self.priors, n, generator=generator)
-        u = torch.rand(n, self.dimension, generator=generator, device=self.means.device, dtype=torch.float64)
+        _checks.generator("generator", generator)
+        component = categorical.sample(self._priors, n, generator=generator)
+        u = torch.rand(n, self.dimension, generator=generator, device=self._means.device, dtype=torch.float64)
         # A uniform of exactly 0 would be a point at infinity.
-        z = torch.special.ndtri(u.clamp(min=2**-54)).to(self.means.dtype)
+        z = torch.special.ndtri(u.clamp(min=2**-54))
         root = self._spectrum.sqrt()
         if self._basis is None:
             z = z * root.expand(self.components, -1)[component]
@@ -394,7 +471,7 @@ class GaussianMixture:
             for k, matrix in enumerate(roots):
                 rows = component == k if len(roots) > 1 else slice(None)
                 z[rows] = z[rows] @ matrix
-        return self.means[component] + z
+        return (self._means[component] + z).to(self._dtype)
 
     def noised(self, alpha: float, sigma: float) -> "GaussianMixture":
         """Shrink and add noise: the law of alpha x0 + sigma eps.
@@ -407,10 +484,18 @@ class GaussianMixture:
 
         Returns:
             The mixture of the noised points, with covariances of the same kind.
+
+        Raises:
+            TypeError: `alpha` or `sigma` is a tensor.
+            ValueError: `alpha` not finite and > 0, `sigma` not finite and >= 0, or variances not in [1e-300, 1e300].
         """
         _checks.positive("alpha", alpha)
         _checks.nonnegative("sigma", sigma)
-        return self._of(self.priors, self.means * alpha, self._spectrum * alpha**2 + sigma**2, self._basis)
+        alpha, sigma = float(alpha), float(sigma)
+        cause = f"alpha = {alpha:g} and sigma = {sigma:g}"
+        # Python raises at the square of a number above 1e154, where torch would go on with inf.
+        spectrum = self._spectrum * min(alpha, 1e154) ** 2 + min(sigma, 1e154) ** 2
+        return self._of(self._priors, self._means * alpha, spectrum, self._basis, self._dtype, cause)
 
     def denoise(self, xt: Tensor, alpha: float, sigma: float) -> Tensor:
         """Compute the posterior mean of x0 given xt = alpha x0 + sigma eps (Tweedie's formula).
@@ -431,16 +516,16 @@ class GaussianMixture:
         Source: [efron2011]; book chapter 8, `noised-mixture`.
         """
         noised = self.noised(alpha, sigma)
-        noised._points("xt", xt)
+        points = noised._points("xt", xt)
 
-        pull = noised._pull(alpha * self._spectrum)
-        columns = self.means.mT.contiguous()
+        pull = noised._pull(float(alpha) * self._spectrum)
+        columns = self._means.mT.to(noised._work, memory_format=torch.contiguous_format)
 
         def mean(part: Tensor) -> Tensor:
             shares, pulled = pull(part)
             return linear(shares, columns) - pulled
 
-        return noised._blockwise(mean, xt)
+        return noised._blockwise(mean, points)
 
     def denoise_covariance(self, xt: Tensor, alpha: float, sigma: float) -> Tensor:
         """Compute the posterior covariance of x0 given xt = alpha x0 + sigma eps.
@@ -461,13 +546,14 @@ class GaussianMixture:
         Source: [efron2011]; book chapter 8, `noised-mixture`.
         """
         noised = self.noised(alpha, sigma)
-        shares = noised.posterior(xt).exp()
+        shares, work = noised._posterior("xt", xt).exp(), noised._work
         ratio = self._spectrum / noised._spectrum
-        means = self.means + self._times(alpha * ratio, xt[:, None] - noised.means)
+        offsets = xt[:, None].to(work) - noised._means.to(work)
+        means = self._means.to(work) + self._times(float(alpha) * ratio, offsets)
         spread = means - shares[:, None] @ means
-        within = self._matrices(sigma**2 * ratio).expand(self.components, -1, -1)
+        within = self._matrices(float(sigma) ** 2 * ratio).expand(self.components, -1, -1).to(work)
         between = (shares[..., None] * spread).mT @ spread
-        return (shares @ within.flatten(1)).view_as(between) + between
+        return ((shares @ within.flatten(1)).view_as(between) + between).to(self._dtype)
 
     # --- tilts -------------------------------------------------------------------------------------------------------
 
@@ -491,43 +577,47 @@ class GaussianMixture:
 
         Raises:
             TypeError: `quadratic` or `linear` is not a floating tensor.
-            ValueError: `quadratic` not symmetric, a shape that does not fit, `beta` not finite and > 0, or a tilt that
-                does not exist (the message names the component).
+            ValueError: `quadratic` not symmetric, a shape that does not fit, `beta` not finite and > 0, a tilt that
+                does not exist (the message names the component), or one outside of the range of float64.
 
         Source: book chapter 8, `mixture-tilt`.
         """
         _checks.positive("beta", beta)
-        law, d, dtype = self._double(), self.dimension, self.means.dtype
+        beta, d, alive = float(beta), self.dimension, self._alive[:, None]
+        cause = f"quadratic, linear and beta = {beta:g}"
         for name, value, shape in (("quadratic", quadratic, (d, d)), ("linear", linear, (d,))):
             if value is not None:
                 _checks.finite(name, value)
                 if value.shape != shape:
                     raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-        slope = torch.zeros_like(law.means[0]) if linear is None else linear.double() / beta
-        reward, gradient = law.means @ slope, slope.expand_as(law.means)
-        log_det, tilted = torch.zeros_like(reward), law
+        # A component of probability 0 takes no part: its terms could overflow, and -inf + inf is NaN.
+        means = torch.where(alive, self._means, 0)
+        slope = torch.zeros_like(means[0]) if linear is None else linear.double() / beta
+        reward, gradient = means @ slope, slope.expand_as(means)
+        log_det, tilted = torch.zeros_like(reward), self
         if quadratic is not None:
             _symmetric("quadratic", quadratic)
             curve = quadratic.double() / beta
-            bent = law.means @ curve
-            reward, gradient = reward - (bent * law.means).sum(-1) / 2, gradient - bent
-            spectrum, basis = law._sharpened(curve)
-            log_det = (law._spectrum.log() - spectrum.log()).sum(-1)
-            tilted = self._of(law.priors, law.means, spectrum, basis)
-        shift = tilted._times(tilted._spectrum, gradient)
-        log_weights = law.priors + reward - log_det / 2 + (gradient * shift).sum(-1) / 2
-        mixture = self._of(
-            log_weights.log_softmax(-1).to(dtype),
-            (law.means + shift).to(dtype),
-            tilted._spectrum.to(dtype),
-            None if tilted._basis is None else tilted._basis.to(dtype),
-        )
-        return Tilted(mixture, log_weights.logsumexp(-1).to(dtype))
+            bent = means @ curve
+            reward, gradient = reward - (bent * means).sum(-1) / 2, gradient - bent
+            if not bool(gradient.isfinite().all() & curve.isfinite().all()):
+                raise ValueError(f"{cause} must keep r / beta within the range of float64, got an overflow")
+            spectrum, basis = self._sharpened(curve)
+            log_det = (self._spectrum.log() - spectrum.log()).sum(-1)
+            tilted = self._of(self._priors, self._means, spectrum, basis, cause=cause)
+        shift = tilted._times(tilted._spectrum, torch.where(alive, gradient, 0))
+        log_weights = self._priors + reward - log_det / 2 + (gradient * shift).sum(-1) / 2
+        log_partition = log_weights.logsumexp(-1)
+        if not bool(log_partition.isfinite()):
+            raise ValueError(f"{cause} must keep r / beta within the range of float64, got log Z = {log_partition:g}")
+        priors, means = log_weights.log_softmax(-1), self._means + shift
+        mixture = self._of(priors, means, tilted._spectrum, tilted._basis, self._dtype, cause)
+        return Tilted(mixture, log_partition.to(self._dtype))
 
     def _sharpened(self, curve: Tensor) -> tuple[Tensor, Tensor]:
         """Decompose (S_k^-1 + curve)^-1. A component of weight 0 stays as it is, whether or not its own tilt exists."""
         shared = len(self._spectrum) < self.components
-        alive = torch.ones_like(self._spectrum[:, :1]) if shared else (self.priors > -math.inf).double()[:, None]
+        alive = torch.ones_like(self._spectrum[:, :1]) if shared else self._alive.double()[:, None]
         precision = 1 / self._spectrum
         floor = precision.amax(-1) + torch.linalg.matrix_norm(curve)
         if self._basis is None and precision.shape[1] == 1:
@@ -555,35 +645,38 @@ class GaussianMixture:
 
         Raises:
             TypeError: `direction` is not a floating tensor.
-            ValueError: `direction` of another shape, or 0.
+            ValueError: `direction` of another shape, 0, or so small or large that variances leave [1e-300, 1e300].
         """
         _checks.finite("direction", direction)
         if direction.shape != (self.dimension,) or not bool((direction != 0).any()):
             got = f"shape {tuple(direction.shape)}" if bool((direction != 0).any()) else "only 0"
             raise ValueError(f"direction must be a vector of {self.dimension} numbers, not all 0, got {got}")
-        direction = direction.to(self.means.dtype)
+        direction = direction.double()
         inner = direction[None] if self._basis is None else direction @ self._basis
         variances = (inner.square() * self._spectrum).sum(-1, keepdim=True)
-        return self._of(self.priors, (self.means @ direction)[:, None], variances, None)
+        means = (self._means @ direction)[:, None]
+        return self._of(self._priors, means, variances, None, self._dtype, "direction")
 
     def _line(self) -> None:
         if self.dimension != 1:
             raise ValueError(f"the mixture must have dimension 1, got {self.dimension}: project it first")
 
     def _cdf(self, x: Tensor) -> Tensor:
-        standard = (x[..., None] - self.means[:, 0].double()) / self._spectrum[:, 0].double().sqrt()
-        return (_normal_cdf(standard) * self.priors.double().exp()).sum(-1)
+        standard = (x[..., None] - self._means[:, 0]) / self._spectrum[:, 0].sqrt()
+        return (_normal_cdf(standard) * self._priors.exp()).sum(-1)
 
     def cdf(self, x: Tensor) -> Tensor:
         """Compute the cumulative distribution function in one dimension.
 
             P(X <= x) = sum_k p_k Phi((x - m_k) / s_k)
 
+        Differentiable. Computed in float64.
+
         Args:
             x: Numbers, any shape.
 
         Returns:
-            Probabilities, the shape of `x`.
+            Probabilities, the shape and dtype of `x`.
 
         Raises:
             TypeError: `x` is not a floating tensor.
@@ -593,16 +686,19 @@ class GaussianMixture:
         _checks.finite("x", x)
         return self._cdf(x.double()).to(x.dtype)
 
+    @torch.no_grad()
     def quantile(self, u: Tensor) -> Tensor:
         """Invert `cdf` by bisection to the last bits.
 
             the x with P(X <= x) = u
 
+        Not differentiable: the result carries no graph. Its derivative in u is 1 / p(x). Computed in float64.
+
         Args:
             u: Probabilities strictly between 0 and 1, any shape.
 
         Returns:
-            Quantiles, the shape of `u`.
+            Quantiles, the shape and dtype of `u`.
 
         Raises:
             TypeError: `u` is not a floating tensor.
@@ -615,12 +711,13 @@ class GaussianMixture:
             raise ValueError(f"u must lie strictly between 0 and 1, got {ends[0].item():g}")
         p = u.double()
         # The quantile of a mixture lies between the smallest and the largest quantile of its components.
-        scales = self._spectrum[:, 0].double().sqrt()
-        quantiles = self.means[:, 0].double() + scales * torch.special.ndtri(p)[..., None]
+        alive = self._alive
+        scales = self._spectrum[:, 0].sqrt() if len(self._spectrum) == 1 else self._spectrum[alive, 0].sqrt()
+        quantiles = self._means[alive, 0] + scales * torch.special.ndtri(p)[..., None]
         low, high = quantiles.amin(-1), quantiles.amax(-1)
         # Halve until the widest interval is one rounding of the narrowest component.
         smallest = torch.finfo(torch.float64).eps * scales.min()
-        halvings = int(((high - low) / smallest).clamp(min=1).log2().ceil().amax()) if p.numel() else 0
+        halvings = int(((high - low) / smallest).clamp(1, 1e300).log2().ceil().amax()) if p.numel() else 0
         for _ in range(halvings):
             middle = (low + high) / 2
             below = self._cdf(middle) < p
@@ -644,19 +741,18 @@ class GaussianMixture:
         Source: [rosenblatt1952].
         """
         self._points("x", x)
-        offsets = x[:, None].double() - self.means.double()
+        offsets = torch.where(self._alive[:, None], x[:, None].double() - self._means, 0)
         if self._basis is None:
-            scales = self._spectrum.double().sqrt().expand(-1, self.dimension)
+            scales = self._spectrum.sqrt().expand(-1, self.dimension)
             z = offsets / scales
         else:
             # S = L L': the entries of L^-1 (x - m) are those of x, each standardised given the ones before it.
-            law = self._double()
-            factor = torch.linalg.cholesky(law._matrices(law._spectrum))
+            factor = torch.linalg.cholesky(self._matrices(self._spectrum))
             scales = factor.diagonal(dim1=-2, dim2=-1)
             z = torch.linalg.solve_triangular(factor, offsets.movedim(0, -1), upper=False).movedim(-1, 0)
         steps = -z.square() / 2 - scales.log()
         # What the coordinates before d say about the component.
-        before = self.priors.double()[:, None] + pad(steps.cumsum(-1)[..., :-1], (1, 0))
+        before = self._priors[:, None] + pad(steps.cumsum(-1)[..., :-1], (1, 0))
         return (before.softmax(1) * _normal_cdf(z)).sum(1)
 
     def mean(self) -> Tensor:
@@ -667,7 +763,7 @@ class GaussianMixture:
         Returns:
             The mean, shape (D,).
         """
-        return self.priors.exp() @ self.means
+        return (self._priors.exp() @ self._means).to(self._dtype)
 
     def covariance(self) -> Tensor:
         """Compute the covariance of the mixture.
@@ -677,6 +773,8 @@ class GaussianMixture:
         Returns:
             The covariance, shape (D, D).
         """
-        probs = self.priors.exp()
-        spread = self.means - self.mean()
-        return (probs[:, None, None] * self.covariances).sum(0) + (probs[:, None] * spread).mT @ spread
+        probs = self._priors.exp()
+        spread = self._means - probs @ self._means
+        within = self._matrices(self._spectrum).expand(self.components, -1, -1)
+        total = (probs[:, None, None] * within).sum(0) + (probs[:, None] * spread).mT @ spread
+        return total.to(self._dtype)
