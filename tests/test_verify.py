@@ -220,6 +220,19 @@ def test_plan_for_laws_that_are_close(change, rng):
     assert many > 0
 
 
+@pytest.mark.parametrize("change", [1e-3, 1e-7, 1e-12])
+def test_outcomes_that_no_law_has_change_nothing(change, rng):
+    target = random_law(50, rng)
+    wrong = torch.log_softmax(target + change * torch.rand(50, generator=rng, dtype=F64), -1)
+    none = torch.full((3,), -math.inf, dtype=F64)
+    wide, wide_wrong = torch.cat([target, none]), torch.cat([wrong, none])
+    assert plan(wide, wide_wrong) == pytest.approx(plan(target, wrong), rel=1e-9)
+    assert plan(wide, wide_wrong, declared=None) == pytest.approx(plan(target, wrong, declared=None), rel=1e-9)
+    counts = np.rint(1e15 * wrong.exp().numpy())
+    expected = log_e_value(counts, target, [wrong])
+    assert log_e_value(np.append(counts, [0, 0, 0]), wide, [wide_wrong]) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
 @pytest.mark.parametrize(
     ("p", "q"),
     [

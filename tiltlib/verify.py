@@ -169,10 +169,10 @@ def _laws(target: Tensor, others: Sequence[tuple[str, Tensor]]) -> tuple[_Law, l
 
 
 def _log_ratio(p: _Law, q: _Law) -> Floats:
-    """Compute log(q / p), precisely also where the laws are close; +inf where p is 0, else -inf where q is."""
+    """Compute log(q / p), precisely also where the laws are close; 0 where both are 0, +inf or -inf where one is."""
     with np.errstate(invalid="ignore"):
         raw = q.given - p.given
-    raw[np.isneginf(p.given)] = math.inf
+    raw[np.isneginf(p.given) & np.isneginf(q.given)] = 0  # counts nowhere, and says nothing of how close the laws are
     if np.abs(raw).max() < 0.5:  # differences of close numbers are exact, and so the normaliser can be
         return raw - math.log1p(float((p.probs * np.expm1(raw)).sum()))
     return np.subtract(q.logs, p.logs, where=np.isfinite(raw), out=raw)
