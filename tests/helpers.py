@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -34,6 +34,17 @@ def random_law(k: int, rng: Generator, *, sharpness: float = 3.0) -> Tensor:
 def relative_error(logps: Tensor, expected: Tensor) -> float:
     """Largest relative error of probabilities that are given as logarithms; where both are 0 there is none."""
     return torch.where(logps == expected, 0, torch.expm1(logps - expected)).abs().max().item()
+
+
+def assert_same_under_default_dtype(results: Callable[[], Iterable[Tensor]], default: torch.dtype) -> None:
+    """Check that nothing depends on the default dtype: same values, same dtypes."""
+    expected, before = list(results()), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = list(results())
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, expected, strict=True))
 
 
 # --- enumeration -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,19 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from helpers import F64, S0, S0_REWARDS, check_sampler, instances, law, laws, random_law, vector, without
+from helpers import (
+    F64,
+    S0,
+    S0_REWARDS,
+    assert_same_under_default_dtype,
+    check_sampler,
+    instances,
+    law,
+    laws,
+    random_law,
+    vector,
+    without,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -530,13 +542,7 @@ def test_nothing_depends_on_the_default_dtype(default):
             categorical.sample(S0, 5, generator=torch.Generator().manual_seed(0)),
         )
 
-    expected, before = results(), torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
-        got = results()
-    finally:
-        torch.set_default_dtype(before)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, expected, strict=True))
+    assert_same_under_default_dtype(results, default)
 
 
 def test_divergences_of_an_outcome_too_rare_for_float64():

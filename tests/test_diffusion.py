@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import F64, check_sampler, vector
+from helpers import F64, assert_same_under_default_dtype, check_sampler, vector
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
@@ -573,13 +573,7 @@ def test_nothing_depends_on_the_default_dtype():
             yield diffusion.sample(gaussian, y, vector(2, 1, 0), method=method, generator=g)
         yield diffusion.denoising_loss(gaussian, y, 1.0, torch.ones_like(y))
 
-    default, expected = torch.get_default_dtype(), list(results())
-    try:
-        torch.set_default_dtype(F64)
-        for got, before in zip(results(), expected, strict=True):
-            assert got.dtype == before.dtype and torch.equal(got, before)
-    finally:
-        torch.set_default_dtype(default)
+    assert_same_under_default_dtype(results, F64)
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------

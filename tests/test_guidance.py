@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import F64, check_sampler, vector
+from helpers import F64, assert_same_under_default_dtype, check_sampler, vector
 
 from tiltlib import diffusion, guidance, resampling, verify
 from tiltlib.mixtures import GaussianMixture
@@ -714,13 +714,7 @@ def test_nothing_depends_on_the_default_dtype():
         start = torch.ones(2, 5, 1, dtype=torch.float32)
         yield from guidance.particles(REF, normal(1.0), start, SHORT, log_tilt, log_twist, generator=g)
 
-    default, expected = torch.get_default_dtype(), list(results())
-    try:
-        torch.set_default_dtype(F64)
-        for got, before in zip(results(), expected, strict=True):
-            assert got.dtype == before.dtype and torch.equal(got, before)
-    finally:
-        torch.set_default_dtype(default)
+    assert_same_under_default_dtype(results, F64)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

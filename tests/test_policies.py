@@ -5,7 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import F64, S0, S0_REWARDS, check_sampler, draws_from, law, random_law, vector, without
+from helpers import (
+    F64,
+    S0,
+    S0_REWARDS,
+    assert_same_under_default_dtype,
+    check_sampler,
+    draws_from,
+    law,
+    random_law,
+    vector,
+    without,
+)
 
 from tiltlib import categorical, losses, policies
 from tiltlib.categorical import kl, tilt
@@ -468,13 +479,7 @@ def test_the_default_dtype_plays_no_part(dtype):
             moved,
         ]
 
-    expected, before = made(), torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        found = made()
-    finally:
-        torch.set_default_dtype(before)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert_same_under_default_dtype(made, dtype)
 
 
 def test_batch_shapes_and_prefixes(rng):

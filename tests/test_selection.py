@@ -8,6 +8,7 @@ from helpers import (
     F64,
     S0,
     S0_REWARDS,
+    assert_same_under_default_dtype,
     candidates,
     check_sampler,
     enumerated_best_law,
@@ -820,13 +821,7 @@ def test_nothing_depends_on_the_default_dtype(default):
             streamed.log_mean_weight,
         )
 
-    expected, before = results(), torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
-        got = results()
-    finally:
-        torch.set_default_dtype(before)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, expected, strict=True))
+    assert_same_under_default_dtype(results, default)
 
 
 def test_gradient_of_the_best_of_n_law_on_an_instance():

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import F64, S0, S0_REWARDS, vector
+from helpers import F64, S0, S0_REWARDS, assert_same_under_default_dtype, vector
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -211,13 +211,7 @@ def test_nothing_depends_on_the_default_dtype(default):
             weights.beta_for_ess(rows, 0.5, ties="clamp"),
         )
 
-    expected, before = results(), torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
-        got = results()
-    finally:
-        torch.set_default_dtype(before)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, expected, strict=True))
+    assert_same_under_default_dtype(results, default)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
