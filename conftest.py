@@ -8,6 +8,7 @@ the book build starts no kernel. Without --nbval or --nbval-lax this file does n
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ ROOT = Path(__file__).parent
 RUNS = ROOT / "_build/run"
 CACHE = ROOT / "_build/.jupyter_cache"
 RICH = ("text/html", "image/svg+xml", "application/javascript", "text/latex")
+WARNING = re.compile(r"\b\w*Warning: ")
+STDERR = "what the cell wrote to stderr"
 
 
 def pytest_configure(config):
@@ -30,6 +33,7 @@ class NotebookRuns:
         self.worker = worker
         self.cells: dict[pytest.File, list] = {}
         self.seconds: dict[str, float] = {}
+        self.noise: list[tuple[str, str]] = []
 
         from nbval.kernel import RunningKernel
 
@@ -41,29 +45,42 @@ class NotebookRuns:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
         for file in {item.parent for item in items if type(item).__name__ == "IPyNbCell"}:
-            file.skip_compare += RICH  # stored notebooks hold text only
+            # Stored notebooks hold text only, and nothing from stderr: `pytest_runtest_makereport` judges that.
+            file.skip_compare += (*RICH, "stderr")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
         if report.when == "call" and type(item).__name__ == "IPyNbCell":
             self.cells.setdefault(item.parent, []).append(item)
+            if text := stderr_of(item):
+                report.sections.append((STDERR, text))
+                # The kernel writes there too, on a slow machine ("IOStream.flush timed out"). Only a warning is ours.
+                if report.passed and WARNING.search(text):
+                    report.outcome, report.longrepr = "failed", f"The cell warns:\n{text}"
         return report
 
     def pytest_runtest_logreport(self, report):
         name = report.nodeid.split("::")[0]
         if name.endswith(".ipynb"):
             self.seconds[name] = self.seconds.get(name, 0.0) + report.duration
+            self.noise += [(report.nodeid, text) for title, text in report.sections if title == STDERR]
 
     def pytest_terminal_summary(self, terminalreporter):
         for name, seconds in sorted(self.seconds.items()):
             terminalreporter.write_line(f"{name}: {seconds:.1f} s")
+        for cell, text in self.noise:
+            terminalreporter.write_line(f"{cell} wrote to stderr: {text.rstrip()}")
 
     def pytest_sessionfinish(self):
         for file, items in self.cells.items():
             store_run(file, items)
         if not self.worker:
             fill_cache()
+
+
+def stderr_of(item) -> str:
+    return "".join(o.text for o in item.test_outputs or [] if o.output_type == "stream" and o.name == "stderr")
 
 
 def store_run(file, items) -> None:
@@ -87,7 +104,7 @@ def store_run(file, items) -> None:
         return
     for count, (cell, shown) in enumerate(zip(code, outputs, strict=True), 1):
         cell.execution_count = count
-        cell.outputs = [nbformat.from_dict(o) for o in shown]
+        cell.outputs = [nbformat.from_dict(o) for o in shown if o.get("name") != "stderr"]
         for o in cell.outputs:
             if o.output_type == "execute_result":
                 o.execution_count = count

@@ -175,7 +175,7 @@ def _log_ratio(p: _Law, q: _Law) -> Floats:
     raw[np.isneginf(p.given) & np.isneginf(q.given)] = 0  # counts nowhere, and says nothing of how close the laws are
     if np.abs(raw).max() < 0.5:  # differences of close numbers are exact, and so the normaliser can be
         return raw - math.log1p(float((p.probs * np.expm1(raw)).sum()))
-    return np.subtract(q.logs, p.logs, where=np.isfinite(raw), out=raw)
+    return np.subtract(q.logs, p.logs, where=np.isfinite(p.given) & np.isfinite(q.given), out=raw)
 
 
 def _indices(name: str, samples: Tensor, k: int) -> Tensor:
