@@ -127,14 +127,14 @@ def law_error(g: Generator) -> float:
     errors = []
     for k, n, spread in [(2, 2, 3), (2, 40, 50), (3, 40, 1), (4, 40, 50), (5, 7, 20), (6, 20, 6), (6, 40, 50)]:
         ref_logps, rewards = instance(k, spread, g)
-        law = selection.soft_best_of_n_law(ref_logps, rewards, n, 1.0).exp()
+        law = selection.soft_best_of_n_law(ref_logps, rewards, 1.0, n).exp()
         errors.append((law / enumerated_law(ref_logps, rewards, n) - 1).abs().max().item())
     return max(errors)
 
 
 def law_sum(g: Generator) -> float:
     cases = itertools.product([2, 32, 4096], [100, 10**6, 10**12], [6, 300])
-    laws = [selection.soft_best_of_n_law(*instance(k, spread, g), n, 1.0).exp() for k, n, spread in cases]
+    laws = [selection.soft_best_of_n_law(*instance(k, spread, g), 1.0, n).exp() for k, n, spread in cases]
     return max(abs(math.fsum(law.tolist()) - 1) for law in laws)
 
 
@@ -144,36 +144,35 @@ def law_drift(g: Generator) -> float:
     tilted = categorical.tilt(ref_logps, rewards, 1.0)
     w = (tilted - ref_logps).exp()
     c = (tilted.exp() * w).sum() - w
-    laws = {n: selection.soft_best_of_n_law(ref_logps, rewards, n, 1.0) for n in (1000, 3000, 10_000, 30_000, 100_000)}
+    laws = {n: selection.soft_best_of_n_law(ref_logps, rewards, 1.0, n) for n in (1000, 3000, 10_000, 30_000, 100_000)}
     d = [n * (n * torch.expm1(law - tilted) - c).abs().max().item() for n, law in laws.items()]
     return max(d) / min(d) - 1
 
 
 def law(spread: float, g: Generator) -> tuple[Call, ...]:
     inputs = instance(4096, spread, g)
-    return partial(selection.soft_best_of_n_law, *inputs, 10**6, 1.0), *naive(*inputs, 1, 10**6, g)
+    return partial(selection.soft_best_of_n_law, *inputs, 1.0, 10**6), *naive(*inputs, 1, 10**6, g)
 
 
 def law_draws(n: int, g: Generator) -> tuple[Call, ...]:
     ref_logps, rewards = instance(32, 6, g)
-    exact = selection.soft_best_of_n_law(ref_logps, rewards, n, 1.0)
+    exact = selection.soft_best_of_n_law(ref_logps, rewards, 1.0, n)
     return partial(categorical.sample, exact, 10_000, generator=g), *naive(ref_logps, rewards, 10_000, n, g)
 
 
 def counts(g: Generator) -> tuple[Call, ...]:
     ref_logps, rewards = instance(32, 6, g)
-    ours = partial(selection.soft_best_of_n_draw, ref_logps.expand(10_000, -1), rewards, 1000, 1.0, generator=g)
+    ours = partial(selection.soft_best_of_n_draw, ref_logps.expand(10_000, -1), rewards, 1.0, 1000, generator=g)
     return ours, *naive(ref_logps, rewards, 10_000, 1000, g)
 
 
 def stream(k: int, m: int, n: int, g: Generator, chunk: int = CHUNK) -> tuple[Call, ...]:
     ref_logps, rewards = instance(k, 6, g)
-    table = categorical.alias_table(ref_logps)
 
     def chunks() -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, n, chunk // m):
             size = min(chunk // m, n - start)
-            candidates = categorical.sample_alias(table, m * size, generator=g).view(m, size)
+            candidates = categorical.sample(ref_logps, m * size, generator=g).view(m, size)
             yield candidates, rewards.take(candidates)
 
     return lambda: selection.soft_best_of_n_stream(chunks(), 1.0, generator=g), *naive(ref_logps, rewards, m, n, g)
@@ -249,7 +248,7 @@ def alike(ours: Call, other: Call) -> tuple[Call, Call]:
 
 def score_by_broadcasting(d: int, j: int, n: int, g: Generator) -> tuple[Call, Call]:
     mixture, x = gaussians(d, j, False, n, g)
-    priors, means, v = mixture.priors, mixture.means, mixture.covariances[:, 0, 0].contiguous()
+    priors, means, v = mixture.prior_logps, mixture.means, mixture.covariances[:, 0, 0].contiguous()
 
     def broadcast() -> Tensor:
         away = means - x[:, None]
@@ -265,7 +264,7 @@ def score_by_autograd(d: int, j: int, n: int, g: Generator) -> tuple[Call, Call]
 
     def autograd() -> Tensor:
         leaf = x.clone().requires_grad_()
-        joint = mixture.priors + components.log_prob(leaf[:, None])
+        joint = mixture.prior_logps + components.log_prob(leaf[:, None])
         return torch.autograd.grad(joint.logsumexp(-1).sum(), leaf)[0]
 
     return alike(partial(mixture.score, x), autograd)

@@ -3,6 +3,8 @@
 import ast
 import inspect
 import re
+import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -29,10 +31,19 @@ from tiltlib import (
 PACKAGE = Path(tiltlib.__file__).parent
 SOURCES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.glob("*.py"))}
 
-# A module imports only from modules before it. `figures` and `data` stand aside and import `_checks` only.
-LAYERS = """_checks weights categorical mixtures markov selection resampling smc mcmc policies losses diffusion guidance
-verify""".split()
-ASIDE = ["figures", "data"]
+# Modules that any other may use, and no user.
+PRIVATE = {"_checks", "_numerics"}
+# What an import is called where the package has another name.
+IMPORTED_AS = {"scikit-learn": "sklearn"}
+
+
+def table_of_modules():
+    """Read the table in the docstring of the package: each module with the optional packages that it needs."""
+    rows = re.findall(r"^(\w+)  +\S.*?(?:  +(\S[^\n]*))?$", tiltlib.__doc__.split("=\nmodule")[1], flags=re.MULTILINE)
+    return {name: {IMPORTED_AS.get(p, p) for p in needs.split(", ") if p} for name, needs in rows}
+
+
+MODULES = table_of_modules()
 
 FACTORIES = set(
     """arange empty empty_strided eye full linspace logspace ones rand randint randn randperm tensor
@@ -231,11 +242,12 @@ def transformer(generator):
 # One call of every function that draws, and of every class that draws its first parameters.
 DRAWS = {
     "categorical.sample": lambda g: categorical.sample(S0, 50, generator=g),
-    "categorical.sample_alias": lambda g: categorical.sample_alias(categorical.alias_table(S0), 50, generator=g),
+    "diffusion.draw": lambda g: diffusion.draw(diffusion.Transition(POINTS, 0.5), generator=g),
     "diffusion.sample": lambda g: diffusion.sample(pull, POINTS, LEVELS, method="ancestral", generator=g),
     "guidance.particles": lambda g: (
         guidance.particles(pull, pull, POINTS[None], LEVELS, lambda y: y[:, 0], generator=g).y
     ),
+    "markov.MarkovChain.draw": lambda g: CHAIN.draw(0, torch.zeros(50).long(), generator=g),
     "markov.MarkovChain.sample": lambda g: CHAIN.sample(20, 5, generator=g),
     "mcmc.power_mh": lambda g: mcmc.power_mh(CHAIN, torch.zeros(50, 4).long(), 2.0, 2, generator=g).tokens,
     "mixtures.GaussianMixture.sample": lambda g: GAUSSIANS.sample(50, generator=g),
@@ -252,7 +264,7 @@ DRAWS = {
     "selection.soft_best_of_n": lambda g: selection.soft_best_of_n(POOL, 1.0, generator=g),
     "selection.candidate_counts": lambda g: selection.candidate_counts(S0.expand(50, 3), 9, generator=g),
     "selection.soft_best_of_n_draw": lambda g: selection.soft_best_of_n_draw(
-        S0.expand(50, 3), S0_REWARDS, 9, 1.0, generator=g
+        S0.expand(50, 3), S0_REWARDS, 1.0, 9, generator=g
     ),
     "selection.soft_best_of_n_stream": lambda g: selection.soft_best_of_n_stream([(POOL, POOL)] * 3, 1.0, generator=g)[
         0
@@ -348,42 +360,82 @@ def test_only_verify_prints(name):
     assert printed == ({"report", "falsify"} if name == "verify" else set())
 
 
+def imports(nodes):
+    """The packages that import statements name, and the modules of tiltlib that they name."""
+    packages, own = set(), set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            package, _, inner = (node.module or "").partition(".")
+            if node.level or package == "tiltlib":
+                own |= {inner} if inner else {alias.name for alias in node.names}
+            else:
+                packages.add(package)
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                package, _, inner = alias.name.partition(".")
+                own |= {inner} if package == "tiltlib" else set()
+                packages |= {package} - {"tiltlib"}
+    return packages, own
+
+
+def project():
+    return tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def named(requirements):
+    return {IMPORTED_AS.get(name, name) for r in requirements for name in re.findall(r"^[\w-]+", r)}
+
+
+def test_the_table_of_modules_is_complete():
+    assert set(MODULES) == set(tiltlib.__all__) and len(MODULES) > 10
+    extras = {name: named(packages) for name, packages in project()["optional-dependencies"].items()}
+    assert extras == {name: needs for name, needs in MODULES.items() if needs}
+    reference = (PACKAGE.parent / "book/api.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\.\. automodule:: tiltlib\.?(\w*)$", reference, flags=re.MULTILINE) == ["", *MODULES]
+    assert re.findall(r"^## (\w+)$", reference, flags=re.MULTILINE) == list(MODULES)
+    tested = {path.stem.removeprefix("test_") for path in (PACKAGE.parent / "tests").glob("test_*.py")}
+    assert set(MODULES) <= tested
+
+
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "__init__"])
 def test_imports_point_upwards(name):
-    used = set()
-    for node in ast.walk(SOURCES[name]):
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "tiltlib"):
-            inner = (node.module or "").removeprefix("tiltlib").strip(".")
-            used |= {inner} if inner else {alias.name for alias in node.names}
-        if isinstance(node, ast.Import):
-            used |= {a.name.removeprefix("tiltlib.") for a in node.names if a.name.startswith("tiltlib")}
-    assert name in LAYERS or name in ASIDE, f"{name} has no place in the table of modules"
-    allowed = LAYERS[: LAYERS.index(name)] if name in LAYERS else ["_checks"]
-    assert used <= set(allowed), f"{name} imports {sorted(used - set(allowed))}"
+    _, used = imports(ast.walk(SOURCES[name]))
+    if name in PRIVATE:
+        assert used <= PRIVATE - {name}
+        return
+    rows = list(MODULES)
+    above = {other for other in rows[: rows.index(name)] if not MODULES[other]}
+    assert used <= above | PRIVATE, f"{name} imports {sorted(used - above - PRIVATE)}"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "weights",
-        "categorical",
-        "markov",
-        "selection",
-        "resampling",
-        "smc",
-        "mcmc",
-        "policies",
-        "losses",
-        "diffusion",
-        "guidance",
-        "verify",
-    ],
-)
-def test_the_core_needs_no_optional_package(name):
-    top = {
-        alias.name.split(".")[0] for node in SOURCES[name].body if isinstance(node, ast.Import) for alias in node.names
-    } | {node.module.split(".")[0] for node in SOURCES[name].body if isinstance(node, ast.ImportFrom)}
-    assert not top & {"matplotlib", "wordfreq", "sklearn"}
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "__init__"])
+def test_optional_packages_are_imported_late_and_where_the_table_says(name):
+    always = sys.stdlib_module_names | named(project()["dependencies"])
+    first, _ = imports(SOURCES[name].body)
+    anywhere, _ = imports(ast.walk(SOURCES[name]))
+    assert first <= always, f"{name} cannot be imported without {sorted(first - always)}"
+    allowed = MODULES.get(name, set()) | ({"IPython"} if name == "figures" else set())  # only inside a notebook
+    assert anywhere - always <= allowed, f"{name} needs {sorted(anywhere - always - allowed)}"
+
+
+def private_names_of_others(tree):
+    """Underscore names that a module reads and does not define."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    stored = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute | ast.Name))
+    own |= {getattr(n, "attr", getattr(n, "id", "")) for n in stored if isinstance(n.ctx, ast.Store)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr) and node.attr not in own:
+            yield f"{dotted(node)} on line {node.lineno}"
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if alias.name.startswith("_") and alias.name not in PRIVATE:
+                    yield f"{alias.name} on line {node.lineno}"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_module_reads_underscore_names_of_another(name):
+    found = [what for what in private_names_of_others(SOURCES[name]) if not what.startswith("sys._getframe")]
+    assert not found
 
 
 # --- the rules above can fail ----------------------------------------------------------------------------------------
@@ -400,6 +452,8 @@ def test_the_syntax_walks_see_what_they_look_for():
     )
     assert list(unseeded_layers(bad)) == [("f", "nn.init.normal_ on line 3"), ("f", "nn.Linear on line 5")]
     assert list(factory_calls_without_device(bad)) == [("f", "nn.utils.skip_init on line 6")]
+    bad = ast.parse("from tiltlib import _checks, _other\nself._a = 1\nself._a + weights._b(x._a) + x.__doc__")
+    assert list(private_names_of_others(bad)) == ["_other on line 1", "weights._b on line 3"]
     head, found = sections("Do it.\n\n    Args:\n        x: a\n        y: b\n\n    Returns:\n        c")
     assert head.strip() == "Do it." and list(found) == ["Args", "Returns"]
 

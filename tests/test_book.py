@@ -323,6 +323,23 @@ def test_links_finds_dead_links():
     assert checks.links({"repository": {"url": ""}}, set(), ["book/b.md"]) == []
 
 
+# Numbers of chapters change when a chapter is split; titles and labels stay. "[key], chapter 3" is of another book.
+NUMBERED = re.compile(r"(?i)(?<![\]`], )\bchapters?\s\d")
+
+
+def test_no_text_counts_chapters():
+    texts = {page.name: "\n".join(cell.source for cell in page.cells) for page in PAGES}
+    paths = [*ROOT.glob("tiltlib/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("book/_ext/*"), *ROOT.glob("*.md")]
+    texts |= {path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()}
+    texts.pop(Path(__file__).name)
+    nothing([f"{name}: {text[m.start() :][:40]!r}" for name, text in texts.items() for m in NUMBERED.finditer(text)])
+
+
+def test_counted_chapters_are_seen():
+    assert NUMBERED.search("as in Chapter 3") and NUMBERED.search("(chapters 8 and 9)")
+    assert not NUMBERED.search("Source: [a1999], chapter 3.") and not NUMBERED.search("{cite:t}`a1999`, chapter 11")
+
+
 # --- reading -------------------------------------------------------------------------------------------------------
 
 

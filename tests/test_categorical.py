@@ -13,7 +13,6 @@ from helpers import (
     instances,
     law,
     laws,
-    random_law,
     vector,
     without,
 )
@@ -243,15 +242,11 @@ def uniform(k):
     return law(*[1 / k] * k)
 
 
-@pytest.mark.parametrize("method", ["inverse", "alias"])
-def test_draws_follow_the_law(method, rng):
+def test_draws_follow_the_law(rng):
     target = tilt(S0, S0_REWARDS, 1.0)
 
     def draws(logps):
-        if method == "inverse":
-            return lambda n, generator: categorical.sample(logps, n, generator=generator)
-        table = categorical.alias_table(logps)
-        return lambda n, generator: categorical.sample_alias(table, n, generator=generator)
+        return lambda n, generator: categorical.sample(logps, n, generator=generator)
 
     hot = tilt(S0, S0_REWARDS, 1.05)
     unweighted = tilt(uniform(3), S0_REWARDS, 1.0)
@@ -288,43 +283,6 @@ def test_sample_draws_each_row_of_a_batch(rng):
     drawn = categorical.sample(logps, 5, generator=rng)
     assert drawn.shape == (2, 1, 5) and drawn.dtype == torch.int64
     assert drawn.flatten().tolist() == [0] * 5 + [2] * 5
-
-
-def implied_law(table):
-    """Probabilities that an alias table gives: column k is hit with probability 1/K and split at its threshold."""
-    k = len(table.threshold)
-    kept = table.threshold.clamp(0, 1) / k
-    return kept.index_add(0, table.other, 1 / k - kept)
-
-
-@given(st.integers(1, 12).flatmap(lambda k: laws(k)))
-def test_alias_table_implies_exactly_the_law(logps):
-    table = categorical.alias_table(logps)
-    assert bool((table.threshold >= 0).all()) and bool((table.threshold <= 1).all())
-    close(implied_law(table), logps.exp(), 1e-15)
-    assert not bool(implied_law(table)[logps == -math.inf].any())  # exactly 0, not nearly
-
-
-@pytest.mark.parametrize("k", [1, 2, 10, 1000, 4096])
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_alias_table_of_large_laws(k, dtype, rng):
-    uniform = torch.zeros(k, dtype=dtype)
-    uneven = random_law(k, rng, sharpness=30).to(dtype)
-    holes = torch.arange(k) % 3 == 1  # rounding must not hand a full column to an outcome of probability 0
-    for logits in (uniform, uneven, uniform.masked_fill(holes, -math.inf), uneven.masked_fill(holes, -math.inf)):
-        logps = torch.log_softmax(logits, -1)
-        probs = logps.double().exp()
-        implied = implied_law(categorical.alias_table(logps))
-        close(implied, probs / probs.sum(), 1e-14)
-        assert not bool(implied[logps == -math.inf].any())
-
-
-def test_alias_draw_reads_the_table(monkeypatch):
-    table = categorical.AliasTable(vector(0.25, 0, 1), torch.tensor([2, 0, 2]))
-    # column 0 below and above its threshold, column 1 (probability 0) at its very start, column 2
-    u = vector(0.24, 0.26, 1, 1.5, 2, 2.999) / 3
-    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: u.clone())
-    assert categorical.sample_alias(table, 6, generator=torch.Generator()).tolist() == [0, 2, 0, 0, 2, 2]
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -402,11 +360,6 @@ def test_bad_divergences(function, p, q, error, text):
         (lambda: categorical.sample(P, 1.0, generator=G), TypeError, "n must be an int, got float"),
         (lambda: categorical.sample(P, True, generator=G), TypeError, "n must be an int, got bool"),
         (lambda: categorical.sample(P, 0, generator=G), ValueError, "n must be an integer >= 1, got 0"),
-        (lambda: categorical.alias_table([0.0]), TypeError, "logps must be a floating-point torch.Tensor"),
-        (lambda: categorical.alias_table(UNNORMALISED), ValueError, "logps must be log-probabilities"),
-        (lambda: categorical.alias_table(P.view(1, 3)), ValueError, r"logps must have shape \(K,\), got \(1, 3\)"),
-        (lambda: categorical.sample_alias(categorical.alias_table(P), 1.0, generator=G), TypeError, "n must be an int"),
-        (lambda: categorical.sample_alias(categorical.alias_table(P), 0, generator=G), ValueError, "n must be an int"),
     ],
 )
 def test_bad_inputs(call, error, text):
@@ -453,8 +406,6 @@ def test_draws_from_float64_are_those_of_the_first_version(dtype):
         [3, 1, 3, 1, 2],
         [2, 4, 4, 2, 4],
     ]
-    drawn = categorical.sample_alias(categorical.alias_table(p[0]), 12, generator=g.manual_seed(13))
-    assert drawn.tolist() == [1, 0, 0, 5, 5, 0, 0, 0, 0, 4, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -538,7 +489,6 @@ def test_nothing_depends_on_the_default_dtype(default):
             *(chi_square(p, q), chi_square(p, S0), kl(p, q), kl(p, S0), total_variation(p, q)),
             *(tilt(S0, S0_REWARDS, 0.7), log_partition(S0, S0_REWARDS, 0.7), expectation(p, S0_REWARDS)),
             *categorical.truncate(S0, top_k=2, top_p=0.6, min_p=0.1),
-            *categorical.alias_table(S0),
             categorical.sample(S0, 5, generator=torch.Generator().manual_seed(0)),
         )
 
@@ -614,7 +564,6 @@ def test_numbers_of_numpy():
     assert torch.equal(log_partition(S0, S0_REWARDS, np.int64(2)), log_partition(S0, S0_REWARDS, 2))
     assert categorical.frontier(S0, S0_REWARDS, np.linspace(1, 2, 3)).kl.shape == (3,)
     assert categorical.sample(S0, np.int64(4), generator=G).shape == (4,)
-    assert categorical.sample_alias(categorical.alias_table(S0), np.int32(4), generator=G).shape == (4,)
     out = categorical.truncate(S0, top_k=np.int64(2), top_p=np.float32(0.9), min_p=np.float64(0.1))
     assert bool((out.logps[:2] > -math.inf).all())
 
@@ -626,11 +575,6 @@ def test_numbers_of_numpy():
         (lambda: tilt(P, R, torch.tensor(True)), TypeError, "beta must be a number or a tensor of real numbers"),
         (lambda: categorical.sample(P, torch.tensor(3), generator=G), TypeError, "n must be an int, got a torch.int64"),
         (lambda: categorical.sample(P, 3, generator=None), TypeError, "generator must be a torch.Generator, got None"),
-        (
-            lambda: categorical.sample_alias(categorical.alias_table(P), 3, generator=None),
-            TypeError,
-            "generator must be a torch.Generator, got NoneType",
-        ),
     ],
 )
 def test_refusals_name_the_argument(call, error, text):

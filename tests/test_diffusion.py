@@ -345,7 +345,7 @@ def test_draws_follow_the_law_of_the_chain(method, churn, kernel, wrong, rng):
         return cells(diffusion.sample(gaussian, y, LEVELS, generator=generator, **options), mean, variance)
 
     def other_kernel(n, generator):
-        step = lambda score, y, s, t, g: diffusion._draw(wrong(score, y, s, t), g)  # noqa: E731
+        step = lambda score, y, s, t, g: diffusion.draw(wrong(score, y, s, t), generator=g)  # noqa: E731
         return draw(n, generator, method=step, churn=1.0)
 
     def copied(n, generator):
@@ -372,7 +372,9 @@ def test_dtype_inputs_and_rows(method, rng):
     run = lambda points: diffusion.sample(score, points, levels, method=method, generator=torch.Generator())  # noqa: E731
     whole = run(y)
     assert torch.equal(y, kept[0]) and torch.equal(levels, kept[1]) and whole.dtype == F64
-    single = GaussianMixture(MIXTURE.priors.float(), MIXTURE.means.float(), (vector(0.1, 0.4, 0.2, 0.3) ** 2).float())
+    single = GaussianMixture(
+        MIXTURE.prior_logps.float(), MIXTURE.means.float(), (vector(0.1, 0.4, 0.2, 0.3) ** 2).float()
+    )
     out = diffusion.sample(
         diffusion.of_mixture(single), y.float(), levels.float(), method=method, generator=torch.Generator()
     )

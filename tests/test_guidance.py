@@ -124,7 +124,7 @@ def test_value_of_the_instance():
     x = torch.linspace(-9, 9, 4001, dtype=F64)
     joint = TWO.logps(x[:, None]) - (y[0] - x) ** 2 / 2
     value = (joint.softmax(-1) * (x - x**2 / 2).exp()).sum().log()
-    close(guidance.log_value(TWO, TWO_TILTED)(y, 1.0), value[None])
+    close(guidance.log_values(TWO, TWO_TILTED)(y, 1.0), value[None])
     at_mean = TWO.denoise(y, 1.0, 1.0)[0]
     assert (at_mean - at_mean**2 / 2 - value).abs() > 0.1
 
@@ -132,7 +132,7 @@ def test_value_of_the_instance():
 @pytest.mark.parametrize("beta", [1.0, 2.5])
 def test_value_and_gradient_agree(beta, rng):
     tilted = PLANE.tilt(SADDLE, SLOPE, beta)
-    log_value = guidance.log_value(PLANE, tilted)
+    log_value = guidance.log_values(PLANE, tilted)
     y = points(20, 2, rng).requires_grad_()
     for s in (0.1, 1.0, 5.0):
         gradient = torch.autograd.grad(log_value(y, s).sum(), y)[0]
@@ -242,7 +242,7 @@ def selected(n, power, levels, *, value=log_class, width=9.0, nodes=400):
 
 
 FEW = diffusion.geometric(6, 0.3, 4.0)
-STEP = guidance.soft_best_of_n_step(log_class, 2, 6.0)
+STEP = guidance.soft_best_of_n_step(log_class, 6.0, 2)
 
 
 def test_selection_follows_its_exact_law(rng):
@@ -267,10 +267,10 @@ def test_selection_follows_its_exact_law(rng):
     make = guidance.soft_best_of_n_step
     late = lambda y, s: log_class(y, 1.3 * s)  # noqa: E731
     wrong = {
-        "power": (partial(draw, step=make(log_class, 2, 5.0)), law(2, 5.0)),
-        "sign": (partial(draw, step=make(log_class, 2, -1.0)), law(2, -1.0)),
-        "level": (partial(draw, step=make(late, 2, 6.0)), law(2, 6.0, late)),
-        "single": (partial(draw, step=make(log_class, 1, 6.0)), law(1, 6.0)),
+        "power": (partial(draw, step=make(log_class, 5.0, 2)), law(2, 5.0)),
+        "sign": (partial(draw, step=make(log_class, -1.0, 2)), law(2, -1.0)),
+        "level": (partial(draw, step=make(late, 6.0, 2)), law(2, 6.0, late)),
+        "single": (partial(draw, step=make(log_class, 6.0, 1)), law(1, 6.0)),
     }
     check_sampler(draw, law(2, 6.0), wrong, rng)
 
@@ -305,7 +305,7 @@ def test_selection_limits(rng):
         return -z.square().sum(-1)
 
     g = lambda: torch.Generator().manual_seed(3)  # noqa: E731
-    out = guidance.soft_best_of_n_step(record, 5, 1e6)(normal(1.0), y, 2.0, 1.5, g())
+    out = guidance.soft_best_of_n_step(record, 1e6, 5)(normal(1.0), y, 2.0, 1.5, g())
     pool, s = seen[0]
     assert s == 1.5 and pool.shape == (45, 2)
     # A large power keeps the best of each row's own five candidates, from the law of the step.
@@ -316,14 +316,14 @@ def test_selection_limits(rng):
     close(pool, mean.repeat_interleave(5, 0) + std * z)
     # One candidate, or power 0: the plain step with another kernel, and a last step without noise.
     kernel = diffusion.posterior_transition
-    one = guidance.soft_best_of_n_step(record, 1, 7.0, kernel=kernel)
+    one = guidance.soft_best_of_n_step(record, 7.0, 1, kernel=kernel)
     levels = vector(2, 1, 0)
     close(
         diffusion.sample(normal(1.0), y, levels, method=one, generator=g())[0],
         diffusion.denoised(normal(1.0), seen[1][0], 1.0)[0],
     )
     # A value of -inf excludes a candidate.
-    half = guidance.soft_best_of_n_step(lambda z, s: (z[:, 0] > 0).double().log(), 40, 1.0)
+    half = guidance.soft_best_of_n_step(lambda z, s: (z[:, 0] > 0).double().log(), 1.0, 40)
     assert (half(normal(1.0), y, 2.0, 1.5, g())[:, 0] > 0).all()
 
 
@@ -338,7 +338,7 @@ def log_tilt(y):
     return -0.15 * (y[:, 0] - 1) ** 2
 
 
-def log_twist(y, s):
+def log_values(y, s):
     return 0.1 * y[:, 0] / (1 + s)
 
 
@@ -358,7 +358,7 @@ def expected(f, kernel=diffusion.transition, start=None):
 
 
 def every_system(
-    monkeypatch, f, *, threshold=1.0, proposal=None, twist=log_twist, kernel=diffusion.transition, size=11
+    monkeypatch, f, *, threshold=1.0, proposal=None, twist=log_values, kernel=diffusion.transition, size=11
 ):
     """Run two particles on every noise of a quadrature rule and every outcome of resampling.
 
@@ -379,7 +379,7 @@ def every_system(
         weight.mul_(log_weights.softmax(-1).gather(-1, pick).prod(-1))
         return pick
 
-    monkeypatch.setattr(diffusion, "_normal", lambda like, generator: next(noise))
+    monkeypatch.setattr(guidance._numerics, "normal", lambda like, generator: next(noise))
     ref = normal(1.0)
     out = guidance.particles(
         ref,
@@ -476,7 +476,7 @@ def test_the_limit_is_the_tilt_of_the_chain_not_of_the_law(rng):
         y,
         levels,
         lambda x: -2 * (x[:, 0] - 2) ** 2,
-        guidance.log_value(ONE, tilted),
+        guidance.log_values(ONE, tilted),
         generator=rng,
     )
     shares, x = out.log_weights[0].softmax(-1), out.y[0, :, 0]
@@ -530,7 +530,7 @@ def test_particles_keep_dtype_and_inputs(rng):
     y = points(12, 2, rng).view(3, 4, 2)
     kept = y.clone()
     run = lambda y: guidance.particles(  # noqa: E731
-        normal(1.0), normal(2.0), y, SHORT, log_tilt, log_twist, generator=torch.Generator(), threshold=0
+        normal(1.0), normal(2.0), y, SHORT, log_tilt, log_values, generator=torch.Generator(), threshold=0
     )
     double, single = run(y), run(y.float())
     assert torch.equal(y, kept) and double.y.dtype == F64
@@ -561,7 +561,7 @@ def test_classifier_free_refuses_scores_that_would_broadcast():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_comes_back_has_the_dtype_of_the_points(dtype, rng):
-    ref = PLANE._as(dtype)
+    ref = PLANE.to(dtype)
     tilted = ref.tilt(SADDLE.float(), SLOPE, 2.0)
     bend = SADDLE.float()  # A in another dtype than the mixture means the same
     exact = PLANE.tilt(bend.double(), SLOPE, 2.0)
@@ -584,9 +584,9 @@ def test_what_comes_back_has_the_dtype_of_the_points(dtype, rng):
             assert got.dtype == dtype
             torch.testing.assert_close(got.double(), right, rtol=4 * eps + 1e-6, atol=4 * eps * 0.1 + 1e-7)
         # log Z itself is in the dtype of the mixture.
-        got = guidance.log_value(ref, tilted)(y, s)
+        got = guidance.log_values(ref, tilted)(y, s)
         assert got.dtype == dtype
-        torch.testing.assert_close(got.double(), guidance.log_value(PLANE, exact)(wide, s), rtol=4 * eps, atol=4 * eps)
+        torch.testing.assert_close(got.double(), guidance.log_values(PLANE, exact)(wide, s), rtol=4 * eps, atol=4 * eps)
     for other in DTYPES:
         mixed = guidance.classifier_free(lambda y, s, d=other: -y.to(d), lambda y, s: 0 * y.double(), 2.0)(y, 1.0)
         assert mixed.dtype == dtype
@@ -595,11 +595,11 @@ def test_what_comes_back_has_the_dtype_of_the_points(dtype, rng):
 
 def test_a_gradient_of_the_value_has_its_own_digits():
     # Far out, scores of p and of its tilt are 10^4 and differ by 1/2: in float32 each is rounded to 10^-3.
-    ref = GaussianMixture(vector(0), vector(0)[None], vector(1))._as(torch.float32)
+    ref = GaussianMixture(vector(0), vector(0)[None], vector(1)).to(torch.float32)
     tilted = ref.tilt(None, vector(0.5), 1.0)
     y = torch.tensor([[1e4], [-33333.3]])
     torch.testing.assert_close(guidance.value_gradient(ref, tilted, y, 0.0), torch.full_like(y, 0.5), rtol=1e-6, atol=0)
-    value = guidance.log_value(ref, tilted)(y, 0.0)
+    value = guidance.log_values(ref, tilted)(y, 0.0)
     torch.testing.assert_close(value.double(), 0.5 * y[:, 0].double(), rtol=1e-6, atol=0)
 
 
@@ -629,7 +629,7 @@ def test_what_would_overflow_is_refused_by_name():
         (lambda: guidance.plug_in(ONE, KAPPA, None, 1.0)(y, 1e-200), "s must be at least 1e-150"),
         (lambda: guidance.plug_in(ONE, KAPPA, None, 1.0)(y, 1e200), r"s must be at most 1e\+150"),
         (lambda: guidance.value_gradient(ONE, ONE.tilt(None, TOWARD, 1.0), y * math.nan, 1.0), "y must be finite"),
-        (lambda: guidance.log_value(ONE, ONE.tilt(None, TOWARD, 1.0))(y, 1e200), "alpha = 1 and sigma = 1e.200 must"),
+        (lambda: guidance.log_values(ONE, ONE.tilt(None, TOWARD, 1.0))(y, 1e200), "alpha = 1 and sigma = 1e.200 must"),
     ):
         with pytest.raises(ValueError, match=text):
             call()
@@ -643,7 +643,7 @@ def test_what_would_overflow_is_refused_by_name():
 def test_an_excluded_candidate_is_never_kept(power):
     # Half of the candidates, those below 0, have the value -inf: 0 (-inf) and -2 (-inf) are no reasons to keep one.
     value = lambda y, s: torch.where(y[:, 0] > 0, y[:, 0], -math.inf)  # noqa: E731
-    step = guidance.soft_best_of_n_step(value, 40, power)
+    step = guidance.soft_best_of_n_step(value, power, 40)
     out = step(normal(1.0), torch.zeros(50, 1, dtype=F64), 2.0, 1.0, torch.Generator().manual_seed(1))
     assert (out > 0).all()
 
@@ -651,15 +651,15 @@ def test_an_excluded_candidate_is_never_kept(power):
 def test_values_are_refused_by_their_own_name():
     y, g = torch.zeros(2, 1, dtype=F64), torch.Generator()
     for value, power, text in (
-        (lambda y, s: y[:, 0] * math.nan, 1.0, "log_value must be finite or -inf"),
-        (lambda y, s: y[:, 0] * 0 + math.inf, 1.0, "log_value must be finite or -inf"),
-        (lambda y, s: y[:, 0] * 0 - math.inf, 1.0, "log_value must leave at least one outcome"),
-        (lambda y, s: y[:, 0] * 0 + 1e300, 1e300, "power times log_value must be finite or -inf"),
+        (lambda y, s: y[:, 0] * math.nan, 1.0, "log_values must be finite or -inf"),
+        (lambda y, s: y[:, 0] * 0 + math.inf, 1.0, "log_values must be finite or -inf"),
+        (lambda y, s: y[:, 0] * 0 - math.inf, 1.0, "log_values must leave at least one outcome"),
+        (lambda y, s: y[:, 0] * 0 + 1e300, 1e300, "power times log_values must be finite or -inf"),
     ):
         with pytest.raises(ValueError, match=text):
-            guidance.soft_best_of_n_step(value, 3, power)(REF, y, 2.0, 1.0, g)
+            guidance.soft_best_of_n_step(value, power, 3)(REF, y, 2.0, 1.0, g)
     # A float32 value times a large power does not overflow.
-    step = guidance.soft_best_of_n_step(lambda y, s: y[:, 0].float() * 0 + 1e30, 3, 1e30)
+    step = guidance.soft_best_of_n_step(lambda y, s: y[:, 0].float() * 0 + 1e30, 1e30, 3)
     assert step(REF, y, 2.0, 1.0, g).isfinite().all()
 
 
@@ -668,12 +668,12 @@ def test_no_points(rng):
     tilted = PLANE.tilt(SADDLE, SLOPE, 2.0)
     assert guidance.classifier_free(REF, REF, 2.0)(empty, 1.0).shape == (0, 2)
     assert guidance.value_gradient(PLANE, tilted, empty, 1.0).shape == (0, 2)
-    assert guidance.log_value(PLANE, tilted)(empty, 1.0).shape == (0,)
+    assert guidance.log_values(PLANE, tilted)(empty, 1.0).shape == (0,)
     assert guidance.plug_in(PLANE, SADDLE, SLOPE, 2.0, damped=True)(empty, 1.0).shape == (0, 2)
-    step = guidance.soft_best_of_n_step(log_class, 3, 2.0)
+    step = guidance.soft_best_of_n_step(log_class, 2.0, 3)
     assert step(REF, empty, 2.0, 1.0, rng).shape == (0, 2)
     out = guidance.particles(
-        REF, normal(1.0), torch.zeros(0, 4, 1, dtype=torch.float32), SHORT, log_tilt, log_twist, generator=rng
+        REF, normal(1.0), torch.zeros(0, 4, 1, dtype=torch.float32), SHORT, log_tilt, log_values, generator=rng
     )
     assert out.y.shape == (0, 4, 1) and out.y.dtype == torch.float32
     assert out.log_weights.shape == (0, 4) and out.log_partition.shape == (0,) and out.ess.shape == (0, 2)
@@ -694,7 +694,7 @@ def test_particles_in_small_dtypes(dtype):
     y, levels = points(400, 1, torch.Generator().manual_seed(1)).view(1, 400, 1), diffusion.geometric(100, 0.5, 3.0)
     y = y.to(dtype)
     run = lambda y: guidance.particles(  # noqa: E731
-        see(normal(1.0)), see(lambda z, s: normal(1.0)(z, s) + 0.5), y, levels, see(log_tilt), see(log_twist),
+        see(normal(1.0)), see(lambda z, s: normal(1.0)(z, s) + 0.5), y, levels, see(log_tilt), see(log_values),
         generator=torch.Generator().manual_seed(2), threshold=0,
     )  # fmt: skip
     low = run(y)
@@ -710,9 +710,9 @@ def test_nothing_depends_on_the_default_dtype():
         g, y = torch.Generator().manual_seed(1), vector(1, -2)[None]
         yield guidance.plug_in(PLANE, SADDLE, SLOPE, 2.0, damped=True)(y, 1.0)
         yield guidance.value_gradient(PLANE, tilted, y, 1.0)
-        yield guidance.soft_best_of_n_step(log_class, 3, 2.0)(REF, y.float(), 2.0, 1.0, g)
+        yield guidance.soft_best_of_n_step(log_class, 2.0, 3)(REF, y.float(), 2.0, 1.0, g)
         start = torch.ones(2, 5, 1, dtype=torch.float32)
-        yield from guidance.particles(REF, normal(1.0), start, SHORT, log_tilt, log_twist, generator=g)
+        yield from guidance.particles(REF, normal(1.0), start, SHORT, log_tilt, log_values, generator=g)
 
     assert_same_under_default_dtype(results, F64)
 
@@ -725,8 +725,8 @@ def test_nothing_depends_on_the_default_dtype():
     [
         (lambda: guidance.classifier_free(REF, REF, math.nan), ValueError, "guidance_scale must be finite, got nan"),
         (lambda: guidance.exact_value(TWO), TypeError, "tilted must be a Tilted, .* got GaussianMixture"),
-        (lambda: guidance.log_value(TWO, TWO), TypeError, "tilted must be a Tilted, .* got GaussianMixture"),
-        (lambda: guidance.log_value(REF, TWO_TILTED), TypeError, "ref must be a GaussianMixture, got function"),
+        (lambda: guidance.log_values(TWO, TWO), TypeError, "tilted must be a Tilted, .* got GaussianMixture"),
+        (lambda: guidance.log_values(REF, TWO_TILTED), TypeError, "ref must be a GaussianMixture, got function"),
         (
             lambda: guidance.value_gradient(REF, TWO_TILTED, vector(1)[None], 1.0),
             TypeError,
@@ -751,12 +751,12 @@ def test_nothing_depends_on_the_default_dtype():
             ValueError,
             "s must be finite and > 0, got 0.0",
         ),
-        (lambda: guidance.soft_best_of_n_step(log_class, 0, 1.0), ValueError, "n must be an integer >= 1, got 0"),
-        (lambda: guidance.soft_best_of_n_step(log_class, 2, math.inf), ValueError, "power must be finite, got inf"),
+        (lambda: guidance.soft_best_of_n_step(log_class, 1.0, 0), ValueError, "n must be an integer >= 1, got 0"),
+        (lambda: guidance.soft_best_of_n_step(log_class, math.inf, 2), ValueError, "power must be finite, got inf"),
         (
-            lambda: guidance.soft_best_of_n_step(lambda y, s: y, 2, 1.0)(REF, vector(1)[None], 2, 1, torch.Generator()),
+            lambda: guidance.soft_best_of_n_step(lambda y, s: y, 1.0, 2)(REF, vector(1)[None], 2, 1, torch.Generator()),
             ValueError,
-            r"log_value must return shape \(2,\), one number per point, got \(2, 1\)",
+            r"log_values must return shape \(2,\), one number per point, got \(2, 1\)",
         ),
         (
             lambda: diffusion.sample(REF, vector(1)[None], SHORT, method=STEP),
@@ -765,7 +765,7 @@ def test_nothing_depends_on_the_default_dtype():
         ),
         (
             lambda: diffusion.sample(
-                REF, vector(1)[None], SHORT, method=guidance.soft_best_of_n_step(log_class, 2, 1.0, kernel=NOISELESS)
+                REF, vector(1)[None], SHORT, method=guidance.soft_best_of_n_step(log_class, 1.0, 2, kernel=NOISELESS)
             ),
             TypeError,
             "generator must be a torch.Generator, got NoneType",
@@ -801,13 +801,17 @@ NOISELESS = partial(diffusion.transition, churn=0.0)
         ({"y": torch.zeros(2, 0, 1)}, ValueError, r"y must have shape \(runs, n, D\) with n >= 1"),
         ({"y": torch.full((2, 4, 1), math.inf)}, ValueError, "y must be finite, got 8 of 8"),
         ({"generator": None}, TypeError, "generator must be a torch.Generator, got NoneType"),
-        ({"log_twist": lambda y, s: 0.0}, TypeError, "log_twist must return a floating-point torch.Tensor, got float"),
+        (
+            {"log_values": lambda y, s: 0.0},
+            TypeError,
+            "log_values must return a floating-point torch.Tensor, got float",
+        ),
         ({"log_tilt": lambda y: y[:, 0] > 0}, TypeError, "log_tilt must return a floating-point .* got a torch.bool"),
         ({"threshold": math.nan}, ValueError, "threshold must be finite, got nan"),
         ({"levels": vector(1, 2)}, ValueError, "levels must decrease strictly"),
         ({"threshold": 1.1}, ValueError, r"threshold must lie in \[0, 1\], got 1.1"),
-        ({"log_twist": lambda y, s: y}, ValueError, r"log_twist must return shape \(8,\), one number per point"),
-        ({"log_twist": lambda y, s: y[:, 0] / 0}, ValueError, "log_twist must be finite"),
+        ({"log_values": lambda y, s: y}, ValueError, r"log_values must return shape \(8,\), one number per point"),
+        ({"log_values": lambda y, s: y[:, 0] / 0}, ValueError, "log_values must be finite"),
         ({"log_tilt": lambda y: y}, ValueError, r"log_tilt must return shape \(8,\), one number per point"),
         ({"log_tilt": lambda y: y[:, 0] * math.nan}, ValueError, "log_tilt must be finite or -inf"),
         ({"start_log_weights": torch.zeros(4)}, ValueError, r"start_log_weights must have shape \(2, 4\), got \(4,\)"),

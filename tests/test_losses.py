@@ -844,7 +844,7 @@ def pool_gradient(theta, n, self_normalized, beta=1.0):
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_what_weighted_likelihood_is_least_at(n):
-    target, selected = tilt(S0, S0_REWARDS, 1.0), soft_best_of_n_law(S0, S0_REWARDS, n, 1.0)
+    target, selected = tilt(S0, S0_REWARDS, 1.0), soft_best_of_n_law(S0, S0_REWARDS, 1.0, n)
     if n == 2:
         close(selected.exp(), vector(0.354523, 0.341591, 0.303886), PRINTED)
     assert is_zero(pool_gradient(target, n, False))

@@ -57,7 +57,7 @@ def random_mixture(kind, rng, *, d=D, scale=1.0):
 def definition(mixture, x, alpha=1.0, sigma=0.0):
     """Log of p_k N(x; alpha m_k, alpha^2 S_k + sigma^2 I) from torch's own Gaussian, shape (n, J)."""
     covariances = alpha**2 * mixture.covariances + sigma**2 * torch.eye(mixture.dimension, dtype=F64)
-    return mixture.priors + MultivariateNormal(alpha * mixture.means, covariances).log_prob(x[:, None])
+    return mixture.prior_logps + MultivariateNormal(alpha * mixture.means, covariances).log_prob(x[:, None])
 
 
 def reward(x, quadratic, linear):
@@ -102,7 +102,7 @@ def test_a_density_by_hand():
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_kinds_are_the_full_kind(kind, rng):
     mixture = random_mixture(kind, rng)
-    full = GaussianMixture(mixture.priors, mixture.means, mixture.covariances)
+    full = GaussianMixture(mixture.prior_logps, mixture.means, mixture.covariances)
     x = 3 * normal((40, D), rng)
     for f in (
         lambda m: m.component_logps(x),
@@ -134,7 +134,7 @@ def test_scores_far_away_are_finite(kind, rng):
 @pytest.mark.parametrize("kind", KINDS)
 def test_data_far_from_zero_lose_no_digits(kind, rng):
     mixture, x = random_mixture(kind, rng), normal((20, D), rng)
-    moved = GaussianMixture._of(mixture.priors, mixture.means + 2.0**20, mixture._spectrum, mixture._basis)
+    moved = GaussianMixture._of(mixture.prior_logps, mixture.means + 2.0**20, mixture._spectrum, mixture._basis)
     # The sums x + 2^20 are themselves rounded to 2^-32 = 2e-10.
     close(moved.logps(x + 2.0**20), mixture.logps(x), 1e-7)
     close(moved.score(x + 2.0**20), mixture.score(x), 1e-7)
@@ -165,7 +165,7 @@ def test_blocks_of_rows_do_not_show(kind, rng):
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_precision(kind, rng):
     mixture = random_mixture(kind, rng)
-    half = GaussianMixture(mixture.priors.float(), mixture.means.float(), mixture.covariances.float())
+    half = GaussianMixture(mixture.prior_logps.float(), mixture.means.float(), mixture.covariances.float())
     x = 2 * normal((40, D), rng)
     tilted = half.tilt(torch.eye(D), torch.ones(D), 1.0)
     for got, expected in (
@@ -214,7 +214,7 @@ DTYPES = [F64, torch.float32, torch.float16, torch.bfloat16]
 
 
 def cast(mixture, dtype):
-    return GaussianMixture(mixture.priors.to(dtype), mixture.means.to(dtype), mixture.covariances.to(dtype))
+    return GaussianMixture(mixture.prior_logps.to(dtype), mixture.means.to(dtype), mixture.covariances.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -283,7 +283,7 @@ def test_half_precision_at_any_level_of_noise(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_comes_back_has_the_dtype_of_the_mixture(kind, dtype, rng):
     wide = random_mixture(kind, rng)
-    exact = wide._as(dtype)
+    exact = wide.to(dtype)
     x = (2 * normal((20, D), rng)).to(dtype)
     a, b = spd((D, D), rng).float(), normal(D, rng)
     g = lambda: torch.Generator().manual_seed(2)  # noqa: E731
@@ -317,7 +317,7 @@ def test_single_precision_keeps_its_digits_between_far_means():
     means = torch.tensor([[0.0], [1.0]])
     mixture = GaussianMixture(law(0.5, 0.5).float(), means, torch.tensor([1e-8]))
     x = torch.tensor([[0.0], [1.0], [0.5], [0.50001]])
-    exact = GaussianMixture(mixture.priors.double(), means.double(), torch.tensor([1e-8]).double())
+    exact = GaussianMixture(mixture.prior_logps.double(), means.double(), torch.tensor([1e-8]).double())
     torch.testing.assert_close(mixture.logps(x).double(), exact.logps(x.double()), rtol=1e-6, atol=0)
     torch.testing.assert_close(mixture.score(x).double(), exact.score(x.double()), rtol=1e-5, atol=1e-3)
 
@@ -373,7 +373,7 @@ def test_a_mixture_keeps_copies():
     x = vector(0.3, -2)[:, None]
     mixture = GaussianMixture(priors, means, covariances)
     before = mixture.logps(x), mixture.mean(), mixture.covariance(), mixture.noised(1.0, 1.0).score(x)
-    for part in (priors, means, covariances, mixture.means, mixture.priors, mixture.covariances):
+    for part in (priors, means, covariances, mixture.means, mixture.prior_logps, mixture.covariances):
         part += 100
     after = mixture.logps(x), mixture.mean(), mixture.covariance(), mixture.noised(1.0, 1.0).score(x)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -482,8 +482,8 @@ def test_classes_follow_bayes(kind, rng):
     close(logps.exp().sum(-1), torch.ones(20))
     for c in range(2):
         part = mixture.of_class(classes, c)
-        log_prior = mixture.priors[classes == c].logsumexp(-1)
-        close(part.priors.logsumexp(-1), 0.0)
+        log_prior = mixture.prior_logps[classes == c].logsumexp(-1)
+        close(part.prior_logps.logsumexp(-1), 0.0)
         # p(c | x) p(x) = p(c) p(x | c)
         close(logps[:, c] + mixture.logps(x), log_prior + part.logps(x), 1e-10)
     assert mixture.of_class(classes, 0).components == 1 and mixture.of_class(classes, 1).components == 2
@@ -552,14 +552,14 @@ def test_the_tilt_of_the_pair():
     # Z = sum of p_k sqrt(.25 / .2)^-1 exp(-(mu_k - 1)^2 / (2 (1 + .25))); the reward was stated without its -1/2.
     z = math.sqrt(0.8) * (0.5 * math.exp(-1.6) + 0.5)
     close(log_partition - 0.5, math.log(z))
-    close(tilted.priors.exp(), vector(math.exp(-1.6), 1) / (1 + math.exp(-1.6)))
+    close(tilted.prior_logps.exp(), vector(math.exp(-1.6), 1) / (1 + math.exp(-1.6)))
     assert f"{z:.6f}" == "0.537504"
-    assert [f"{w:.6f}" for w in tilted.priors.exp()] == ["0.167982", "0.832018"]
+    assert [f"{w:.6f}" for w in tilted.prior_logps.exp()] == ["0.167982", "0.832018"]
     assert f"{tilted.mean().item():.6f}" == "0.731229"
     # Weights from the reward at the means alone, or no new weights, are far off.
-    off = PAIR.priors + reward(PAIR.means, ONE, vector(1))
+    off = PAIR.prior_logps + reward(PAIR.means, ONE, vector(1))
     assert f"{(off.softmax(-1) @ tilted.means).item():.6f}" == "0.809275"
-    assert f"{(PAIR.priors.exp() @ tilted.means).item():.6f}" == "0.200000"
+    assert f"{(PAIR.prior_logps.exp() @ tilted.means).item():.6f}" == "0.200000"
 
 
 def test_a_tilt_by_quadrature():
@@ -652,7 +652,7 @@ def test_one_bad_component_spoils_a_tilt(shape):
         GaussianMixture(rare, means, covariances).tilt(-0.5 * torch.eye(2, dtype=F64), None, 1.0)
     tilted = GaussianMixture(law(0.5, 0, 0.5), means, covariances).tilt(-0.5 * torch.eye(2, dtype=F64), None, 1.0)
     close(tilted.log_partition, math.log(2))  # 1 / sqrt(1 - 1/2) for each of two dimensions
-    close(tilted.mixture.priors.exp(), vector(0.5, 0, 0.5))
+    close(tilted.mixture.prior_logps.exp(), vector(0.5, 0, 0.5))
 
 
 # --- lines, uniforms and moments -------------------------------------------------------------------------------------
@@ -719,7 +719,7 @@ def test_uniforms_have_the_density_as_their_jacobian(kind, rng):
 def test_moments(rng):
     mixture = random_mixture("full", rng)
     second = mixture.covariances + mixture.means[:, :, None] * mixture.means[:, None, :]
-    p, m = mixture.priors.exp(), mixture.mean()
+    p, m = mixture.prior_logps.exp(), mixture.mean()
     close(m, sum(p[k] * mixture.means[k] for k in range(J)))
     close(mixture.covariance(), sum(p[k] * second[k] for k in range(J)) - m[:, None] * m)
 
@@ -743,16 +743,16 @@ def cells_of(mixture, direction):
 def turned(mixture):
     """The mixture that a transposed basis would give."""
     basis, spectrum = mixture._basis, mixture._spectrum.expand(-1, D)
-    return GaussianMixture(mixture.priors, mixture.means, basis.mT * spectrum[:, None] @ basis)
+    return GaussianMixture(mixture.prior_logps, mixture.means, basis.mT * spectrum[:, None] @ basis)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_draws_follow_the_mixture_along_lines(kind, rng):
     mixture = random_mixture(kind, rng)
     wrong = {
-        "priors": GaussianMixture(mixture.priors.roll(1), mixture.means, mixture.covariances),
-        "variances": GaussianMixture(mixture.priors, mixture.means, 1.2 * mixture.covariances),
-        "squared": GaussianMixture(mixture.priors, mixture.means, mixture.covariances @ mixture.covariances),
+        "priors": GaussianMixture(mixture.prior_logps.roll(1), mixture.means, mixture.covariances),
+        "variances": GaussianMixture(mixture.prior_logps, mixture.means, 1.2 * mixture.covariances),
+        "squared": GaussianMixture(mixture.prior_logps, mixture.means, mixture.covariances @ mixture.covariances),
     }
     if mixture._basis is not None:
         wrong["turned"] = turned(mixture)
@@ -788,7 +788,7 @@ def test_draws_fill_the_cube_evenly(kind, rng):
     wrong = mixture.tilt(0.3 * torch.eye(D, dtype=F64), None, 1.0).mixture
     # The same lines along the axes, other ties between them: covariances without their off-diagonal entries.
     diagonal = mixture.covariances.diagonal(dim1=-2, dim2=-1)
-    others = [wrong] + [GaussianMixture(mixture.priors, mixture.means, diagonal)] * (mixture._basis is not None)
+    others = [wrong] + [GaussianMixture(mixture.prior_logps, mixture.means, diagonal)] * (mixture._basis is not None)
     for other in others:
         assert verify.match(cells(other.sample(n, generator=rng)), target, claim="cube!other").decision == "REJECT"
 
@@ -796,7 +796,7 @@ def test_draws_fill_the_cube_evenly(kind, rng):
 @pytest.mark.parametrize("kind", KINDS)
 def test_draws_do_not_depend_on_the_basis_that_a_processor_finds(kind, rng, monkeypatch):
     mixture, eigh = random_mixture(kind, rng), torch.linalg.eigh
-    parts = mixture.priors, mixture.means, mixture.covariances
+    parts = mixture.prior_logps, mixture.means, mixture.covariances
     flip = torch.ones(D, dtype=F64)
     flip[0] = -1
 
@@ -809,7 +809,7 @@ def test_draws_do_not_depend_on_the_basis_that_a_processor_finds(kind, rng, monk
 
 
 def test_a_uniform_of_zero_is_a_finite_point(monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.zeros(*size, dtype=F64))
+    monkeypatch.setattr(torch, "rand", lambda size, **options: torch.zeros(size, dtype=F64))
     x = PAIR.sample(3, generator=torch.Generator())
     assert x.isfinite().all() and (x < -4).all()
 
@@ -820,7 +820,7 @@ def test_a_uniform_of_zero_is_a_finite_point(monkeypatch):
 def test_a_fit_by_hand():
     x = torch.tensor([[0, 0], [2, 0], [1, 3], [5, 1], [5, 3]], dtype=F64)
     fitted = GaussianMixture.fit(x, torch.tensor([0, 0, 0, 1, 1]), 0.5)
-    close(fitted.priors.exp(), vector(0.6, 0.4))
+    close(fitted.prior_logps.exp(), vector(0.6, 0.4))
     close(fitted.means, [[1, 1], [5, 2]])
     # First label: deviations (-1,-1), (1,-1), (0,2), so squares 2/3 and 6/3, products 0.
     close(fitted.covariances, [[[2 / 3 + 0.5, 0], [0, 2.5]], [[0.5, 0], [0, 1.5]]])

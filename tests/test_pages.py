@@ -287,7 +287,7 @@ def test_the_page_computes_the_law_that_tiltlib_computes(visit):
     page = visit("search.html")  # the script is on every page, and this one is light
     for p, rewards, n, beta in CASES:
         logps, r = torch.tensor(p, dtype=torch.float64).log(), torch.tensor(rewards, dtype=torch.float64)
-        law, goal = soft_best_of_n_law(logps, r, n, beta), tilt(logps, r, beta)
+        law, goal = soft_best_of_n_law(logps, r, beta, n), tilt(logps, r, beta)
         ours, our_goal, tv = page.evaluate(
             """([p, r, n, beta]) => {
               const law = bookjs.softBestOfN(p, r, n, beta), goal = bookjs.tilt(p, r, beta);
@@ -308,7 +308,7 @@ def churned_variance(A, B, g, c):
     return A * (quad(lambda q: ((A + (B - A) * q**c**-2) / B) ** power, 0, 1)[0] if c else (A / B) ** (g - 1))
 
 
-def test_the_page_computes_the_variances_that_chapter_9_proves(visit):
+def test_the_page_computes_the_variances_that_the_book_proves(visit):
     from scipy.stats import norm
 
     page, A, B = visit("search.html"), 1.0, 2.0
@@ -339,7 +339,7 @@ def test_the_page_shows_what_it_computes(visit):
     n, beta = (float(s.get_attribute("aria-valuetext").split(" = ")[1]) for s in box.query_selector_all("input"))
     logps = torch.tensor(options.get("p", [0.5, 0.3, 0.2]), dtype=torch.float64).log()
     r = torch.tensor(options.get("rewards", [0, 1, 2]), dtype=torch.float64)
-    law, goal = soft_best_of_n_law(logps, r, int(n), beta), tilt(logps, r, beta)
+    law, goal = soft_best_of_n_law(logps, r, beta, int(n)), tilt(logps, r, beta)
 
     heights = box.evaluate("e => [...e.querySelectorAll('.bk-panels rect')].map((bar) => +bar.getAttribute('height'))")
     torch.testing.assert_close(torch.tensor(heights).double() / math.fsum(heights), law.exp(), rtol=1e-5, atol=1e-7)

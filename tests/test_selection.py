@@ -80,7 +80,7 @@ def test_laws_equal_their_enumeration(k, n, spread, rng):
     if k > 2:
         rewards[1] = rewards[0]  # a tie
         rewards[-1], rewards[2] = spread, 0  # the full range
-    assert relative_error(soft_best_of_n_law(ref, rewards, n, 1.0), enumerated_soft_law(ref, rewards, n, 1.0)) <= 1e-12
+    assert relative_error(soft_best_of_n_law(ref, rewards, 1.0, n), enumerated_soft_law(ref, rewards, n, 1.0)) <= 1e-12
     assert relative_error(best_of_n_law(ref, rewards, n), enumerated_best_law(ref, rewards, n)) <= 1e-12
 
 
@@ -88,7 +88,7 @@ def test_laws_equal_their_enumeration(k, n, spread, rng):
 def test_laws_equal_their_enumeration_for_every_input(instance, n):
     ref, rewards, beta = instance
     assert (
-        relative_error(soft_best_of_n_law(ref, rewards, n, beta), enumerated_soft_law(ref, rewards, n, beta)) <= 1e-12
+        relative_error(soft_best_of_n_law(ref, rewards, beta, n), enumerated_soft_law(ref, rewards, n, beta)) <= 1e-12
     )
     assert relative_error(best_of_n_law(ref, rewards, n), enumerated_best_law(ref, rewards, n)) <= 1e-12
 
@@ -98,7 +98,7 @@ def test_laws_equal_their_enumeration_for_every_input(instance, n):
 def test_laws_sum_to_one(k, spread, n, rng):
     ref = random_law(k, rng, sharpness=10)
     rewards = spread * torch.rand(k, generator=rng, dtype=F64)
-    for logps in (soft_best_of_n_law(ref, rewards, n, 1.0), best_of_n_law(ref, rewards, n)):
+    for logps in (soft_best_of_n_law(ref, rewards, 1.0, n), best_of_n_law(ref, rewards, n)):
         assert abs(math.fsum(logps.exp().tolist()) - 1) <= 1e-13
 
 
@@ -121,7 +121,7 @@ def test_best_of_n_law_keeps_its_digits(rare, n):
 def test_soft_law_integrates_far_enough(spread):
     # A likely outcome of low weight is the last to be settled as s grows; its integral must not end too early.
     ref, rewards = law(0.99, 0.01), vector(0, spread)
-    assert relative_error(soft_best_of_n_law(ref, rewards, 2, 1.0), enumerated_soft_law(ref, rewards, 2, 1.0)) <= 1e-14
+    assert relative_error(soft_best_of_n_law(ref, rewards, 1.0, 2), enumerated_soft_law(ref, rewards, 2, 1.0)) <= 1e-14
 
 
 def test_laws_of_an_outcome_too_rare_for_float64():
@@ -129,7 +129,7 @@ def test_laws_of_an_outcome_too_rare_for_float64():
     ref = vector(0, -800)
     close(best_of_n_law(ref, vector(0, 1), 5)[1].item(), -800 + math.log(5))
     close(best_of_n_law(ref, vector(1, 0), 5)[1].item(), -4000.0, 1e-9)
-    close(soft_best_of_n_law(ref, vector(0, 1), 5, 1.0)[1].item(), -800 + math.log(5 * math.e / (math.e + 4)))
+    close(soft_best_of_n_law(ref, vector(0, 1), 1.0, 5)[1].item(), -800 + math.log(5 * math.e / (math.e + 4)))
 
 
 def test_soft_law_at_large_n_follows_its_expansion():
@@ -144,13 +144,13 @@ def test_soft_law_at_large_n_follows_its_expansion():
     close(b, vector(2.023211, 0.231956, -0.812528), 5e-7)
     for n in (10**5, 10**7, 10**9, 10**12):
         expected = target + torch.log1p(a / n + b / float(n) ** 2)
-        assert relative_error(soft_best_of_n_law(S0, S0_REWARDS, n, 1.0), expected) <= 1e-13
+        assert relative_error(soft_best_of_n_law(S0, S0_REWARDS, 1.0, n), expected) <= 1e-13
 
 
 def test_laws_on_the_instances_of_the_book():
-    close(soft_best_of_n_law(S0, S0_REWARDS, 4, 1.0).exp(), vector(0.261558, 0.337851, 0.400590), 1e-6)
-    close(soft_best_of_n_law(S0, S0_REWARDS, 2, 1.0).exp(), vector(0.354523, 0.341591, 0.303886), 1e-6)
-    target, soft_law = tilt(S0, S0_REWARDS, 1.0), soft_best_of_n_law(S0, S0_REWARDS, 4, 1.0)
+    close(soft_best_of_n_law(S0, S0_REWARDS, 1.0, 4).exp(), vector(0.261558, 0.337851, 0.400590), 1e-6)
+    close(soft_best_of_n_law(S0, S0_REWARDS, 1.0, 2).exp(), vector(0.354523, 0.341591, 0.303886), 1e-6)
+    target, soft_law = tilt(S0, S0_REWARDS, 1.0), soft_best_of_n_law(S0, S0_REWARDS, 1.0, 4)
     distances = torch.stack([kl(target, soft_law), kl(soft_law, target), total_variation(soft_law, target)])
     close(distances, vector(0.036633, 0.037117, 0.128466), 1e-6)
     close(best_of_n_law(TIED, TIED_REWARDS, 3).exp(), vector(0.125, 0.525, 0.35))
@@ -169,30 +169,30 @@ def test_laws_on_the_instances_of_the_book():
 @given(instances())
 def test_one_candidate_is_the_reference(instance):
     ref, rewards, beta = instance
-    close(soft_best_of_n_law(ref, rewards, 1, beta), ref)
+    close(soft_best_of_n_law(ref, rewards, beta, 1), ref)
     close(best_of_n_law(ref, rewards, 1), ref)
 
 
 @pytest.mark.parametrize("n", [2, 5, 10**6])
 def test_limits_of_the_laws(n):
-    close(soft_best_of_n_law(S0, S0_REWARDS, n, 1e300), S0)  # beta to infinity: no selection
-    close(soft_best_of_n_law(S0, vector(3, 3, 3), n, 1e-9), S0)  # equal rewards
+    close(soft_best_of_n_law(S0, S0_REWARDS, 1e300, n), S0)  # beta to infinity: no selection
+    close(soft_best_of_n_law(S0, vector(3, 3, 3), 1e-9, n), S0)  # equal rewards
     close(best_of_n_law(S0, vector(3, 3, 3), n), S0)
-    close(soft_best_of_n_law(law(1), vector(-3), n, 0.1), law(1))  # one-point support
+    close(soft_best_of_n_law(law(1), vector(-3), 0.1, n), law(1))  # one-point support
     close(best_of_n_law(law(1), vector(-3), n), law(1))
     unsupported = law(0.5, 0.3, 0.2, 0)  # an outcome of probability 0 stays there, whatever its reward
     for reward in (-9.0, 0.5, 1.0, 99.0, -math.inf):
         rewards = torch.cat([S0_REWARDS, vector(reward)])
-        close(soft_best_of_n_law(unsupported, rewards, n, 1.0)[:3], soft_best_of_n_law(S0, S0_REWARDS, n, 1.0))
+        close(soft_best_of_n_law(unsupported, rewards, 1.0, n)[:3], soft_best_of_n_law(S0, S0_REWARDS, 1.0, n))
         close(best_of_n_law(unsupported, rewards, n)[:3], best_of_n_law(S0, S0_REWARDS, n))
-        assert soft_best_of_n_law(unsupported, rewards, n, 1.0)[3].item() == -math.inf
+        assert soft_best_of_n_law(unsupported, rewards, 1.0, n)[3].item() == -math.inf
         assert best_of_n_law(unsupported, rewards, n)[3].item() == -math.inf
 
 
 def test_soft_law_tends_to_the_best_of_n_law():
     # beta to 0 at fixed N; a soft choice of weight ratio e^-1/beta differs from the greedy one by as little.
-    close(soft_best_of_n_law(S0, S0_REWARDS, 4, 1 / 299).exp(), best_of_n_law(S0, S0_REWARDS, 4).exp())
-    close(soft_best_of_n_law(TIED, TIED_REWARDS, 3, 1 / 500).exp(), best_of_n_law(TIED, TIED_REWARDS, 3).exp())
+    close(soft_best_of_n_law(S0, S0_REWARDS, 1 / 299, 4).exp(), best_of_n_law(S0, S0_REWARDS, 4).exp())
+    close(soft_best_of_n_law(TIED, TIED_REWARDS, 1 / 500, 3).exp(), best_of_n_law(TIED, TIED_REWARDS, 3).exp())
 
 
 def test_best_of_n_law_for_unbounded_n_is_the_reference_on_the_maximum():
@@ -207,7 +207,7 @@ sizes = st.one_of(st.integers(2, 40), st.integers(41, 10**12))
 @given(instances(), sizes)
 def test_soft_law_is_near_the_tilt(instance, n):
     ref, rewards, beta = instance
-    logps, target = soft_best_of_n_law(ref, rewards, n, beta), tilt(ref, rewards, beta)
+    logps, target = soft_best_of_n_law(ref, rewards, beta, n), tilt(ref, rewards, beta)
     on = ref > -math.inf
     assert logps.exp().sum().item() == pytest.approx(1, abs=1e-13)
     ratio = (target - ref)[on].exp()  # w / Z
@@ -233,14 +233,14 @@ def test_best_of_n_law_for_every_input(instance, n):
 @given(instances(), st.integers(1, 60), st.floats(-9, 9), st.floats(0.1, 10))
 def test_laws_ignore_the_zero_and_the_unit_of_the_reward(instance, n, shift, scale):
     ref, rewards, beta = instance
-    close(soft_best_of_n_law(ref, rewards * scale, n, beta * scale), soft_best_of_n_law(ref, rewards, n, beta), 1e-11)
-    close(soft_best_of_n_law(ref, rewards + shift, n, beta), soft_best_of_n_law(ref, rewards, n, beta), 1e-11)
+    close(soft_best_of_n_law(ref, rewards * scale, beta * scale, n), soft_best_of_n_law(ref, rewards, beta, n), 1e-11)
+    close(soft_best_of_n_law(ref, rewards + shift, beta, n), soft_best_of_n_law(ref, rewards, beta, n), 1e-11)
     squeezed = rewards.unique(return_inverse=True)[1].double() ** 3  # another increasing function of the reward
     close(best_of_n_law(ref, squeezed, n), best_of_n_law(ref, rewards, n), 1e-12)
 
 
 LAWS = {
-    "soft": lambda p, r, n: soft_best_of_n_law(p, r, n, 0.3),
+    "soft": lambda p, r, n: soft_best_of_n_law(p, r, 0.3, n),
     "best": best_of_n_law,
 }
 
@@ -327,7 +327,7 @@ def test_best_of_n_follows_its_law(rng):
 
 
 def bad_soft_samplers(n, beta):
-    target = soft_best_of_n_law(S0, S0_REWARDS, n, beta)
+    target = soft_best_of_n_law(S0, S0_REWARDS, beta, n)
     return target, {
         "beta*1.05": (
             pooled(soft(beta * 1.05), S0, S0_REWARDS, n),
@@ -348,17 +348,17 @@ def test_soft_best_of_n_follows_its_law(rng):
 
 def test_soft_best_of_n_draw_follows_its_law(rng):
     def draw(n, generator):
-        return selection.soft_best_of_n_draw(S0.expand(n, 3), S0_REWARDS, 4, 0.7, generator=generator)
+        return selection.soft_best_of_n_draw(S0.expand(n, 3), S0_REWARDS, 0.7, 4, generator=generator)
 
     check_sampler(draw, *bad_soft_samplers(4, 0.7), rng)
 
 
 @pytest.mark.parametrize("n", [1, 1000, 10**12])
 def test_soft_best_of_n_draw_for_any_n(n, rng):
-    target = soft_best_of_n_law(S0, S0_REWARDS, n, 1.0)
+    target = soft_best_of_n_law(S0, S0_REWARDS, 1.0, n)
     wrong = tilt(target, S0_REWARDS, 10.0)
     rows = verify.plan(target, wrong)
-    drawn = selection.soft_best_of_n_draw(S0.expand(rows, 3), S0_REWARDS, n, 1.0, generator=rng)
+    drawn = selection.soft_best_of_n_draw(S0.expand(rows, 3), S0_REWARDS, 1.0, n, generator=rng)
     assert verify.match(drawn, target, claim="sampler", versus=[wrong])
 
 
@@ -385,7 +385,7 @@ def test_two_choices_from_one_pool_are_dependent(rng):
     n = 4
     joint = enumerated_joint_law(S0, S0_REWARDS, n, 1.0)
     assert joint.diagonal().exp().sum().item() == pytest.approx(0.602324, abs=5e-7)
-    margin = soft_best_of_n_law(S0, S0_REWARDS, n, 1.0)
+    margin = soft_best_of_n_law(S0, S0_REWARDS, 1.0, n)
     close(joint.logsumexp(1), margin)
     independent = (margin[:, None] + margin).flatten()
 
@@ -560,8 +560,8 @@ def test_bad_candidates(draw, rewards, error, text):
 
 LAW_CALLS = {
     "best": lambda p, r, n: best_of_n_law(p, r, n),
-    "soft": lambda p, r, n: soft_best_of_n_law(p, r, n, 1.0),
-    "draw": lambda p, r, n: selection.soft_best_of_n_draw(p, r, n, 1.0, generator=G),
+    "soft": lambda p, r, n: soft_best_of_n_law(p, r, 1.0, n),
+    "draw": lambda p, r, n: selection.soft_best_of_n_draw(p, r, 1.0, n, generator=G),
 }
 
 
@@ -589,9 +589,9 @@ def test_bad_laws(name, ref, rewards, n, error, text):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda beta: soft_best_of_n_law(S0, S0_REWARDS, 2, beta),
+        lambda beta: soft_best_of_n_law(S0, S0_REWARDS, beta, 2),
         lambda beta: soft_best_of_n(S0_REWARDS, beta, generator=G),
-        lambda beta: selection.soft_best_of_n_draw(S0, S0_REWARDS, 2, beta, generator=G),
+        lambda beta: selection.soft_best_of_n_draw(S0, S0_REWARDS, beta, 2, generator=G),
         lambda beta: soft_best_of_n_stream([(S0_REWARDS, S0_REWARDS)], beta, generator=G),
     ],
 )
@@ -602,10 +602,10 @@ def test_bad_temperatures(call, beta):
 
 def test_soft_law_refuses_a_range_it_cannot_represent():
     with pytest.raises(ValueError, match=r"beta must be at least \(max reward - min reward\) / 600, got 0.003"):
-        soft_best_of_n_law(S0, S0_REWARDS, 2, 0.003)
+        soft_best_of_n_law(S0, S0_REWARDS, 0.003, 2)
     # Only the support counts, and the draw has no such limit.
-    soft_best_of_n_law(law(0.5, 0.5, 0), vector(0, 1, 1e9), 2, 0.003)
-    selection.soft_best_of_n_draw(S0, S0_REWARDS, 2, 0.003, generator=G)
+    soft_best_of_n_law(law(0.5, 0.5, 0), vector(0, 1, 1e9), 0.003, 2)
+    selection.soft_best_of_n_draw(S0, S0_REWARDS, 0.003, 2, generator=G)
 
 
 @pytest.mark.parametrize(
@@ -735,7 +735,7 @@ def test_draws_from_float64_are_those_of_the_first_version():
         [2, 8, 15, 17, 7, 1],
         [4, 7, 14, 10, 11, 4],
     ]
-    drawn = selection.soft_best_of_n_draw(p.expand(5, 4, 6), finite, 9, 0.7, generator=g.manual_seed(13))
+    drawn = selection.soft_best_of_n_draw(p.expand(5, 4, 6), finite, 0.7, 9, generator=g.manual_seed(13))
     assert drawn.tolist() == [[5, 2, 3, 1], [5, 2, 0, 5], [1, 0, 3, 4], [1, 1, 1, 2], [1, 3, 3, 4]]
     chunks = [(torch.arange(6 * i, 6 * i + 6).expand(4, 6), r.roll(i, 1)) for i in range(5)]
     assert soft_best_of_n_stream(chunks, 0.4, generator=g.manual_seed(13)).winner.tolist() == [11, 3, 14, 24]
@@ -749,7 +749,7 @@ def test_small_temperatures_are_greedy_in_every_dtype(dtype, beta, rng):
         assert soft_best_of_n(rewards, beta, generator=rng).item() == 1
         ref = law(0.5, 0.5).to(dtype)
         if bool(rewards.isfinite().all()):
-            assert selection.soft_best_of_n_draw(ref, rewards, 60, beta, generator=rng).item() == 1
+            assert selection.soft_best_of_n_draw(ref, rewards, beta, 60, generator=rng).item() == 1
         for order in (rewards, rewards.flip(0)):
             chunks = [(r.view(1), r.view(1)) for r in order]
             assert soft_best_of_n_stream(chunks, beta, generator=rng).winner == rewards[1]
@@ -766,7 +766,7 @@ def test_small_temperatures_are_greedy_in_every_dtype(dtype, beta, rng):
 def test_rewards_of_every_scale(scale):
     r, g = vector(-1, 0.5, 1), torch.Generator()
     beta = scale * 0.7
-    close(soft_best_of_n_law(S0, scale * r, 4, beta), soft_best_of_n_law(S0, r, 4, 0.7))
+    close(soft_best_of_n_law(S0, scale * r, beta, 4), soft_best_of_n_law(S0, r, 0.7, 4))
     close(best_of_n_law(S0, scale * r, 4), best_of_n_law(S0, r, 4))
     rows = scale * r.expand(200, 3)
     picked = soft_best_of_n(rows, beta, generator=g.manual_seed(1))
@@ -782,7 +782,7 @@ def test_laws_in_every_dtype(dtype, rng):
     ref = torch.log_softmax(torch.randn(151_936, generator=rng, dtype=F64), -1).to(dtype)
     rewards = torch.randint(3, ref.shape, generator=rng).to(dtype)
     exact = torch.log_softmax(ref.double(), -1)
-    for function in (best_of_n_law, lambda p, r, n: soft_best_of_n_law(p, r, n, 0.5)):
+    for function in (best_of_n_law, lambda p, r, n: soft_best_of_n_law(p, r, 0.5, n)):
         out = function(ref, rewards, 4)
         assert out.dtype == dtype
         # Within one rounding: the same law may be normalised once or twice.
@@ -790,7 +790,7 @@ def test_laws_in_every_dtype(dtype, rng):
         torch.testing.assert_close(out.double(), function(exact, rewards.double(), 4), rtol=max(eps, 1e-13), atol=0)
     short, flat = torch.full((500,), -math.log(500), dtype=F64).to(dtype), torch.zeros(500, dtype=dtype)
     assert selection.candidate_counts(short, 10, generator=rng).sum().item() == 10
-    assert selection.soft_best_of_n_draw(short, flat, 10, 0.5, generator=rng).shape == ()
+    assert selection.soft_best_of_n_draw(short, flat, 0.5, 10, generator=rng).shape == ()
     uniform = torch.full((151_936,), -math.log(151_936), dtype=F64).to(dtype)
     best = best_of_n_law(uniform, torch.zeros_like(uniform), 4)
     assert torch.equal(best, torch.log_softmax(uniform.double(), -1).to(dtype))
@@ -812,11 +812,11 @@ def test_nothing_depends_on_the_default_dtype(default):
         streamed = soft_best_of_n_stream([(S0_REWARDS, S0_REWARDS)] * 2, 0.5, generator=g)
         return (
             best_of_n_law(S0, TIED_REWARDS, 5),
-            soft_best_of_n_law(S0, S0_REWARDS, 5, 0.5),
+            soft_best_of_n_law(S0, S0_REWARDS, 0.5, 5),
             best_of_n(TIED_REWARDS, generator=g),
             soft_best_of_n(S0_REWARDS, 0.5, generator=g),
             selection.candidate_counts(S0, 9, generator=g),
-            selection.soft_best_of_n_draw(S0, S0_REWARDS, 9, 0.5, generator=g),
+            selection.soft_best_of_n_draw(S0, S0_REWARDS, 0.5, 9, generator=g),
             streamed.winner,
             streamed.log_mean_weight,
         )
@@ -871,11 +871,11 @@ def test_gradients_of_the_best_of_n_law_are_finite_at_the_extremes(n):
 def test_what_is_not_differentiable_carries_no_graph(rng):
     p, r = S0.clone().requires_grad_(), S0_REWARDS.clone().requires_grad_()
     for n in (1, 4):
-        assert not soft_best_of_n_law(p, r, n, 1.0).requires_grad
+        assert not soft_best_of_n_law(p, r, 1.0, n).requires_grad
     assert not selection.candidate_counts(p, 5, generator=rng).requires_grad
     assert not soft_best_of_n_stream([(Y, r), (Y, r)], 1.0, generator=rng).log_mean_weight.requires_grad
     soft_best_of_n(r, 1.0, generator=rng)
-    selection.soft_best_of_n_draw(p, r, 5, 1.0, generator=rng)
+    selection.soft_best_of_n_draw(p, r, 1.0, 5, generator=rng)
     assert torch.autograd.grad(best_of_n_law(p, r, 4)[0], r, allow_unused=True)[0] is None
 
 
@@ -885,12 +885,12 @@ BETAS = vector(0.2, 1, 5)
 
 def test_laws_with_a_temperature_per_row():
     rewards = torch.stack([S0_REWARDS, TIED_REWARDS, vector(0, 2, 1)])
-    looped = torch.stack([soft_best_of_n_law(S0, r, 7, b) for r, b in zip(rewards, BETAS.tolist(), strict=True)])
-    assert torch.equal(soft_best_of_n_law(S0, rewards, 7, BETAS), looped)
-    assert torch.equal(soft_best_of_n_law(S0.float(), rewards.float(), 7, BETAS.float()).argmax(-1), looped.argmax(-1))
+    looped = torch.stack([soft_best_of_n_law(S0, r, b, 7) for r, b in zip(rewards, BETAS.tolist(), strict=True)])
+    assert torch.equal(soft_best_of_n_law(S0, rewards, BETAS, 7), looped)
+    assert torch.equal(soft_best_of_n_law(S0.float(), rewards.float(), BETAS.float(), 7).argmax(-1), looped.argmax(-1))
     for n in (1, 7):
-        one = torch.stack([soft_best_of_n_law(S0, S0_REWARDS, n, b) for b in BETAS.tolist()])
-        assert torch.equal(soft_best_of_n_law(S0, S0_REWARDS, n, BETAS), one)
+        one = torch.stack([soft_best_of_n_law(S0, S0_REWARDS, b, n) for b in BETAS.tolist()])
+        assert torch.equal(soft_best_of_n_law(S0, S0_REWARDS, BETAS, n), one)
 
 
 def test_draws_with_the_temperatures_of_beta_for_ess(rng):
@@ -900,8 +900,8 @@ def test_draws_with_the_temperatures_of_beta_for_ess(rng):
     ref = torch.full((8,), -math.log(8), dtype=F64)
     assert soft_best_of_n(rewards, beta, generator=rng).shape == (3,)
     assert tilt(ref, rewards, beta).shape == (3, 8)
-    close(soft_best_of_n_law(ref, rewards.double(), 5, beta)[1], ref)
-    assert selection.soft_best_of_n_draw(ref, rewards, 5, beta, generator=rng).shape == (3,)
+    close(soft_best_of_n_law(ref, rewards.double(), beta, 5)[1], ref)
+    assert selection.soft_best_of_n_draw(ref, rewards, beta, 5, generator=rng).shape == (3,)
     assert soft_best_of_n_stream([(rewards, rewards)] * 2, beta, generator=rng).winner.shape == (3,)
 
 
@@ -909,7 +909,7 @@ def test_draws_with_the_temperatures_of_beta_for_ess(rng):
 def test_samplers_with_a_temperature_per_row(name, rng):
     """Rows of one batch at two temperatures: each half follows its own law and not that of the other."""
     cold, warm, n = 0.4, 1.2, 3
-    targets = [soft_best_of_n_law(S0, S0_REWARDS, n, beta) for beta in (cold, warm)]
+    targets = [soft_best_of_n_law(S0, S0_REWARDS, beta, n) for beta in (cold, warm)]
     rows = max(verify.plan(targets[0], targets[1]), verify.plan(targets[1], targets[0]))
     beta = vector(cold, warm)[:, None]
     pool = candidates(S0, 2 * rows, n, rng).view(2, rows, n)
@@ -917,7 +917,7 @@ def test_samplers_with_a_temperature_per_row(name, rng):
         index = soft_best_of_n(S0_REWARDS[pool], beta, generator=rng)
         drawn = pool.gather(-1, index[..., None]).squeeze(-1)
     elif name == "draw":
-        drawn = selection.soft_best_of_n_draw(S0.expand(rows, 3), S0_REWARDS, n, beta, generator=rng)
+        drawn = selection.soft_best_of_n_draw(S0.expand(rows, 3), S0_REWARDS, beta, n, generator=rng)
     else:
         chunks = [(part, S0_REWARDS[part]) for part in pool.split(1, -1)]
         out = soft_best_of_n_stream(chunks, beta, generator=rng)
@@ -934,9 +934,9 @@ def test_samplers_with_a_temperature_per_row(name, rng):
     ("call", "error", "text"),
     [
         (lambda b: soft_best_of_n(S0_REWARDS.expand(2, 3), b, generator=G), ValueError, r"beta must broadcast against"),
-        (lambda b: soft_best_of_n_law(S0.expand(2, 3), S0_REWARDS, 2, b), ValueError, r"beta must broadcast against"),
+        (lambda b: soft_best_of_n_law(S0.expand(2, 3), S0_REWARDS, b, 2), ValueError, r"beta must broadcast against"),
         (
-            lambda b: selection.soft_best_of_n_draw(S0.expand(2, 3), S0_REWARDS, 2, b, generator=G),
+            lambda b: selection.soft_best_of_n_draw(S0.expand(2, 3), S0_REWARDS, b, 2, generator=G),
             ValueError,
             r"beta must broadcast against the batch dimensions \(2,\), got shape \(3,\)",
         ),
@@ -956,21 +956,21 @@ def test_bad_shapes_of_temperatures(call, error, text):
 
 def test_the_range_of_each_row_counts():
     rewards = torch.stack([S0_REWARDS, 1000 * S0_REWARDS])
-    assert soft_best_of_n_law(S0, rewards, 2, vector(1, 1000)).shape == (2, 3)
+    assert soft_best_of_n_law(S0, rewards, vector(1, 1000), 2).shape == (2, 3)
     with pytest.raises(ValueError, match=r"beta must be at least .* / 600, got 1\.5 for a range of 2000"):
-        soft_best_of_n_law(S0, rewards, 2, vector(1000, 1.5))
+        soft_best_of_n_law(S0, rewards, vector(1000, 1.5), 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_empty_batches(dtype):
     p, r, none = torch.zeros(0, 3, dtype=dtype), torch.zeros(3, dtype=dtype), torch.zeros(0, 3, dtype=dtype)
     for n in (1, 4):
-        for out in (best_of_n_law(p, r, n), soft_best_of_n_law(p, r, n, 1.0), soft_best_of_n_law(p, r, n, none[:, 0])):
+        for out in (best_of_n_law(p, r, n), soft_best_of_n_law(p, r, 1.0, n), soft_best_of_n_law(p, r, none[:, 0], n)):
             assert out.shape == (0, 3) and out.dtype == dtype
     for index in (
         best_of_n(none, generator=G),
         soft_best_of_n(none, 1.0, generator=G),
-        selection.soft_best_of_n_draw(p, r, 4, 1.0, generator=G),
+        selection.soft_best_of_n_draw(p, r, 1.0, 4, generator=G),
     ):
         assert index.shape == (0,) and index.dtype == torch.int64
     assert selection.candidate_counts(p, 4, generator=G).shape == (0, 3)
@@ -981,9 +981,9 @@ def test_empty_batches(dtype):
 def test_numbers_of_numpy():
     n, beta = np.int64(4), np.float32(0.5)
     assert torch.equal(best_of_n_law(S0, S0_REWARDS, n), best_of_n_law(S0, S0_REWARDS, 4))
-    assert torch.equal(soft_best_of_n_law(S0, S0_REWARDS, n, beta), soft_best_of_n_law(S0, S0_REWARDS, 4, 0.5))
+    assert torch.equal(soft_best_of_n_law(S0, S0_REWARDS, beta, n), soft_best_of_n_law(S0, S0_REWARDS, 0.5, 4))
     assert selection.candidate_counts(S0, n, generator=G).sum() == 4
-    assert selection.soft_best_of_n_draw(S0, S0_REWARDS, n, beta, generator=G).shape == ()
+    assert selection.soft_best_of_n_draw(S0, S0_REWARDS, beta, n, generator=G).shape == ()
     assert soft_best_of_n(S0_REWARDS, np.float64(0.5), generator=G).shape == ()
     assert soft_best_of_n_stream([(Y, S0_REWARDS)], beta, generator=G).winner.shape == ()
 
@@ -994,7 +994,7 @@ def test_numbers_of_numpy():
         lambda: best_of_n(S0_REWARDS, generator=None),
         lambda: soft_best_of_n(S0_REWARDS, 1.0, generator=None),
         lambda: selection.candidate_counts(S0, 2, generator=None),
-        lambda: selection.soft_best_of_n_draw(S0, S0_REWARDS, 2, 1.0, generator=None),
+        lambda: selection.soft_best_of_n_draw(S0, S0_REWARDS, 1.0, 2, generator=None),
         lambda: soft_best_of_n_stream([(Y, S0_REWARDS)], 1.0, generator=None),
     ],
 )

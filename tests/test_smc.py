@@ -32,7 +32,7 @@ class Prescribed(markov.MarkovChain):
         super().__init__(REF.table(0), REF.alphabet)
         self.symbols = symbols
 
-    def _draw(self, step, contexts, generator):
+    def draw(self, step, contexts, *, generator):
         return self.symbols[step]
 
 
@@ -207,7 +207,7 @@ def test_weights_are_those_since_the_last_resampling(rng):
         y = out.tokens[i]
         # Weights since the last resampling, along the strings that survived.
         last = max(t for t in range(length) if t == 0 or out.ess[i, t - 1] < 0.5 * 5)
-        per_symbol = rewards[ref._steps(y), y]
+        per_symbol = rewards[ref.contexts_before(y), y]
         close(out.log_weights[i], per_symbol[:, last:].sum(-1), 1e-10)
 
 
@@ -220,14 +220,14 @@ DEAD_SYMBOL = markov.MarkovChain(torch.stack([law(1, 0, 0), law(0.2, 0.8, 0), la
     ("change", "error", "text"),
     [
         (
-            {"log_twists": ZERO},
+            {"log_values": ZERO},
             ValueError,
-            "log_twists must be finite wherever the target has mass, got -inf at step 1 in context 1",
+            "log_values must be finite wherever the target has mass, got -inf at step 1 in context 1",
         ),
-        ({"log_twists": NONE[:, :2]}, ValueError, r"log_twists must have shape \(L \+ 1, 3\), got \(3, 2\)"),
-        ({"log_twists": NONE[:1]}, ValueError, r"log_twists must have shape \(L \+ 1, 3\), got \(1, 3\)"),
-        ({"log_twists": NONE + 1}, ValueError, "log_twists must be 0 after the last step"),
-        ({"log_twists": NONE / 0}, ValueError, "log_twists must be finite or -inf"),
+        ({"log_values": NONE[:, :2]}, ValueError, r"log_values must have shape \(L \+ 1, 3\), got \(3, 2\)"),
+        ({"log_values": NONE[:1]}, ValueError, r"log_values must have shape \(L \+ 1, 3\), got \(1, 3\)"),
+        ({"log_values": NONE + 1}, ValueError, "log_values must be 0 after the last step"),
+        ({"log_values": NONE / 0}, ValueError, "log_values must be finite or -inf"),
         (
             {"proposal": DEAD_SYMBOL},
             ValueError,
@@ -243,11 +243,11 @@ DEAD_SYMBOL = markov.MarkovChain(torch.stack([law(1, 0, 0), law(0.2, 0.8, 0), la
         ({"threshold": math.nan}, ValueError, r"threshold must lie in \[0, 1\], got nan"),
         ({"threshold": None}, TypeError, "threshold must be a number, got NoneType"),
         ({"generator": None}, TypeError, "generator must be a torch.Generator, got NoneType"),
-        ({"log_twists": [[0.0]]}, TypeError, "log_twists must be a floating-point torch.Tensor, got list"),
+        ({"log_values": [[0.0]]}, TypeError, "log_values must be a floating-point torch.Tensor, got list"),
         (
             {"rewards": 1e100 * REWARDS, "beta": 1e-300},
             ValueError,
-            "beta must be so large that rewards / beta and log_twists",
+            "beta must be so large that rewards / beta and log_values",
         ),
         ({"n": 0}, ValueError, "n must be an integer >= 1, got 0"),
         ({"runs": 1.0}, TypeError, "runs must be an int, got float"),
@@ -256,7 +256,7 @@ DEAD_SYMBOL = markov.MarkovChain(torch.stack([law(1, 0, 0), law(0.2, 0.8, 0), la
     ],
 )
 def test_bad_input(change, error, text):
-    arguments = {"ref": REF, "rewards": REWARDS, "beta": 1.0, "log_twists": NONE, "n": 3, **change}
+    arguments = {"ref": REF, "rewards": REWARDS, "beta": 1.0, "log_values": NONE, "n": 3, **change}
     with pytest.raises(error, match=text.replace("|", r"\|")):
         smc.twisted_smc(**{"generator": torch.Generator(), **arguments})
 
@@ -275,16 +275,16 @@ def test_a_twist_may_vanish_where_the_target_does(rng):
 
 
 def test_bad_traces():
-    with pytest.raises(ValueError, match="symbols and ancestors must have one shape"):
+    with pytest.raises(ValueError, match="tokens and ancestors must have one shape"):
         smc.trace(torch.zeros(2, 3).long(), torch.zeros(3, 2).long())
     with pytest.raises(ValueError, match=r"ancestors must lie in 0\.\.2, got values from 0 to 3"):
         smc.trace(torch.zeros(2, 3).long(), torch.tensor([[0, 1, 2], [0, 1, 3]]))
     for bad in ([[0]], np.zeros((2, 3))):
         with pytest.raises(TypeError, match="ancestors must be an integer torch.Tensor, got"):
             smc.trace(torch.zeros(2, 3).long(), bad)
-        with pytest.raises(TypeError, match="symbols must be an integer torch.Tensor, got"):
+        with pytest.raises(TypeError, match="tokens must be an integer torch.Tensor, got"):
             smc.trace(bad, torch.zeros(2, 3).long())
-    with pytest.raises(ValueError, match=r"symbols must have shape \(\.\.\., L, n\) with L >= 1, got \(3,\)"):
+    with pytest.raises(ValueError, match=r"tokens must have shape \(\.\.\., L, n\) with L >= 1, got \(3,\)"):
         smc.trace(torch.zeros(3).long(), torch.zeros(3).long())
     with pytest.raises(ValueError, match=r"ancestors must hold at least one number, got shape \(2, 0\)"):
         smc.trace(torch.zeros(2, 0).long(), torch.zeros(2, 0).long())

@@ -1,8 +1,36 @@
 """Exponential tilting of a reference law: closed forms, samplers, and the evidence that one follows the other.
 
 Everything here concerns one law, pi*(y) proportional to pi_ref(y) exp(r(y) / beta). Functions are pure, take
-`torch` tensors, keep their device and dtype, and take an explicit `generator` where they draw. The last dimension
-runs over outcomes or candidates; every dimension before it is a batch.
+`torch` tensors, keep their device, and take an explicit `generator` where they draw. The last dimension runs over
+outcomes or candidates; every dimension before it is a batch.
+
+One rule for dtypes. Statistics of a batch, normalisations and laws are computed in float64, whatever comes in. What is
+returned has the dtype of the input, rounded once; where that dtype cannot hold the result (a count in half precision)
+or the object is float64 by nature (a Markov chain, evidence), the docstring says so. Half precision is welcome as
+input: its results are those of float64 on the same numbers, to the digits that it has.
+
+A module imports only from the rows above it, and from `_checks` and `_numerics`. A module that needs an optional
+package is imported by no other.
+
+============  ==================================================================  ====================
+module        holds                                                               needs
+============  ==================================================================  ====================
+weights       log weights: normalise, average, effective sample size
+categorical   laws on finitely many outcomes: tilt, divergences, draws
+mixtures      Gaussian mixtures: densities, scores, noise, tilt, all exact
+markov        Markov chains on strings, with exact tilts by additive rewards
+selection     rules that keep one of N candidates, and their exact laws
+resampling    schemes that turn weights into copies
+smc           particles on strings: twisted sequential Monte Carlo
+mcmc          Metropolis-Hastings on strings, toward a power of a chain
+policies      policies to train: a table of logits, a small transformer
+losses        losses and estimators of feedback: policy gradient, DPO, GRPO
+diffusion     noise levels, samplers and the denoising loss, from any score
+guidance      changes of a score or of a step that aim at a tilt
+verify        evidence: E-values, certificates, plans, verdict lines
+figures       figures, tables and explorables of the book                         matplotlib
+data          digits and word frequencies                                         scikit-learn, wordfreq
+============  ==================================================================  ====================
 """
 
 from importlib import import_module

@@ -1,12 +1,13 @@
 """Argument checks with uniform messages: each names the argument, the legal range and what was received."""
 
+import itertools
 import math
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-_INTEGERS = (
+INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
 )
@@ -26,7 +27,7 @@ def tensor(name: str, value: object) -> None:
 
 def integers(name: str, value: object) -> Tensor:
     """Require a non-empty tensor of an integer dtype; return it as int64, since a uint8 index is taken for a mask."""
-    if not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
+    if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
         raise TypeError(f"{name} must be an integer torch.Tensor, got {described(value)}")
     if value.numel() == 0:
         raise ValueError(f"{name} must hold at least one number, got shape {tuple(value.shape)}")
@@ -35,7 +36,7 @@ def integers(name: str, value: object) -> Tensor:
 
 def sequences(name: str, value: object) -> Tensor:
     """Require integers whose last dimension, the positions, is not empty; return them as int64."""
-    if isinstance(value, Tensor) and value.dtype in _INTEGERS:
+    if isinstance(value, Tensor) and value.dtype in INTEGERS:
         if value.ndim == 0:
             raise ValueError(f"{name} must have a last dimension, the positions of a string, got a single number")
         if value.shape[-1] > 0:  # no strings is a batch like any other
@@ -64,6 +65,12 @@ def logps(name: str, value: Tensor) -> None:
         raise ValueError(
             f"{name} must be log-probabilities that sum to 1 over the last dimension, got logsumexp = {worst:.6g}"
         )
+
+
+def law(name: str, value: Tensor) -> Tensor:
+    """Require a law at the tolerance of its dtype; return it in float64, normalised anew if it was not float64."""
+    logps(name, value)
+    return value if value.dtype == torch.float64 else torch.log_softmax(value.double(), -1)
 
 
 def rewards(name: str, value: Tensor) -> None:
@@ -158,6 +165,14 @@ def count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an integer >= 1, got {value}")
 
 
+def symbol(name: str, value: object, v: int | None = None) -> None:
+    """Require the number of a symbol, of an alphabet of v symbols if that is known."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {described(value)}")
+    if v is not None and not 0 <= int(value) < v:
+        raise ValueError(f"{name} must lie in 0..{v - 1}, got {value}")
+
+
 def some_left(name: str, log_total: Tensor) -> None:
     """Require that no row has lost its whole support."""
     if bool((log_total == -math.inf).any()):
@@ -173,7 +188,7 @@ def finite(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite, got {bad} of {value.numel()} entries NaN or infinite")
 
 
-def log_values(name: str, value: object) -> None:
+def drawn_logps(name: str, value: object) -> None:
     """Require log-probabilities of outcomes that did occur: finite and <= 0, up to rounding."""
     finite(name, value)
     assert isinstance(value, Tensor)
@@ -219,6 +234,67 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Require one of a few words."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def instance(name: str, value: object, kind: type, made_by: str = "") -> None:
+    """Require an object of a class."""
+    if not isinstance(value, kind):
+        origin = f", from {made_by}" if made_by else ""
+        raise TypeError(f"{name} must be a {kind.__name__}{origin}, got {described(value)}")
+
+
+def squarable(name: str, value: float) -> float:
+    """Require a number whose square does not overflow."""
+    if float(value) > 1e150:
+        raise ValueError(f"{name} must be at most 1e+150, got {value!r}")
+    return float(value)
+
+
+def level(name: str, value: float) -> float:
+    """Require a level of noise > 0."""
+    positive(name, value)
+    return squarable(name, value)
+
+
+def levels(name: str, value: Tensor) -> list[float]:
+    """Require levels of noise that decrease strictly, down to 0 at most; return them as numbers."""
+    finite(name, value)
+    if value.ndim != 1 or len(value) < 2:
+        raise ValueError(f"{name} must have shape (n + 1,) with n >= 1 steps, got {tuple(value.shape)}")
+    numbers: list[float] = value.tolist()
+    if numbers[-1] < 0:
+        raise ValueError(f"{name} must be >= 0, got {numbers[-1]!r}")
+    for i, (s, s_next) in enumerate(itertools.pairwise(numbers)):
+        if not s_next < s:
+            raise ValueError(f"{name} must decrease strictly, got {s_next!r} after {s!r} at step {i}")
+    squarable(name, numbers[0])
+    return numbers
+
+
+def symmetric(name: str, matrices: Tensor) -> None:
+    """Require symmetric matrices, up to half of the digits of the dtype."""
+    gap = (matrices - matrices.mT).abs().amax((-2, -1))
+    bad = gap > math.sqrt(torch.finfo(matrices.dtype).eps) * matrices.abs().amax((-2, -1))
+    if bool(bad.any()):
+        k = int(bad.long().argmax())
+        where = f" in component {k}" if matrices.ndim == 3 else ""
+        raise ValueError(f"{name} must be symmetric, got entries that differ by {gap.flatten()[k].item():g}{where}")
+
+
+def value_per_context(name: str, values: Tensor, contexts: int) -> int:
+    """Require one log value per context before each step and after the last; return the number of steps."""
+    rewards(name, values)
+    if values.ndim != 2 or values.shape[0] < 2 or values.shape[1] != contexts:
+        raise ValueError(f"{name} must have shape (L + 1, {contexts}), got {tuple(values.shape)}")
+    return len(values) - 1
+
+
+def finite_where(name: str, values: Tensor, reached: Tensor, where: str) -> None:
+    """Require log values that are finite in every context that can be reached."""
+    lost = reached & (values == -math.inf)
+    if bool(lost.any()):
+        step, context = lost.nonzero()[0].tolist()
+        raise ValueError(f"{name} must be finite {where}, got -inf at step {step} in context {context}")
 
 
 def generator(name: str, value: object) -> None:

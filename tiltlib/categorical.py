@@ -14,20 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tiltlib import _checks, weights
+from tiltlib import _checks, _numerics
 
 __all__ = [
-    "AliasTable",
     "Frontier",
     "Truncated",
-    "alias_table",
     "chi_square",
     "expectation",
     "frontier",
     "kl",
     "log_partition",
     "sample",
-    "sample_alias",
     "tilt",
     "total_variation",
     "truncate",
@@ -60,27 +57,9 @@ class Truncated(NamedTuple):
     kept_mass: Tensor
 
 
-class AliasTable(NamedTuple):
-    """Walker's alias table: column k holds outcome k up to a threshold and another outcome above it.
-
-    Attributes:
-        threshold: Share of column k that belongs to outcome k, in [0, 1], float64, shape (K,).
-        other: Outcome that has the rest of column k, int64, shape (K,).
-    """
-
-    threshold: Tensor
-    other: Tensor
-
-
-def _law(name: str, logps: Tensor) -> Tensor:
-    """Check a law at the tolerance of its dtype; return it in float64, normalised anew if it was not float64."""
-    _checks.logps(name, logps)
-    return logps if logps.dtype == torch.float64 else torch.log_softmax(logps.double(), -1)
-
-
 def _log_tilt_weights(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return log(p w) shifted by the largest log w of the support, and that shift, in float64."""
-    ref = _law("ref_logps", ref_logps)
+    ref = _checks.law("ref_logps", ref_logps)
     _checks.rewards("rewards", rewards)
     _checks.same_outcomes("ref_logps", ref_logps, "rewards", rewards)
     _checks.positive_per_row("beta", beta, torch.broadcast_shapes(ref_logps.shape, rewards.shape)[:-1])
@@ -89,7 +68,7 @@ def _log_tilt_weights(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) 
     top = supported.detach().amax(-1, keepdim=True)
     _checks.some_left("rewards", top)
     temperature = beta.double() if isinstance(beta, Tensor) else float(beta)
-    return ref + weights._over(supported, top, beta), top.squeeze(-1) / temperature
+    return ref + _numerics.over(supported, top, beta), top.squeeze(-1) / temperature
 
 
 def tilt(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> Tensor:
@@ -113,7 +92,7 @@ def tilt(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> Tensor:
         ValueError: `ref_logps` not normalised, `rewards` with NaN or +inf or excluding the whole support, `beta` not
             finite and > 0, or shapes that do not fit.
 
-    Source: [jiao2025]; book chapter 1, `gibbs-principle`.
+    Source: [jiao2025]; book, `gibbs-principle`.
     """
     log_weights, _ = _log_tilt_weights(ref_logps, rewards, beta)
     return torch.log_softmax(log_weights, -1).to(torch.promote_types(ref_logps.dtype, rewards.dtype))
@@ -138,7 +117,7 @@ def log_partition(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> T
         TypeError: `ref_logps` or `rewards` is not a floating tensor.
         ValueError: as for `tilt`.
 
-    Source: [jiao2025]; book chapter 1, `gibbs-principle`.
+    Source: [jiao2025]; book, `gibbs-principle`.
     """
     log_weights, shift = _log_tilt_weights(ref_logps, rewards, beta)
     log_z = torch.logsumexp(log_weights, -1) + shift
@@ -179,7 +158,7 @@ def truncate(
     Source: the documentation of Hugging Face transformers, where the rules are TopKLogitsWarper, TopPLogitsWarper and
         MinPLogitsWarper.
     """
-    law = _law("logps", logps)
+    law = _checks.law("logps", logps)
     exact = logps.detach().double()
     kept = exact > -math.inf
     if top_k is not None:
@@ -223,7 +202,7 @@ def expectation(logps: Tensor, values: Tensor) -> Tensor:
         ValueError: `logps` not normalised, `values` NaN or infinite with both signs where it has mass, or shapes that
             do not fit.
     """
-    law = _law("logps", logps)
+    law = _checks.law("logps", logps)
     _checks.tensor("values", values)
     _checks.same_outcomes("logps", logps, "values", values)
     supported = torch.where(law > -math.inf, values.double(), 0)
@@ -254,11 +233,11 @@ def frontier(ref_logps: Tensor, rewards: Tensor, betas: Sequence[float]) -> Fron
         TypeError: `ref_logps` or `rewards` is not a floating tensor.
         ValueError: as for `tilt`, or `betas` is empty.
 
-    Source: book chapter 1, `tilt-path`.
+    Source: book, `tilt-path`.
     """
     if len(betas) == 0:
         raise ValueError("betas must hold at least one temperature, got none")
-    ref = _law("ref_logps", ref_logps)
+    ref = _checks.law("ref_logps", ref_logps)
     _checks.rewards("rewards", rewards)
     dtype = torch.promote_types(ref_logps.dtype, rewards.dtype)
     laws = [tilt(ref, rewards, beta) for beta in betas]
@@ -270,7 +249,7 @@ def frontier(ref_logps: Tensor, rewards: Tensor, betas: Sequence[float]) -> Fron
 
 def _pair(logps_p: Tensor, logps_q: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
     """Check two laws; return them in float64, and the dtype of the answer."""
-    p, q = _law("logps_p", logps_p), _law("logps_q", logps_q)
+    p, q = _checks.law("logps_p", logps_p), _checks.law("logps_q", logps_q)
     _checks.same_outcomes("logps_p", logps_p, "logps_q", logps_q)
     return p, q, torch.promote_types(logps_p.dtype, logps_q.dtype)
 
@@ -377,78 +356,5 @@ def sample(logps: Tensor, n: int, *, generator: torch.Generator) -> Tensor:
     _checks.logps("logps", logps)
     _checks.count("n", n)
     _checks.generator("generator", generator)
-    cdf = logps.double().exp().cumsum(-1)
-    cdf = cdf / cdf[..., -1:]
     u = torch.rand((*logps.shape[:-1], int(n)), generator=generator, device=logps.device, dtype=torch.float64)
-    return torch.searchsorted(cdf, u, right=True)
-
-
-def alias_table(logps: Tensor) -> AliasTable:
-    """Build Walker's alias table of one law, for many fast draws with `sample_alias`.
-
-    K columns of equal width 1/K; column k holds outcome k up to `threshold[k]` and outcome `other[k]` above it.
-    Cost O(K), once.
-
-    Args:
-        logps: Log-probabilities, shape (K,), normalised.
-
-    Returns:
-        `AliasTable(threshold, other)`: float64 and int64, shape (K,), on the device of `logps`.
-
-    Raises:
-        TypeError: `logps` is not a floating tensor.
-        ValueError: `logps` not normalised or not one-dimensional.
-
-    Source: [walker1977].
-    """
-    _checks.logps("logps", logps)
-    if logps.ndim != 1:
-        raise ValueError(f"logps must have shape (K,), got {tuple(logps.shape)}")
-    probs = logps.double().exp()
-    k = len(probs)
-    threshold = (probs * (k / probs.sum())).tolist()
-    other = list(range(k))
-    small = [i for i in range(k) if threshold[i] < 1]
-    large = [i for i in range(k) if threshold[i] >= 1]
-    while small and large:
-        short, long = small.pop(), large[-1]
-        other[short] = long
-        threshold[long] -= 1 - threshold[short]
-        if threshold[long] < 1:
-            small.append(large.pop())
-    # The columns left add up to their number, so each differs from a full one by rounding only.
-    for i in small + large:
-        threshold[i] = 1.0
-    return AliasTable(
-        torch.tensor(threshold, dtype=torch.float64, device=logps.device), torch.tensor(other, device=logps.device)
-    )
-
-
-def sample_alias(table: AliasTable, n: int, *, generator: torch.Generator) -> Tensor:
-    """Draw independent outcomes from an alias table: one uniform and two look-ups each.
-
-        k = floor(K U),    Y = k if frac(K U) < threshold[k] else other[k]
-
-    Args:
-        table: From `alias_table`.
-        n: Number of draws, >= 1.
-        generator: Source of randomness, on the device of the table.
-
-    Returns:
-        Outcome indices, int64, shape (n,).
-
-    Raises:
-        TypeError: `n` is not an int, or `generator` not a torch.Generator.
-        ValueError: `n` < 1.
-
-    Source: [walker1977].
-    """
-    _checks.count("n", n)
-    _checks.generator("generator", generator)
-    k = len(table.threshold)
-    u = torch.rand(int(n), generator=generator, device=table.threshold.device, dtype=torch.float64).mul_(k)
-    column = u.int()
-    moved = u.frac_() >= table.threshold.index_select(0, column)
-    # One look-up in (own outcomes, other outcomes): torch.where on a random mask costs several times as much.
-    outcomes = torch.cat([torch.arange(k, device=u.device), table.other])
-    return outcomes.index_select(0, column.add_(moved, alpha=k))
+    return torch.searchsorted(_numerics.cdf(logps), u, right=True)

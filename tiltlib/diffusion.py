@@ -33,13 +33,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from tiltlib import _checks
+from tiltlib import _checks, _numerics
 from tiltlib.mixtures import GaussianMixture
 
 __all__ = [
     "Transition",
     "denoised",
     "denoising_loss",
+    "draw",
+    "evaluate",
     "geometric",
     "karras",
     "of_mixture",
@@ -63,7 +65,6 @@ _METHODS = ("euler", "heun", "dpmpp_2m", "ab3", "maruyama", "ancestral")
 # D is not extrapolated at all, as for a last level of 0.
 _LIMIT = 5.0
 _FEW = 16
-_HIGHEST = 1e150  # squares of levels must not overflow
 
 
 class Transition(NamedTuple):
@@ -91,17 +92,6 @@ def _range(low: float, high: float) -> tuple[float, float]:
         raise ValueError(f"low must lie in (0, high), got low = {low!r} and high = {high!r}")
     # A numpy scalar would turn the levels into an array.
     return float(low), float(high)
-
-
-def _bounded(name: str, value: float) -> float:
-    if float(value) > _HIGHEST:
-        raise ValueError(f"{name} must be at most {_HIGHEST:g}, got {value!r}")
-    return float(value)
-
-
-def _level(name: str, value: float) -> float:
-    _checks.positive(name, value)
-    return _bounded(name, value)
 
 
 def karras(n: int, low: float, high: float, rho: float = 7.0) -> Tensor:
@@ -198,28 +188,28 @@ def variance_preserving(n: int, time: float) -> Tensor:
     return torch.expm1(2 * float(time) * (1 - fractions)).sqrt()
 
 
-def _floats(levels: Tensor) -> list[float]:
-    _checks.finite("levels", levels)
-    if levels.ndim != 1 or len(levels) < 2:
-        raise ValueError(f"levels must have shape (n + 1,) with n >= 1 steps, got {tuple(levels.shape)}")
-    numbers: list[float] = levels.tolist()
-    if numbers[-1] < 0:
-        raise ValueError(f"levels must be >= 0, got {numbers[-1]!r}")
-    for i, (s, s_next) in enumerate(itertools.pairwise(numbers)):
-        if not s_next < s:
-            raise ValueError(f"levels must decrease strictly, got {s_next!r} after {s!r} at step {i}")
-    _bounded("levels", numbers[0])
-    return numbers
-
-
 def _points(name: str, value: Tensor) -> None:
     _checks.tensor(name, value)
     if value.ndim != 2:
         raise ValueError(f"{name} must have shape (n, D), got {tuple(value.shape)}")
 
 
-def _evaluate(score: Score, y: Tensor, s: Level, name: str = "score") -> Tensor:
-    """Evaluate a score; its dtype does not matter, its shape does."""
+def evaluate(score: Score, y: Tensor, s: Level, name: str = "score") -> Tensor:
+    """Evaluate a score, and refuse a result of another shape, which would broadcast without a word.
+
+    Args:
+        score: Score function (y, s).
+        y: Points at level s, shape (n, D).
+        s: Level of noise, as the score takes it.
+        name: What to call the score in an error.
+
+    Returns:
+        The score at each point, shape (n, D), in the dtype of `y`; the score may return another.
+
+    Raises:
+        TypeError: the score returns no floating tensor.
+        ValueError: the score returns another shape than that of `y`.
+    """
     value = score(y, s)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name} must return a floating-point torch.Tensor, got {_checks.described(value)}")
@@ -228,36 +218,36 @@ def _evaluate(score: Score, y: Tensor, s: Level, name: str = "score") -> Tensor:
     return value.to(y.dtype)
 
 
-def _widened(score: Score, y: Tensor, least: torch.dtype = torch.float32) -> tuple[Score, Tensor]:
-    """Take points in a dtype of enough digits, and the score as a function of them that sees the dtype that came in."""
-    narrow, wide = y.dtype, torch.promote_types(y.dtype, least)
-    return (score, y) if wide == narrow else (lambda z, s: score(z.to(narrow), s), y.to(wide))
-
-
 def _step_between(y: Tensor, s: float, s_next: float) -> tuple[float, float]:
     _points("y", y)
-    s = _level("s", s)
+    s = _checks.level("s", s)
     _checks.nonnegative("s_next", s_next)
     if not s_next < s:
         raise ValueError(f"s_next must lie in [0, s), got s_next = {s_next!r} and s = {s!r}")
     return s, float(s_next)
 
 
-def _normal(like: Tensor, generator: Generator | None) -> Tensor:
-    """Draw standard normal noise of the shape, dtype and device of a tensor."""
+def draw(step: Transition, *, generator: Generator | None) -> Tensor:
+    """Draw the points at the next level.
+
+        y' = mean + std eps
+
+    Args:
+        step: Law of each next point.
+        generator: Source of randomness, on the device of the points; None will do where `std` is 0.
+
+    Returns:
+        Points, shape (n, D), in the dtype of the mean.
+
+    Raises:
+        TypeError: `generator` is not a `torch.Generator`, and there is noise to draw.
+    """
+    mean, std = step
+    if std == 0:
+        return mean
     _checks.generator("generator", generator)
-    u = torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float64)
-    # A uniform number may be 0, whose quantile is -inf.
-    return torch.special.ndtri(u.clamp_(min=2.0**-54)).to(like.dtype)
-
-
-def _draw(step: Transition, generator: Generator | None) -> Tensor:
-    return step.mean + step.std * _normal(step.mean, generator) if step.std > 0 else step.mean
-
-
-def _mixture(name: str, value: object) -> None:
-    if not isinstance(value, GaussianMixture):
-        raise TypeError(f"{name} must be a GaussianMixture, got {type(value).__name__}")
+    assert generator is not None
+    return mean + std * _numerics.normal(mean, generator).to(mean.dtype)
 
 
 def of_mixture(mixture: GaussianMixture) -> Score:
@@ -274,7 +264,7 @@ def of_mixture(mixture: GaussianMixture) -> Score:
     Raises:
         TypeError: `mixture` is not a `GaussianMixture`.
     """
-    _mixture("mixture", mixture)
+    _checks.instance("mixture", mixture, GaussianMixture)
     return lambda y, s: mixture.noised(1.0, s).score(y)
 
 
@@ -295,12 +285,12 @@ def denoised(score: Score, y: Tensor, s: float) -> Tensor:
         TypeError: `y`, or what `score` returns, is not a floating tensor.
         ValueError: `y` not (n, D), `s` not in (0, 1e150], or a score of another shape.
 
-    Source: [efron2011]; book chapter 8, `noised-mixture`.
+    Source: [efron2011]; book, `noised-mixture`.
     """
     _points("y", y)
-    s = _level("s", s)
-    inner, wide = _widened(score, y)
-    return (wide + s**2 * _evaluate(inner, wide, s)).to(y.dtype)
+    s = _checks.level("s", s)
+    inner, wide = _numerics.widened(score, y)
+    return (wide + s**2 * evaluate(inner, wide, s)).to(y.dtype)
 
 
 def transition(score: Score, y: Tensor, s: float, s_next: float, churn: float = 1.0) -> Transition:
@@ -323,13 +313,13 @@ def transition(score: Score, y: Tensor, s: float, s_next: float, churn: float = 
         ValueError: `y` not (n, D), not 0 <= `s_next` < `s` <= 1e150, `churn` not in [0, 1e150], or a score of another
             shape.
 
-    Source: [song2021sde], [karras2022]; book chapter 8, `reverse-process`.
+    Source: [song2021sde], [karras2022]; book, `reverse-process`.
     """
     s, s_next = _step_between(y, s, s_next)
     _checks.nonnegative("churn", churn)
-    churn, elapsed = _bounded("churn", churn), (s - s_next) * (s + s_next)
-    inner, wide = _widened(score, y)
-    mean = wide + (1 + churn**2) / 2 * elapsed * _evaluate(inner, wide, s)
+    churn, elapsed = _checks.squarable("churn", churn), (s - s_next) * (s + s_next)
+    inner, wide = _numerics.widened(score, y)
+    mean = wide + (1 + churn**2) / 2 * elapsed * evaluate(inner, wide, s)
     return Transition(mean.to(y.dtype), churn * math.sqrt(elapsed))
 
 
@@ -351,10 +341,10 @@ def posterior_transition(score: Score, y: Tensor, s: float, s_next: float) -> Tr
         TypeError: `y`, or what `score` returns, is not a floating tensor.
         ValueError: `y` not (n, D), not 0 <= `s_next` < `s` <= 1e150, or a score of another shape.
 
-    Source: [ho2020]; book chapter 8, `gaussian-chain`.
+    Source: [ho2020]; book, `gaussian-chain`.
     """
     s, s_next = _step_between(y, s, s_next)
-    inner, wide = _widened(score, y)
+    inner, wide = _numerics.widened(score, y)
     mean, kept = denoised(inner, wide, s), (s_next / s) ** 2
     return Transition((mean + kept * (wide - mean)).to(y.dtype), s_next * math.sqrt(1 - kept))
 
@@ -417,9 +407,9 @@ def sample(
         ValueError: `levels` not in [0, 1e150] or not strictly decreasing; `y` not (n, D) or not finite; a score of
             another shape; an unknown `method`; `churn` not in [0, 1e150], or given to another method.
 
-    Source: [song2021ddim], [karras2022], [lu2022dpmpp], [zhang2023deis], [ho2020]; book chapter 8, `sampler-order`.
+    Source: [song2021ddim], [karras2022], [lu2022dpmpp], [zhang2023deis], [ho2020]; book, `sampler-order`.
     """
-    numbers = _floats(levels)
+    numbers = _checks.levels("levels", levels)
     _points("y", y)
     _checks.finite("y", y)
     if generator is not None:
@@ -430,7 +420,7 @@ def sample(
         raise ValueError(f"churn must be left at 1 unless method is 'maruyama', got {churn!r} for {method!r}")
     dtype, past = y.dtype, list[tuple[float, Tensor]]()
     if isinstance(method, str):
-        score, y = _widened(score, y)
+        score, y = _numerics.widened(score, y)
     for s, s_next in itertools.pairwise(numbers):
         if not isinstance(method, str):
             y = method(score, y, s, s_next, generator)
@@ -439,12 +429,12 @@ def sample(
             order = 2 if method == "ab3" and len(numbers) - 1 < _FEW else _ORDERS[method]
             y = y * (s_next / s) + (1 - s_next / s) * _extrapolated(past, s_next, order)
         elif method == "heun":
-            slope = -s * _evaluate(score, y, s)
+            slope = -s * evaluate(score, y, s)
             guess = y + (s_next - s) * slope
-            y = guess if s_next == 0 else y + (s_next - s) / 2 * (slope - s_next * _evaluate(score, guess, s_next))
+            y = guess if s_next == 0 else y + (s_next - s) / 2 * (slope - s_next * evaluate(score, guess, s_next))
         else:
             kernel = partial(transition, churn=churn) if method == "maruyama" else posterior_transition
-            y = _draw(kernel(score, y, s, s_next), generator)
+            y = draw(kernel(score, y, s, s_next), generator=generator)
     return y.to(dtype)
 
 
@@ -471,7 +461,7 @@ def denoising_loss(score: Score, x0: Tensor, s: float | Tensor, eps: Tensor) -> 
         ValueError: `x0` not (n, D), `eps` of another shape, one of them not finite, `s` not in (0, 1e150] or of another
             shape, or a score of another shape.
 
-    Source: [hyvarinen2005], [vincent2011]; book chapter 10, `weighted-score-matching`.
+    Source: [hyvarinen2005], [vincent2011]; book, `weighted-score-matching`.
     """
     _points("x0", x0)
     _checks.finite("x0", x0)
@@ -482,11 +472,11 @@ def denoising_loss(score: Score, x0: Tensor, s: float | Tensor, eps: Tensor) -> 
             raise ValueError(f"s must have shape {(len(x0), 1)}, got {tuple(s.shape)}")
         _checks.positive_per_row("s", s, x0.shape)
     else:
-        s = _level("s", s)
+        s = _checks.level("s", s)
     for name, value in (("eps", eps), ("s", s)):
         if isinstance(value, Tensor) and value.dtype != x0.dtype:
             raise TypeError(f"{name} must have the dtype of x0, {x0.dtype}, got {value.dtype}")
-    value = _evaluate(score, x0 + eps * s, s)
+    value = evaluate(score, x0 + eps * s, s)
     # Squares of numbers in half precision overflow from 256 on.
     wide = torch.promote_types(x0.dtype, torch.float32)
     width = s.to(wide) if isinstance(s, Tensor) else s

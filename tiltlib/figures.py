@@ -111,8 +111,8 @@ def figure(
         if not 0 < inches < float("inf"):
             raise ValueError(f"{name} must be positive and finite, got {inches}")
     _need_matplotlib()
-    from cycler import cycler
     from matplotlib.figure import Figure
+    from matplotlib.pyplot import cycler
 
     fig = Figure(figsize=(SCALE * width, SCALE * height), layout="constrained")
     axes = fig.subplots(nrows, ncols, **subplots_kw)

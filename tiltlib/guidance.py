@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from tiltlib import _checks, diffusion, mixtures, resampling, selection, weights
+from tiltlib import _checks, _numerics, diffusion, resampling, selection, weights
 from tiltlib.diffusion import Score, Step, Transition
 from tiltlib.mixtures import GaussianMixture, Tilted
 
@@ -31,15 +31,15 @@ __all__ = [
     "Particles",
     "classifier_free",
     "exact_value",
-    "log_value",
+    "log_values",
     "particles",
     "plug_in",
     "soft_best_of_n_step",
     "value_gradient",
 ]
 
-# log_value(y, s): one number per point.
-LogValue = Callable[[Tensor, float], Tensor]
+# log_values(y, s): one number per point.
+LogValues = Callable[[Tensor, float], Tensor]
 # kernel(score, y, s, s_next): `diffusion.transition` or `posterior_transition`.
 Kernel = Callable[[Score, Tensor, float, float], Transition]
 # A resampling scheme: scheme(log_weights, n, generator=g) gives ancestors.
@@ -102,15 +102,15 @@ def classifier_free(conditional: Score, unconditional: Score, guidance_scale: fl
         TypeError: `guidance_scale` is a tensor.
         ValueError: `guidance_scale` is not finite.
 
-    Source: [ho2022cfg]; book chapter 9, `cfg-is-value-guidance` and `cfg-is-not-a-tilt`.
+    Source: [ho2022cfg]; book, `cfg-is-value-guidance` and `cfg-is-not-a-tilt`.
     """
     scale = _number("guidance_scale", guidance_scale)
 
     def score(y: Tensor, s: float) -> Tensor:
         _checks.tensor("y", y)
         wide = torch.promote_types(y.dtype, torch.float32)
-        start = diffusion._evaluate(unconditional, y, s, "unconditional").to(wide)
-        toward = diffusion._evaluate(conditional, y, s, "conditional").to(wide)
+        start = diffusion.evaluate(unconditional, y, s, "unconditional").to(wide)
+        toward = diffusion.evaluate(conditional, y, s, "conditional").to(wide)
         return (start + scale * (toward - start)).to(y.dtype)
 
     return score
@@ -130,15 +130,10 @@ def exact_value(tilted: Tilted) -> Score:
     Raises:
         TypeError: `tilted` is not a `Tilted`.
 
-    Source: book chapter 8, `tilted-score`.
+    Source: book, `tilted-score`.
     """
-    _tilted(tilted)
+    _checks.instance("tilted", tilted, Tilted, "GaussianMixture.tilt")
     return diffusion.of_mixture(tilted.mixture)
-
-
-def _tilted(tilted: Tilted) -> None:
-    if not isinstance(tilted, Tilted):
-        raise TypeError(f"tilted must be a Tilted, from GaussianMixture.tilt, got {type(tilted).__name__}")
 
 
 def value_gradient(ref: GaussianMixture, tilted: Tilted, y: Tensor, s: float) -> Tensor:
@@ -160,17 +155,17 @@ def value_gradient(ref: GaussianMixture, tilted: Tilted, y: Tensor, s: float) ->
             of `ref`.
         ValueError: `y` not (n, D) or not finite, or `s` negative or not finite.
 
-    Source: book chapter 8, `tilted-score`.
+    Source: book, `tilted-score`.
     """
-    diffusion._mixture("ref", ref)
-    _tilted(tilted)
-    ref._points("y", y)
+    _checks.instance("ref", ref, GaussianMixture)
+    _checks.instance("tilted", tilted, Tilted, "GaussianMixture.tilt")
+    ref.check_points("y", y)
     wide = y.double()
-    law, start = (mixture._as(torch.float64).noised(1.0, s) for mixture in (tilted.mixture, ref))
+    law, start = (mixture.to(torch.float64).noised(1.0, s) for mixture in (tilted.mixture, ref))
     return (law.score(wide) - start.score(wide)).to(y.dtype)
 
 
-def log_value(ref: GaussianMixture, tilted: Tilted) -> LogValue:
+def log_values(ref: GaussianMixture, tilted: Tilted) -> LogValues:
     """Make the exact log value of a tilt, for `soft_best_of_n_step` and as the twist of `particles`.
 
         log h(y, s) = log E[w(x_0) | x_0 + s eps = y] = log Z + log p*_s(y) - log p_s(y)
@@ -180,19 +175,19 @@ def log_value(ref: GaussianMixture, tilted: Tilted) -> LogValue:
         tilted: Its tilt, from `ref.tilt`.
 
     Returns:
-        The function `log_value(y, s)`, shape (n,), in the dtype of y; at s = 0 it is r(y) / beta.
+        The function `log_values(y, s)`, shape (n,), in the dtype of y; at s = 0 it is r(y) / beta.
 
     Raises:
         TypeError: `ref` is not a `GaussianMixture`, or `tilted` not a `Tilted`.
 
-    Source: book chapter 8, `tilted-score`.
+    Source: book, `tilted-score`.
     """
-    diffusion._mixture("ref", ref)
-    _tilted(tilted)
-    law, start, log_z = tilted.mixture._as(torch.float64), ref._as(torch.float64), tilted.log_partition.double()
+    _checks.instance("ref", ref, GaussianMixture)
+    _checks.instance("tilted", tilted, Tilted, "GaussianMixture.tilt")
+    law, start, log_z = tilted.mixture.to(torch.float64), ref.to(torch.float64), tilted.log_partition.double()
 
     def value(y: Tensor, s: float) -> Tensor:
-        ref._points("y", y)
+        ref.check_points("y", y)
         wide = y.double()
         return (log_z + law.noised(1.0, s).logps(wide) - start.noised(1.0, s).logps(wide)).to(y.dtype)
 
@@ -231,9 +226,9 @@ def plug_in(
         ValueError: `quadratic` or `linear` not finite, of another shape or not symmetric, `beta` not finite and > 0, or
             so small that r / beta overflows.
 
-    Source: [chung2023]; book chapter 9, `plug-in-bias`.
+    Source: [chung2023]; book, `plug-in-bias`.
     """
-    diffusion._mixture("ref", ref)
+    _checks.instance("ref", ref, GaussianMixture)
     _checks.positive("beta", beta)
     for name, value, shape in (("quadratic", quadratic, (ref.dimension,) * 2), ("linear", linear, (ref.dimension,))):
         if value is not None:
@@ -243,18 +238,18 @@ def plug_in(
             if not bool((value.double() / float(beta)).isfinite().all()):
                 raise ValueError(f"beta must keep {name} / beta within the range of float64, got {beta!r}")
     if quadratic is not None:
-        mixtures._symmetric("quadratic", quadratic)
+        _checks.symmetric("quadratic", quadratic)
 
-    law, beta = ref._as(torch.float64), float(beta)
+    law, beta = ref.to(torch.float64), float(beta)
     curve = None if quadratic is None else quadratic.double()
     rise = None if linear is None else linear.double() / beta
     score = diffusion.of_mixture(law)
 
     def guided(y: Tensor, s: float) -> Tensor:
-        s = diffusion._level("s", s)
+        s = _checks.level("s", s)
         if s < 1e-150:
             raise ValueError(f"s must be at least 1e-150, whose square is above 0, got {s!r}")
-        ref._points("y", y)
+        ref.check_points("y", y)
         wide = y.double()
         covariance = law.denoise_covariance(wide, 1.0, s)
         slope = torch.zeros_like(wide) if rise is None else rise.expand_as(wide)
@@ -268,19 +263,19 @@ def plug_in(
     return guided
 
 
-def soft_best_of_n_step(log_value: LogValue, n: int, power: float, *, kernel: Kernel = diffusion.transition) -> Step:
+def soft_best_of_n_step(log_values: LogValues, power: float, n: int, *, kernel: Kernel = diffusion.transition) -> Step:
     """Make a step that draws n candidates for the next point and keeps one by its value.
 
-        y'_1 ... y'_n from kernel(score, y, s, s'),    P(i) proportional to exp(power log_value(y'_i, s'))
+        y'_1 ... y'_n from kernel(score, y, s, s'),    P(i) proportional to exp(power log_values(y'_i, s'))
 
     For `diffusion.sample(..., method=step)`. In the limit of many steps it guides like the reverse SDE with the score
-    plus power (1 - 1/n) grad log_value, from values alone. Cost n values and one score per point.
+    plus power (1 - 1/n) grad log_values, from values alone. Cost n values and one score per point.
 
     Args:
-        log_value: Function (y, s) that gives the log value of each point, shape (n,); -inf excludes a candidate, for
+        log_values: Function (y, s) that gives the log value of each point, shape (n,); -inf excludes a candidate, for
             any `power`.
-        n: Number of candidates, >= 1; 1 leaves the sampler as it is.
         power: Exponent of the value, finite.
+        n: Number of candidates, >= 1; 1 leaves the sampler as it is.
         kernel: Law of the candidates: `diffusion.transition` (partial for another `churn`) or `posterior_transition`.
 
     Returns:
@@ -290,7 +285,7 @@ def soft_best_of_n_step(log_value: LogValue, n: int, power: float, *, kernel: Ke
         TypeError: `n` is not an int, or `power` is a tensor.
         ValueError: `n` < 1, or `power` is not finite.
 
-    Source: [li2024svdd], [verdun2025]; book chapter 9, `stepwise-soft-bon`.
+    Source: [li2024svdd], [verdun2025]; book, `stepwise-soft-bon`.
     """
     _checks.count("n", n)
     n, power = int(n), _number("power", power)
@@ -299,11 +294,11 @@ def soft_best_of_n_step(log_value: LogValue, n: int, power: float, *, kernel: Ke
         _checks.generator("generator", generator)
         assert generator is not None
         mean, std = kernel(score, y, s, s_next)
-        pool = diffusion._draw(Transition(mean.repeat_interleave(n, 0), std), generator)
-        log_values = _per_point("log_value", log_value(pool, s_next), pool).view(len(y), n)
-        _checks.log_weights("log_value", log_values)
-        values = torch.where(log_values > -math.inf, power * log_values, -math.inf)
-        _checks.log_weights("power times log_value", values)
+        pool = diffusion.draw(Transition(mean.repeat_interleave(n, 0), std), generator=generator)
+        values = _per_point("log_values", log_values(pool, s_next), pool).view(len(y), n)
+        _checks.log_weights("log_values", values)
+        values = torch.where(values > -math.inf, power * values, -math.inf)
+        _checks.log_weights("power times log_values", values)
         chosen = selection.soft_best_of_n(values, 1.0, generator=generator)
         return pool.view(len(y), n, y.shape[-1]).take_along_dim(chosen[:, None, None], 1)[:, 0]
 
@@ -316,7 +311,7 @@ def particles(
     y: Tensor,
     levels: Tensor,
     log_tilt: Callable[[Tensor], Tensor],
-    log_twist: LogValue | None = None,
+    log_values: LogValues | None = None,
     *,
     generator: Generator,
     kernel: Kernel = diffusion.transition,
@@ -327,7 +322,7 @@ def particles(
     """Correct guidance by particles: propose with one score, weight toward the other and toward the tilt, resample.
 
         y' from K(y' | y; proposal),    log g = log K(y' | y; ref) - log K(y' | y; proposal) + V(y', s') - V(y, s)
-        V = log_twist, at the last level V = log_tilt
+        V = log_values, at the last level V = log_tilt
         resample before a step iff ESS < threshold n;  then log_partition += log of the mean weight, all weights are 1
 
     With more particles the weighted points follow the tilt by w of the chain of K(.; ref) at these levels, whatever
@@ -341,7 +336,7 @@ def particles(
         y: Points at the first level from the reference law there, shape (runs, n, D): independent systems of n points.
         levels: Levels of noise, >= 0 and strictly decreasing, shape (steps + 1,).
         log_tilt: Function that gives log w of finished points (m, D), shape (m,); -inf excludes a point.
-        log_twist: Function (y, s) for points (m, D) on the way, shape (m,), finite. Exact: `log_value`. Default: 0.
+        log_values: Function (y, s) for points (m, D) on the way, shape (m,), finite. Exact: `log_values`. Default: 0.
         generator: Source of randomness, on the device of `y`.
         kernel: Law K of a step: `diffusion.transition` (partial for another `churn`) or `posterior_transition`.
         threshold: Resample when ESS / n falls below it, in [0, 1]: 0 is never, 1 whenever weights differ.
@@ -359,10 +354,10 @@ def particles(
             not (runs, n, D) or not finite; functions that return another shape, or values that are not finite;
             `threshold` outside [0, 1].
 
-    Source: [delmoral2006], [wu2023]; book chapter 9, `smc-guidance`.
+    Source: [delmoral2006], [wu2023]; book, `smc-guidance`.
     """
     _checks.generator("generator", generator)
-    numbers = diffusion._floats(levels)
+    numbers = _checks.levels("levels", levels)
     _checks.tensor("y", y)
     if y.ndim != 3 or not y.shape[1]:
         raise ValueError(f"y must have shape (runs, n, D) with n >= 1 and D >= 1, got {tuple(y.shape)}")
@@ -372,15 +367,15 @@ def particles(
     runs, n, d = y.shape
 
     def twist(points: Tensor, s: float) -> Tensor:
-        if log_twist is None:
+        if log_values is None:
             return torch.zeros(runs, n, dtype=torch.float64, device=y.device)
-        value = _per_point("log_twist", log_twist(points.to(y.dtype), s), points)
-        _checks.finite("log_twist", value)
+        value = _per_point("log_values", log_values(points.to(y.dtype), s), points)
+        _checks.finite("log_values", value)
         return value.view(runs, n)
 
     guided = proposal is not ref
     points = y.flatten(0, 1)
-    (proposal, _), (ref, points) = (diffusion._widened(score, points, torch.float64) for score in (proposal, ref))
+    (proposal, _), (ref, points) = (_numerics.widened(score, points, torch.float64) for score in (proposal, ref))
     values = twist(points, numbers[0])
     log_weights = values
     if start_log_weights is not None:
@@ -408,7 +403,7 @@ def particles(
                 f"kernel must draw noise at every step, since weights are ratios of densities, "
                 f"got std = {std!r} from level {s!r} to {s_next!r}"
             )
-        noise = diffusion._normal(mean, generator)
+        noise = _numerics.normal(mean, generator)
         if guided:
             # Both kernels have one std: log N(y'; ref) - log N(y'; proposal) with y' = mean + std noise.
             gap = (mean - kernel(ref, points, s, s_next).mean) / std

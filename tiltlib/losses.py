@@ -77,7 +77,7 @@ def kl_estimators(logps: Tensor, ref_logps: Tensor) -> KLEstimates:
         TypeError: an argument is not a floating tensor.
         ValueError: values not finite or above 0, or shapes that differ.
 
-    Source: [schulman2020]; book chapter 3, `kl-estimators`.
+    Source: [schulman2020]; book, `kl-estimators`.
     """
     _draws(logps=logps, ref_logps=ref_logps)
     return KLEstimates(*(k.to(logps.dtype) for k in _estimates(ref_logps.double() - logps.double())))
@@ -90,7 +90,7 @@ def _estimates(log_rho: Tensor) -> KLEstimates:
 def _draws(**logps: Tensor) -> None:
     """Require log-probabilities of drawn outcomes, of one shape."""
     for name, value in logps.items():
-        _checks.log_values(name, value)
+        _checks.drawn_logps(name, value)
     _checks.same_shape(**logps)
 
 
@@ -143,7 +143,7 @@ def policy_gradient(
         ValueError: values or advantages not finite, log-probabilities above 0, shapes that do not fit, or `beta` not
             finite and > 0.
 
-    Source: [williams1992]; book chapter 3, `policy-gradient-tilt`.
+    Source: [williams1992]; book, `policy-gradient-tilt`.
     """
     returns = _returns(logps, ref_logps, rewards, beta)
     level = _as_tensor("baseline", baseline, logps).double()
@@ -172,7 +172,7 @@ def rloo(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tens
         TypeError: a tensor that is not floating, or `beta` not a number.
         ValueError: a group of fewer than 2, or as for `policy_gradient`.
 
-    Source: [kool2019], [ahmadian2024]; book chapter 3, `policy-gradient-tilt`.
+    Source: [kool2019], [ahmadian2024]; book, `policy-gradient-tilt`.
     """
     returns = _returns(logps, ref_logps, rewards, beta)
     _group("logps", logps, -1)
@@ -217,7 +217,7 @@ def grpo(
 
     The last dimension runs over tokens, and the KL term is one per token, as in public trainers. Pass whole-sequence
     log-probabilities with a last dimension of 1 for the term on the sequence ratio. The defaults are those of the
-    paper; their fixed point is not the tilt (book chapter 3, `grpo-fixed-points`).
+    paper; their fixed point is not the tilt (book, `grpo-fixed-points`).
 
     A clipped term has gradient 0, however far its ratio is. The loss is +inf, and its gradient infinite, where the
     dtype cannot hold the ratio of a token with a negative advantage, or k3.
@@ -247,7 +247,7 @@ def grpo(
             than 2, a sequence with no token left by `mask`, `beta` not finite and >= 0, `clip` not finite and > 0, or
             an unknown option.
 
-    Source: [shao2024]; book chapter 3, `grpo-fixed-points`, `grpo-binary-exact` and `token-level-kl`.
+    Source: [shao2024]; book, `grpo-fixed-points`, `grpo-binary-exact` and `token-level-kl`.
     """
     _checks.tensor("logps", logps)
     _checks.nonnegative("beta", beta)
@@ -303,7 +303,7 @@ def _tokens(name: str, value: Tensor | None, logps: Tensor, mask: Tensor | None)
     _checks.same_shape(**{"logps": logps, name: value})
     # Before the checks and any exponential: padding may hold anything, and infinity times 0 is not 0.
     kept = value if mask is None else torch.where(mask, value, 0)
-    _checks.log_values(name, kept)
+    _checks.drawn_logps(name, kept)
     return kept.double()
 
 
@@ -326,7 +326,7 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, labels: Tensor | float = 1.0
         TypeError: a tensor that is not floating, or `labels` neither a number nor a tensor.
         ValueError: rewards or their differences not finite, shapes that do not fit, or a label outside [0, 1].
 
-    Source: [bradley1952]; book chapter 3, `bradley-terry`.
+    Source: [bradley1952]; book, `bradley-terry`.
     """
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         _checks.finite(name, value)
@@ -376,7 +376,7 @@ def dpo(
         ValueError: log-probabilities not finite or above 0, d not finite, shapes that do not fit, `beta` not finite
             and > 0, or a label outside [0, 1].
 
-    Source: [rafailov2023]; book chapter 3, `dpo-optimum`.
+    Source: [rafailov2023]; book, `dpo-optimum`.
     """
     _draws(
         chosen_logps=chosen_logps,
@@ -445,7 +445,7 @@ def fit_bradley_terry(wins: Tensor) -> Tensor:
             above 1e300; a comparison graph that is not connected; or a group of items that never lost to the rest,
             whose rewards would be infinite.
 
-    Source: [bradley1952], [ford1957]; book chapter 3, `bradley-terry`.
+    Source: [bradley1952], [ford1957]; book, `bradley-terry`.
     """
     _checks.finite("wins", wins)
     if wins.ndim != 2 or wins.shape[0] != wins.shape[1] or len(wins) < 2:
@@ -529,7 +529,7 @@ def self_certainty(
         ValueError: `conditionals` not normalised, without a dimension for positions, a sequence with no position left
             by `mask`, or an unknown direction.
 
-    Source: [jiao2025], [kang2025], [zhao2025]; book chapter 4, `self-certainty` and `self-certainty-direction`.
+    Source: [jiao2025], [kang2025], [zhao2025]; book, `self-certainty` and `self-certainty-direction`.
     """
     _checks.tensor("conditionals", conditionals)
     _checks.one_of("direction", direction, ("policy", "uniform"))
@@ -575,13 +575,13 @@ def weighted_likelihood(logps: Tensor, log_weights: Tensor, *, self_normalized: 
         ValueError: log-probabilities not finite or above 0, weights with NaN or +inf, weights that float64 cannot hold
             when they are not normalised, shapes that differ, or a pool whose weights are all 0.
 
-    Source: [peters2007]; book chapter 6, `weighted-likelihood` and `resampled-training`.
+    Source: [peters2007]; book, `weighted-likelihood` and `resampled-training`.
     """
     _checks.tensor("logps", logps)
     _checks.rewards("log_weights", log_weights)
     _checks.same_shape(logps=logps, log_weights=log_weights)
     kept = torch.where(log_weights > -math.inf, logps, 0)
-    _checks.log_values("logps", kept)
+    _checks.drawn_logps("logps", kept)
     _checks.some_left("log_weights", log_weights.amax(-1))
     log_w = log_weights.detach().double()
     weights = torch.softmax(log_w, -1) if self_normalized else log_w.exp() / log_w.shape[-1]

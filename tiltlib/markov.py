@@ -5,8 +5,8 @@ symbol last, so appending symbol a to context c gives (c V + a) mod V^order: rec
 not look-ups. Strings have a fixed length L and start after a separator. Nothing here enumerates the V^L strings, yet
 the partition function, the tilted law and the law of the total reward are exact.
 
-A chain computes in float64 whatever comes in: a table of a smaller dtype is promoted and normalised again. Single
-results, `logps` and `soft_values`, have the dtype that came in; tables, laws and divergences are float64.
+A chain is float64, whatever it is made of: a table of a smaller dtype is promoted and normalised again, and what a
+chain returns is float64 too.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tiltlib import _checks
+from tiltlib import _checks, _numerics
 
 __all__ = ["LETTERS_AND_SPACE", "MarkovChain", "RewardLaw", "TiltedChain"]
 
@@ -76,10 +76,9 @@ class MarkovChain:
             )
         self.alphabet, self.order = alphabet, order
         self.length = logps.shape[0] if logps.ndim == 3 else None
-        self._dtype = logps.dtype
         # A copy either way. What a smaller dtype is off by is no error of the caller: it is normalised away.
         self._tables = logps.clone() if logps.dtype == torch.float64 else torch.log_softmax(logps.double(), -1)
-        self._device = logps.device
+        self.device = logps.device
         self.start = v**order - 1  # `order` separators
 
     @classmethod
@@ -106,7 +105,7 @@ class MarkovChain:
             TypeError: `weights` is not a floating tensor, or `order` is not an int.
             ValueError: no words, weights of the wrong shape or sign, `order` < 1, or a symbol outside the alphabet.
 
-        Source: [shannon1948], section 3; book chapter 2, `chain-tilt`.
+        Source: [shannon1948], section 3; book, `chain-tilt`.
         """
         _checks.count("order", order)
         if not words:
@@ -167,9 +166,7 @@ class MarkovChain:
         # Only the first context of a string ends in a separator without the string having ended.
         tables[1:, self._v - 1 :: self._v, :-1] = -math.inf
         tables[1:, self._v - 1 :: self._v, -1] = 0.0
-        stopped = MarkovChain(tables, self.alphabet)
-        stopped._dtype = self._dtype
-        return stopped
+        return MarkovChain(tables, self.alphabet)
 
     def refit(self, tokens: Tensor, log_weights: Tensor | None = None, *, per_step: bool) -> "MarkovChain":
         """Fit a chain of the same order to weighted strings by maximum likelihood.
@@ -192,7 +189,7 @@ class MarkovChain:
             ValueError: `tokens` out of range or not of shape (n, L) with n >= 1; `log_weights` of another shape, with
                 NaN or +inf, or all -inf; or strings longer than this chain.
 
-        Source: [shannon1948], section 3, for the counts; book chapter 6, `weighted-likelihood`.
+        Source: [shannon1948], section 3, for the counts; book, `weighted-likelihood`.
         """
         tokens = self._check_tokens(tokens)
         if tokens.ndim != 2 or len(tokens) == 0:
@@ -206,7 +203,7 @@ class MarkovChain:
         _checks.some_left("log_weights", log_weights.amax())
         weights = (log_weights.double() - log_weights.amax()).exp()
         v, contexts = self._v, self._v**self.order
-        cells = self._steps(tokens) * v + tokens
+        cells = self.contexts_before(tokens) * v + tokens
         tables = []
         counts = torch.zeros(contexts * v, dtype=torch.float64, device=tokens.device)
         for t in range(length):
@@ -224,6 +221,11 @@ class MarkovChain:
     def _v(self) -> int:
         return len(self.alphabet)
 
+    @property
+    def end(self) -> int:
+        """Number of the separator, the last symbol, which ends a string of `stopped`."""
+        return self._v - 1
+
     def table(self, step: int) -> Tensor:
         """Return the next-symbol log-probabilities at a step.
 
@@ -236,10 +238,21 @@ class MarkovChain:
         Raises:
             ValueError: `step` outside 0..length-1 of a chain with one table per step.
         """
-        return self._exact_rows(step, torch.arange(self._v**self.order, device=self._device))
+        return self.rows(step, torch.arange(self._v**self.order, device=self.device))
 
-    def _exact_rows(self, step: int, contexts: Tensor) -> Tensor:
-        """Return next-symbol log-probabilities in some contexts, float64, shape (*contexts.shape, V)."""
+    def rows(self, step: int, contexts: Tensor) -> Tensor:
+        """Return the next-symbol log-probabilities at a step in some contexts.
+
+        Args:
+            step: As for `table`.
+            contexts: Context numbers in 0..V^order - 1, int64, any shape.
+
+        Returns:
+            Log-probabilities, float64, shape (..., V).
+
+        Raises:
+            ValueError: as for `table`.
+        """
         self._check_step(step)
         return (self._tables if self._tables.ndim == 2 else self._tables[step])[contexts]
 
@@ -247,32 +260,23 @@ class MarkovChain:
         if self.length is not None and not 0 <= step < self.length:
             raise ValueError(f"step must lie in 0..{self.length - 1}, got {step}")
 
-    def _check_alike(self, name: str, other: "MarkovChain") -> None:
-        """Require a chain over the same contexts."""
-        if not isinstance(other, MarkovChain):
-            raise TypeError(f"{name} must be a MarkovChain, got {_checks.described(other)}")
+    def check_alike(self, name: str, other: "MarkovChain") -> None:
+        """Require a chain over the same contexts.
+
+        Args:
+            name: What to call the other chain in an error.
+            other: The other chain.
+
+        Raises:
+            TypeError: `other` is not a `MarkovChain`.
+            ValueError: another order or alphabet.
+        """
+        _checks.instance(name, other, MarkovChain)
         if (other.order, other.alphabet) != (self.order, self.alphabet):
             raise ValueError(
                 f"{name} must have order {self.order} over {self.alphabet!r}, "
                 f"got order {other.order} over {other.alphabet!r}"
             )
-
-    def _steps_of(self, name: str, values: Tensor) -> int:
-        """Require one log value per context before each step and after the last; return the number of steps."""
-        _checks.rewards(name, values)
-        contexts = self._v**self.order
-        if values.ndim != 2 or values.shape[0] < 2 or values.shape[1] != contexts:
-            raise ValueError(f"{name} must have shape (L + 1, {contexts}), got {tuple(values.shape)}")
-        return len(values) - 1
-
-    def _reached(self, name: str, values: Tensor, where: str) -> Tensor:
-        """Return where this chain can be at each step, after requiring that the log values are finite there."""
-        reached = self.contexts(len(values) - 1) > 0
-        lost = reached & (values == -math.inf)
-        if bool(lost.any()):
-            step, context = lost.nonzero()[0].tolist()
-            raise ValueError(f"{name} must be finite {where}, got -inf at step {step} in context {context}")
-        return reached
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Turn strings of one length into symbol numbers.
@@ -294,7 +298,7 @@ class MarkovChain:
         unknown = {symbol for text in texts for symbol in text} - code.keys()
         if unknown:
             raise ValueError(f"texts must use the alphabet {self.alphabet!r} only, got {sorted(unknown)}")
-        return torch.tensor([[code[symbol] for symbol in text] for text in texts], device=self._device)
+        return torch.tensor([[code[symbol] for symbol in text] for text in texts], device=self.device)
 
     def decode(self, tokens: Tensor) -> list[str]:
         """Turn symbol numbers into strings.
@@ -314,14 +318,25 @@ class MarkovChain:
             raise ValueError(f"tokens must have shape (n, L), got {tuple(tokens.shape)}")
         return ["".join(self.alphabet[i] for i in row) for row in tokens.tolist()]
 
-    def _steps(self, tokens: Tensor) -> Tensor:
-        """Return the context before each symbol, shape of `tokens`."""
+    def contexts_before(self, tokens: Tensor) -> Tensor:
+        """Return the context before each symbol of strings.
+
+        Args:
+            tokens: Symbol numbers, integer tensor, shape (..., L).
+
+        Returns:
+            Context numbers, int64, shape (..., L).
+
+        Raises:
+            TypeError: `tokens` is not an integer tensor.
+            ValueError: `tokens` outside 0..V-1, or strings of length 0.
+        """
         tokens = self._check_tokens(tokens)
         context = torch.full(tokens.shape[:-1], self.start, device=tokens.device)
         contexts = []
         for symbol in tokens.unbind(-1):
             contexts.append(context)
-            context = self._next(context, symbol)
+            context = self.append(context, symbol)
         return torch.stack(contexts, -1)
 
     def _check_tokens(self, tokens: Tensor) -> Tensor:
@@ -340,20 +355,15 @@ class MarkovChain:
             tokens: Symbol numbers, integer tensor, shape (..., L).
 
         Returns:
-            Log-probabilities, shape (...), in the dtype of the chain, added up in float64.
+            Log-probabilities, float64, shape (...).
 
         Raises:
             TypeError: `tokens` is not an integer tensor.
             ValueError: `tokens` outside 0..V-1, or strings of length 0.
         """
-        return self._exact_logps(tokens).to(self._dtype)
-
-    def _exact_logps(self, tokens: Tensor) -> Tensor:
-        """Return the log-probability of strings in float64."""
-        steps = zip(self._steps(tokens).unbind(-1), tokens.long().unbind(-1), strict=True)
+        steps = zip(self.contexts_before(tokens).unbind(-1), tokens.long().unbind(-1), strict=True)
         per_symbol = [
-            self._exact_rows(t, context).gather(-1, symbol[..., None]).squeeze(-1)
-            for t, (context, symbol) in enumerate(steps)
+            self.rows(t, context).gather(-1, symbol[..., None]).squeeze(-1) for t, (context, symbol) in enumerate(steps)
         ]
         return torch.stack(per_symbol, -1).sum(-1)
 
@@ -365,16 +375,16 @@ class MarkovChain:
             rewards: Reward of each symbol, shape (V,), or of each symbol after each context, shape (V^order, V).
 
         Returns:
-            Total reward, shape (...), in the dtype of `rewards`, added up in float64.
+            Total reward, float64, shape (...).
 
         Raises:
             TypeError: `tokens` is not an integer tensor, or `rewards` not a floating one.
             ValueError: `tokens` out of range, or `rewards` of another shape, with NaN or +inf, or so large that
                 differences of totals may leave float64.
         """
-        steps = self._steps(tokens)
-        table = self._reward_table(rewards, tokens.shape[-1])
-        return table[steps, tokens.long()].sum(-1).to(rewards.dtype)
+        steps = self.contexts_before(tokens)
+        table = self.reward_table(rewards, tokens.shape[-1])
+        return table[steps, tokens.long()].sum(-1)
 
     def sample(self, n: int, length: int, *, generator: torch.Generator) -> Tensor:
         """Draw independent strings, symbol by symbol, by inverting each conditional CDF in float64.
@@ -394,27 +404,50 @@ class MarkovChain:
         _checks.generator("generator", generator)
         _checks.count("n", n)
         _checks.count("length", length)
-        context = torch.full((n,), self.start, device=self._device)
+        context = torch.full((n,), self.start, device=self.device)
         drawn = []
         for t in range(length):
-            symbol = self._draw(t, context, generator)
+            symbol = self.draw(t, context, generator=generator)
             drawn.append(symbol)
-            context = self._next(context, symbol)
+            context = self.append(context, symbol)
         return torch.stack(drawn, -1)
 
-    def _draw(self, step: int, contexts: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw the next symbol in each context, shape of `contexts`."""
+    def draw(self, step: int, contexts: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Draw the next symbol in each context, by inverting its CDF in float64.
+
+        Args:
+            step: As for `table`.
+            contexts: Context numbers in 0..V^order - 1, int64, any shape.
+            generator: Source of randomness, on the device of the chain.
+
+        Returns:
+            Symbol numbers, int64, shape of `contexts`.
+
+        Raises:
+            TypeError: `generator` is no generator.
+            ValueError: as for `table`.
+        """
+        _checks.generator("generator", generator)
         # Many strings share a context: beyond one string per context, turn the whole table into CDFs once.
         whole = contexts.numel() > self._v**self.order
-        cdf = (self.table(step) if whole else self._exact_rows(step, contexts)).exp().cumsum(-1)
-        cdf = cdf / cdf[..., -1:]
+        cdf = _numerics.cdf(self.table(step) if whole else self.rows(step, contexts))
         cdf = cdf[contexts] if whole else cdf
         u = torch.rand((*contexts.shape, 1), generator=generator, device=cdf.device, dtype=torch.float64)
         return torch.searchsorted(cdf, u, right=True).squeeze(-1)
 
-    def _next(self, contexts: Tensor, symbols: Tensor) -> Tensor:
-        """Append symbols to contexts: the oldest symbol of each context leaves."""
-        return (contexts * self._v + symbols) % self._v**self.order
+    def append(self, contexts: Tensor, tokens: Tensor) -> Tensor:
+        """Append a symbol to each context: its oldest symbol leaves.
+
+            (c V + a) mod V^order
+
+        Args:
+            contexts: Context numbers in 0..V^order - 1, int64, any shape.
+            tokens: Symbol numbers in 0..V-1, int64, a shape that broadcasts.
+
+        Returns:
+            Context numbers, int64.
+        """
+        return (contexts * self._v + tokens) % self._v**self.order
 
     def contexts(self, length: int) -> Tensor:
         """Compute the law of the context before each step, by a forward recursion.
@@ -434,7 +467,7 @@ class MarkovChain:
             ValueError: `length` < 1, or longer than the chain.
         """
         _checks.count("length", length)
-        law = torch.zeros(self._v**self.order, dtype=torch.float64, device=self._device)
+        law = torch.zeros(self._v**self.order, dtype=torch.float64, device=self.device)
         law[self.start] = 1.0
         laws = [law]
         for t in range(length):
@@ -463,8 +496,8 @@ class MarkovChain:
 
         Source: [cover2006], theorem 2.5.3.
         """
-        self._check_alike("other", other)
-        laws, total = self.contexts(length), torch.zeros((), dtype=torch.float64, device=self._device)
+        self.check_alike("other", other)
+        laws, total = self.contexts(length), torch.zeros((), dtype=torch.float64, device=self.device)
         for t in range(length):
             ours, theirs = self.table(t), other.table(t)
             # A context that is never reached counts nothing, even if the divergence there is infinite. Mask before the
@@ -474,8 +507,22 @@ class MarkovChain:
             total = total + (laws[t] * (ours.exp() * log_ratio).sum(-1)).sum()
         return total
 
-    def _reward_table(self, rewards: Tensor, length: int = 1) -> Tensor:
-        """Check additive rewards and expand them to (V^order, V), float64."""
+    def reward_table(self, rewards: Tensor, length: int = 1) -> Tensor:
+        """Write an additive reward as one number per context and symbol.
+
+        Args:
+            rewards: Reward of each symbol, shape (V,), or of each symbol after each context, shape (V^order, V);
+                -inf excludes.
+            length: Length of the strings whose totals have to stay within float64.
+
+        Returns:
+            Rewards, float64, shape (V^order, V).
+
+        Raises:
+            TypeError: `rewards` is not a floating tensor.
+            ValueError: `rewards` of another shape, with NaN or +inf, or so large that differences of totals may leave
+                float64.
+        """
         _checks.rewards("rewards", rewards)
         full = (self._v**self.order, self._v)
         if tuple(rewards.shape) not in ((self._v,), full):
@@ -489,8 +536,17 @@ class MarkovChain:
             )
         return table.expand(full)
 
-    def _lookahead(self, values: Tensor) -> Tensor:
-        """Return the value after each symbol: entry (c, a) is values[(c V + a) mod V^order]. A reshape, no look-up."""
+    def lookahead(self, values: Tensor) -> Tensor:
+        """Write numbers per context as numbers after each symbol: entry (c, a) is values[(c V + a) mod V^order].
+
+        A reshape, no look-up. Differentiable.
+
+        Args:
+            values: One number per context, shape (V^order,).
+
+        Returns:
+            The same numbers, shape (V^order, V).
+        """
         v = self._v
         return values.view(1, -1, v).expand(v, -1, -1).reshape(-1, v)
 
@@ -509,37 +565,37 @@ class MarkovChain:
             length: Length L of the strings, >= 1.
 
         Returns:
-            Values, shape (L + 1, V^order), in the wider dtype of the chain and `rewards`; -inf where every continuation
-            is excluded, and inf or -inf where a value leaves the dtype, as r / beta for tiny beta.
+            Values, float64, shape (L + 1, V^order); -inf where every continuation is excluded, and inf or -inf where a
+            value leaves float64, as r / beta for tiny beta.
 
         Raises:
             TypeError: `rewards` is not a floating tensor, or `length` is not an int.
             ValueError: `rewards` of another shape, with NaN or +inf, or so large that differences of totals may leave
                 float64; `beta` not finite and > 0; `length` < 1; or every string excluded.
 
-        Source: [todorov2009]; book chapter 2, `chain-tilt`; book chapter 7, `soft-value`.
+        Source: [todorov2009]; book, `chain-tilt`; book, `soft-value`.
         """
-        best, rest = self._soft_values(rewards, beta, length)
-        return (best / float(beta) + rest).to(torch.promote_types(self._dtype, rewards.dtype))
+        best, rest = self._split_soft_values(rewards, beta, length)
+        return best / float(beta) + rest
 
-    def _soft_values(self, rewards: Tensor, beta: float, length: int) -> tuple[Tensor, Tensor]:
+    def _split_soft_values(self, rewards: Tensor, beta: float, length: int) -> tuple[Tensor, Tensor]:
         """Return the two parts of V = M / beta + S, float64: the largest total reward M, and what is left.
 
         S alone stays in range for every beta, and V alone has no digits left for it where beta is small.
         """
         _checks.count("length", length)
-        table = self._reward_table(rewards, length)
+        table = self.reward_table(rewards, length)
         _checks.positive("beta", beta)
         zero = torch.zeros_like(table[:, 0])
         best, rest = [zero], [zero]
         for t in reversed(range(length)):
             logps = self.table(t)
-            ahead = torch.where(logps > -math.inf, table + self._lookahead(best[-1]), -math.inf)
+            ahead = torch.where(logps > -math.inf, table + self.lookahead(best[-1]), -math.inf)
             top = ahead.detach().amax(-1)
             open_ = top > -math.inf
             # Shift before dividing: the differences may only underflow. Where nothing is left, 0 stands in for -inf.
             shifted = torch.where(open_[:, None], ahead - torch.where(open_, top, 0.0)[:, None], 0.0)
-            rest.append(torch.logsumexp(logps + shifted / float(beta) + self._lookahead(rest[-1]), -1))
+            rest.append(torch.logsumexp(logps + shifted / float(beta) + self.lookahead(rest[-1]), -1))
             best.append(top)
         _checks.some_left("rewards", best[-1][self.start])
         return torch.stack(best[::-1]), torch.stack(rest[::-1])
@@ -561,7 +617,7 @@ class MarkovChain:
             TypeError: as for `soft_values`.
             ValueError: as for `soft_values`.
 
-        Source: [todorov2009]; book chapter 2, `chain-tilt`.
+        Source: [todorov2009]; book, `chain-tilt`.
         """
         return TiltedChain(self, rewards, beta, length)
 
@@ -583,17 +639,17 @@ class MarkovChain:
             TypeError: `rewards` is not a floating tensor, or `length` is not an int.
             ValueError: `rewards` of another shape or not whole numbers, or `length` < 1.
 
-        Source: book chapter 2, `reward-reduction`.
+        Source: book, `reward-reduction`.
         """
         _checks.count("length", length)
-        table = self._reward_table(rewards, length)
+        table = self.reward_table(rewards, length)
         broken = table[(table != table.floor()) | table.isinf()]
         if len(broken):
             raise ValueError(f"rewards must be finite whole numbers here, got {broken[0].item():g}")
         v, low = self._v, int(table.min())
         distinct = [int(r) for r in table.unique().tolist()]
         size = length * (distinct[-1] - low) + 1
-        mass = torch.zeros(v**self.order, size, dtype=torch.float64, device=self._device)
+        mass = torch.zeros(v**self.order, size, dtype=torch.float64, device=self.device)
         mass[self.start, 0] = 1.0
         for t in range(length):
             probs = self.table(t).exp()
@@ -612,25 +668,43 @@ class MarkovChain:
 class TiltedChain(MarkovChain):
     """The exact tilt of a chain by an additive reward: the same contexts, conditionals that depend on the step.
 
-    Made by `MarkovChain.tilt`. `length` is the length of its strings, `values` are the soft values, `log_partition` is
-    log Z, `ref` is the chain that was tilted. Its tables are made when they are asked for.
+    Made by `MarkovChain.tilt`.
+
+    Attributes:
+        ref: The chain that was tilted.
+        length: Length L of its strings.
+        log_values: Soft values V, float64, shape (L + 1, V^order).
+        log_partition: log Z = V_0(start), shape ().
+
+    Its tables are made from these when they are asked for.
     """
 
     length: int
 
     def __init__(self, ref: MarkovChain, rewards: Tensor, beta: float, length: int) -> None:
-        self._best, self._rest = ref._soft_values(rewards, beta, length)
+        self._best, self._rest = ref._split_soft_values(rewards, beta, length)
         self.ref, self.alphabet, self.order, self.start = ref, ref.alphabet, ref.order, ref.start
-        self.length, self._beta, self._device = length, float(beta), ref._device
-        self._dtype = torch.promote_types(ref._dtype, rewards.dtype)
-        self._rewards = ref._reward_table(rewards).clone()
-        self.values = (self._best / self._beta + self._rest).to(self._dtype)
-        self.log_partition = self.values[0, self.start]
+        self.length, self._beta, self.device = length, float(beta), ref.device
+        self._rewards = ref.reward_table(rewards).clone()
+        self.log_values = self._best / self._beta + self._rest
+        self.log_partition = self.log_values[0, self.start]
 
-    def _exact_rows(self, step: int, contexts: Tensor) -> Tensor:
+    def rows(self, step: int, contexts: Tensor) -> Tensor:
+        """Return the next-symbol log-probabilities at a step in some contexts, as `MarkovChain.rows` does.
+
+        Args:
+            step: Position in the string, in 0..L-1.
+            contexts: Context numbers in 0..V^order - 1, int64, any shape.
+
+        Returns:
+            Log-probabilities, float64, shape (..., V).
+
+        Raises:
+            ValueError: `step` outside 0..L-1.
+        """
         self._check_step(step)
-        following = self._next(contexts[..., None], torch.arange(self._v, device=contexts.device))
-        ref = self.ref._exact_rows(step, contexts)
+        following = self.append(contexts[..., None], torch.arange(self._v, device=contexts.device))
+        ref = self.ref.rows(step, contexts)
         best, rest = self._best[step, contexts].unsqueeze(-1), self._rest[step, contexts].unsqueeze(-1)
         open_ = best > -math.inf
         gain = self._rewards[contexts] + self._best[step + 1, following] - torch.where(open_, best, 0.0)

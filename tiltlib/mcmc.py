@@ -10,7 +10,6 @@ different lengths it must stay: without it the chain of strings targets |x| p(x)
 """
 
 import math
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -49,9 +48,7 @@ def lengths(tokens: Tensor, end: int) -> Tensor:
         ValueError: strings of length 0, or with symbols other than `end` after the first `end`.
     """
     tokens = _checks.sequences("tokens", tokens)
-    symbol: object = end
-    if isinstance(symbol, bool) or not isinstance(symbol, Integral):
-        raise TypeError(f"end must be an int, got {_checks.described(end)}")
+    _checks.symbol("end", end)
     ended = (tokens == end).cummax(-1).values
     broken = int((ended & (tokens != end)).any(-1).sum())
     if broken:
@@ -81,7 +78,7 @@ def log_accept(logps: Tensor, new_logps: Tensor, power: float, sizes: Tensor, ne
         ValueError: `power` not finite and > 0, `logps` not finite, `new_logps` with NaN or +inf, sizes below 1, or
             shapes that differ.
 
-    Source: [hastings1970]; book chapter 7, `power-mh`.
+    Source: [hastings1970]; book, `power-mh`.
     """
     _checks.positive("power", power)
     _checks.finite("logps", logps)
@@ -91,7 +88,7 @@ def log_accept(logps: Tensor, new_logps: Tensor, power: float, sizes: Tensor, ne
     if bad:
         raise ValueError(f"new_logps must be finite or -inf, got {bad} of {new_logps.numel()} entries NaN or +inf")
     for name, value in (("sizes", sizes), ("new_sizes", new_sizes)):
-        if not isinstance(value, Tensor) or value.dtype not in _checks._INTEGERS:
+        if not isinstance(value, Tensor) or value.dtype not in _checks.INTEGERS:
             raise TypeError(f"{name} must be an integer torch.Tensor, got {_checks.described(value)}")
     _checks.same_shape(logps=logps, new_logps=new_logps, sizes=sizes, new_sizes=new_sizes)
     smaller = torch.minimum(sizes.long(), new_sizes.long())
@@ -113,7 +110,7 @@ def power_mh(
     steps: int,
     *,
     generator: torch.Generator,
-    end: str | None = None,
+    end: int | None = None,
 ) -> Rewritten:
     """Move strings toward p^a, each on its own, by drawing their ends anew.
 
@@ -130,7 +127,7 @@ def power_mh(
         power: Exponent a, finite and > 0; 1 is the reference.
         steps: Number of moves per string, >= 1.
         generator: Source of randomness, on the device of the chain.
-        end: Symbol of the alphabet that ends a string. Default: none, all strings have length L.
+        end: Number of the symbol that ends a string, such as `ref.end`. Default: none, all strings have length L.
 
     Returns:
         `Rewritten(tokens, acceptance)`.
@@ -138,27 +135,27 @@ def power_mh(
     Raises:
         TypeError: `tokens` is not an integer tensor, `steps` not an int, or `generator` no generator.
         ValueError: `tokens` out of range, not of shape (n, L), or of probability 0; `power` not finite and > 0; `steps`
-            < 1; `end` not one symbol of the alphabet; or a chain that goes on after `end`.
+            < 1; `end` not the number of a symbol; or a chain that goes on after `end`.
 
-    Source: [karan2025] for strings of one length; book chapter 7, `power-mh`.
+    Source: [karan2025] for strings of one length; book, `power-mh`.
     """
     _checks.generator("generator", generator)
     _checks.positive("power", power)
     _checks.count("steps", steps)
-    logps = ref._exact_logps(tokens)
+    logps = ref.logps(tokens)
     if tokens.ndim != 2:
         raise ValueError(f"tokens must have shape (n, L), got {tuple(tokens.shape)}")
     impossible = int((logps == -math.inf).sum())
     if impossible:
         raise ValueError(f"tokens must have positive probability, got {impossible} strings of probability 0")
     tokens, (n, length) = tokens.long(), tokens.shape
-    if end is not None and end not in tuple(ref.alphabet):
-        raise ValueError(f"end must be one symbol of {ref.alphabet!r}, got {end!r}")
+    if end is not None:
+        _checks.symbol("end", end, len(ref.alphabet))
 
     def sizes_of(strings: Tensor) -> Tensor:
         if end is None:
             return torch.full((n,), length, device=strings.device)
-        return lengths(strings, ref.alphabet.index(end))
+        return lengths(strings, end)
 
     sizes, accepted = sizes_of(tokens), torch.zeros(n, dtype=torch.float64, device=tokens.device)
     for _ in range(steps):
@@ -166,11 +163,11 @@ def power_mh(
         cut = (u[0] * sizes).long()  # u < 1, so cut < sizes
         context, drawn = torch.full((n,), ref.start, device=tokens.device), []
         for t, old in enumerate(tokens.unbind(-1)):
-            symbol = torch.where(t < cut, old, ref._draw(t, context, generator))
+            symbol = torch.where(t < cut, old, ref.draw(t, context, generator=generator))
             drawn.append(symbol)
-            context = ref._next(context, symbol)
+            context = ref.append(context, symbol)
         proposed = torch.stack(drawn, -1)
-        new_logps, new_sizes = ref._exact_logps(proposed), sizes_of(proposed)
+        new_logps, new_sizes = ref.logps(proposed), sizes_of(proposed)
         accept = u[1].log() < log_accept(logps, new_logps, power, sizes, new_sizes)
         tokens = torch.where(accept[:, None], proposed, tokens)
         logps, sizes = torch.where(accept, new_logps, logps), torch.where(accept, new_sizes, sizes)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from tiltlib import _checks, categorical
+from tiltlib import _checks, _numerics, categorical
 
 __all__ = ["GaussianMixture", "Tilted"]
 
@@ -39,16 +39,6 @@ class Tilted(NamedTuple):
 
     mixture: "GaussianMixture"
     log_partition: Tensor
-
-
-def _symmetric(name: str, matrices: Tensor) -> None:
-    """Require symmetric matrices, up to half of the digits of the dtype."""
-    gap = (matrices - matrices.mT).abs().amax((-2, -1))
-    bad = gap > math.sqrt(torch.finfo(matrices.dtype).eps) * matrices.abs().amax((-2, -1))
-    if bool(bad.any()):
-        k = int(bad.long().argmax())
-        where = f" in component {k}" if matrices.ndim == 3 else ""
-        raise ValueError(f"{name} must be symmetric, got entries that differ by {gap.flatten()[k].item():g}{where}")
 
 
 def _positive_definite(what: str, eigenvalues: Tensor, floor: Tensor) -> None:
@@ -108,7 +98,7 @@ class GaussianMixture:
             )
         basis = None
         if covariances.ndim == 3:
-            _symmetric("covariances", covariances)
+            _checks.symmetric("covariances", covariances)
             spectrum, basis = torch.linalg.eigh(covariances.double())
             floor = d * torch.finfo(means.dtype).eps * spectrum.abs().amax(-1)
         else:
@@ -196,14 +186,26 @@ class GaussianMixture:
         turned = torch.einsum("...jd,jde->...je", vectors, basis) * values
         return torch.einsum("...je,jde->...jd", turned, basis)
 
-    def _as(self, dtype: torch.dtype) -> "GaussianMixture":
-        """Take the same law for points of another dtype."""
+    def to(self, dtype: torch.dtype) -> "GaussianMixture":
+        """Take the same law for points of another dtype; what is kept inside does not change.
+
+        Args:
+            dtype: Floating dtype of the points.
+
+        Returns:
+            The mixture; itself if it has that dtype.
+
+        Raises:
+            TypeError: `dtype` is not a floating dtype.
+        """
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
         if dtype == self._dtype:
             return self
         return self._of(self._priors, self._means, self._spectrum, self._basis, dtype)
 
     @property
-    def priors(self) -> Tensor:
+    def prior_logps(self) -> Tensor:
         """Log-probabilities of the components, shape (J,)."""
         return self._priors.to(self._dtype, copy=True)
 
@@ -251,12 +253,24 @@ class GaussianMixture:
         eye = torch.eye(x.shape[-1], dtype=torch.float64, device=x.device)
         covariances = [g.mT.cov(correction=0).reshape(eye.shape) + ridge * eye for g in groups]
         priors = (counts.double() / len(x)).log()
-        return cls(priors, torch.stack([g.mean(0) for g in groups]), torch.stack(covariances))._as(x.dtype)
+        return cls(priors, torch.stack([g.mean(0) for g in groups]), torch.stack(covariances)).to(x.dtype)
 
     # --- densities and scores ----------------------------------------------------------------------------------------
 
-    def _points(self, name: str, x: Tensor) -> Tensor:
-        """Check points and return them in the dtype of the computation."""
+    def check_points(self, name: str, x: Tensor) -> Tensor:
+        """Require points that this mixture can take, and return them in the dtype that it computes in.
+
+        Args:
+            name: What to call the points in an error.
+            x: Points, shape (n, D), in the dtype of the mixture.
+
+        Returns:
+            The points, in the dtype of the computation, float32 or float64.
+
+        Raises:
+            TypeError: `x` is not a floating tensor in the dtype of the mixture.
+            ValueError: `x` not (n, D), not finite, or so far from the means that squares overflow.
+        """
         if not isinstance(x, Tensor) or x.dtype != self._dtype:
             _checks.finite(name, x)
             raise TypeError(f"{name} must have the dtype of the mixture, {self._dtype}, got {x.dtype}")
@@ -330,7 +344,7 @@ class GaussianMixture:
         return self._joint(x).to(self._dtype)
 
     def _joint(self, x: Tensor) -> Tensor:
-        return self._logits(self._coordinates(self._points("x", x)))
+        return self._logits(self._coordinates(self.check_points("x", x)))
 
     def logps(self, x: Tensor) -> Tensor:
         """Compute the log density.
@@ -359,7 +373,7 @@ class GaussianMixture:
         return self._posterior("x", x).to(self._dtype)
 
     def _posterior(self, name: str, x: Tensor) -> Tensor:
-        z = self._coordinates(self._points(name, x))
+        z = self._coordinates(self.check_points(name, x))
         return self._logits(z, up_to_a_constant=True).log_softmax(-1)
 
     def score(self, x: Tensor) -> Tensor:
@@ -373,7 +387,7 @@ class GaussianMixture:
         Returns:
             The gradient, shape (n, D).
         """
-        points = self._points("x", x)
+        points = self.check_points("x", x)
         pull = self._pull(torch.ones_like(self._spectrum))
         return self._blockwise(lambda part: pull(part)[1], points)
 
@@ -460,9 +474,7 @@ class GaussianMixture:
         """
         _checks.generator("generator", generator)
         component = categorical.sample(self._priors, n, generator=generator)
-        u = torch.rand(n, self.dimension, generator=generator, device=self._means.device, dtype=torch.float64)
-        # A uniform of exactly 0 would be a point at infinity.
-        z = torch.special.ndtri(u.clamp(min=2**-54))
+        z = _numerics.normal(self._means.new_empty(n, self.dimension), generator)
         root = self._spectrum.sqrt()
         if self._basis is None:
             z = z * root.expand(self.components, -1)[component]
@@ -513,10 +525,10 @@ class GaussianMixture:
         Returns:
             Posterior means, shape (n, D).
 
-        Source: [efron2011]; book chapter 8, `noised-mixture`.
+        Source: [efron2011]; book, `noised-mixture`.
         """
         noised = self.noised(alpha, sigma)
-        points = noised._points("xt", xt)
+        points = noised.check_points("xt", xt)
 
         pull = noised._pull(float(alpha) * self._spectrum)
         columns = self._means.mT.to(noised._work, memory_format=torch.contiguous_format)
@@ -543,7 +555,7 @@ class GaussianMixture:
         Returns:
             Posterior covariances, shape (n, D, D).
 
-        Source: [efron2011]; book chapter 8, `noised-mixture`.
+        Source: [efron2011]; book, `noised-mixture`.
         """
         noised = self.noised(alpha, sigma)
         shares, work = noised._posterior("xt", xt).exp(), noised._work
@@ -580,7 +592,7 @@ class GaussianMixture:
             ValueError: `quadratic` not symmetric, a shape that does not fit, `beta` not finite and > 0, a tilt that
                 does not exist (the message names the component), or one outside of the range of float64.
 
-        Source: book chapter 8, `mixture-tilt`.
+        Source: book, `mixture-tilt`.
         """
         _checks.positive("beta", beta)
         beta, d, alive = float(beta), self.dimension, self._alive[:, None]
@@ -596,7 +608,7 @@ class GaussianMixture:
         reward, gradient = means @ slope, slope.expand_as(means)
         log_det, tilted = torch.zeros_like(reward), self
         if quadratic is not None:
-            _symmetric("quadratic", quadratic)
+            _checks.symmetric("quadratic", quadratic)
             curve = quadratic.double() / beta
             bent = means @ curve
             reward, gradient = reward - (bent * means).sum(-1) / 2, gradient - bent
@@ -740,7 +752,7 @@ class GaussianMixture:
 
         Source: [rosenblatt1952].
         """
-        self._points("x", x)
+        self.check_points("x", x)
         offsets = torch.where(self._alive[:, None], x[:, None].double() - self._means, 0)
         if self._basis is None:
             scales = self._spectrum.sqrt().expand(-1, self.dimension)

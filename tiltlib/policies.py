@@ -108,7 +108,7 @@ def natural_step(
         ValueError: tensors not finite, not of one shape or indices outside 0..K-1; `beta` not finite and > 0; `step`
             outside (0, 2 / beta); or new logits that the dtype cannot hold.
 
-    Source: book chapter 1, `natural-gradient-path`; book chapter 3, `policy-gradient-tilt`.
+    Source: book, `natural-gradient-path`; book, `policy-gradient-tilt`.
     """
     _checks.finite("logits", logits)
     _checks.finite("rewards", rewards)
@@ -188,7 +188,7 @@ class TransformerPolicy(nn.Module):
         TypeError: a size that is not an int, or `generator` not a generator.
         ValueError: a size below 1, `width` no multiple of `heads`, or a reference shorter than `length`.
 
-    Source: [vaswani2017]; book chapter 3, `policy-gradient-tilt`.
+    Source: [vaswani2017]; book, `policy-gradient-tilt`.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class TransformerPolicy(nn.Module):
             raise ValueError(f"width must be a multiple of heads = {heads}, got {width}")
         super().__init__()
         self.ref, self.length = ref, length
-        device, v = ref._device, len(ref.alphabet)
+        device, v = ref.device, len(ref.alphabet)
         # Entry V stands for "no symbol yet".
         self.symbols = _embedding(v + 1, width, device, generator)
         self.places = _embedding(length, width, device, generator)
@@ -249,17 +249,13 @@ class TransformerPolicy(nn.Module):
             ValueError: `tokens` outside 0..V-1, empty, or longer than the context of the policy; or parameters that are
                 no longer finite.
         """
-        return self._conditionals(tokens).to(self.ref._dtype)
-
-    def _conditionals(self, tokens: Tensor) -> Tensor:
-        """Compute `conditionals` in float64."""
-        contexts = self.ref._steps(tokens)
+        contexts = self.ref.contexts_before(tokens)
         if tokens.shape[-1] > self.length:
             raise ValueError(f"tokens must have at most {self.length} positions, got shape {tuple(tokens.shape)}")
         flat = tokens.reshape(-1, tokens.shape[-1]).long()
         none_yet = torch.full_like(flat[:, :1], len(self.ref.alphabet))
         added, _ = self._network(torch.cat([none_yet, flat[:, :-1]], -1), 0, [None] * len(self.blocks))
-        rows = [self.ref._exact_rows(t, context) for t, context in enumerate(contexts.unbind(-1))]
+        rows = [self.ref.rows(t, context) for t, context in enumerate(contexts.unbind(-1))]
         return torch.log_softmax(torch.stack(rows, -2) + added.view(*tokens.shape, -1), -1)
 
     def token_logps(self, tokens: Tensor) -> Tensor:
@@ -275,10 +271,7 @@ class TransformerPolicy(nn.Module):
             TypeError: as for `conditionals`.
             ValueError: as for `conditionals`.
         """
-        return self._token_logps(tokens).to(self.ref._dtype)
-
-    def _token_logps(self, tokens: Tensor) -> Tensor:
-        return self._conditionals(tokens).gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+        return self.conditionals(tokens).gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
 
     def logps(self, tokens: Tensor) -> Tensor:
         """Compute log pi(y), the sum of `token_logps`. Differentiable.
@@ -293,7 +286,7 @@ class TransformerPolicy(nn.Module):
             TypeError: as for `conditionals`.
             ValueError: as for `conditionals`.
         """
-        return self._token_logps(tokens).sum(-1).to(self.ref._dtype)
+        return self.token_logps(tokens).sum(-1)
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator) -> Tensor:
@@ -323,8 +316,8 @@ class TransformerPolicy(nn.Module):
         for t in range(self.length):
             added, now = self._network(symbol[:, None], t, past)
             past = list(now)
-            logps = torch.log_softmax(self.ref._exact_rows(t, context) + added[:, 0], -1)
+            logps = torch.log_softmax(self.ref.rows(t, context) + added[:, 0], -1)
             symbol = categorical.sample(logps, 1, generator=generator)[:, 0]
             drawn.append(symbol)
-            context = self.ref._next(context, symbol)
+            context = self.ref.append(context, symbol)
         return torch.stack(drawn, -1)

@@ -71,7 +71,7 @@ def systematic(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Te
         TypeError: `log_weights` is not a floating tensor, `n` is not an int, or `generator` is no generator.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf, or `n` < 1.
 
-    Source: [carpenter1999], [douc2005]; book chapter 6, `resampling-law` and `diversity`.
+    Source: [carpenter1999], [douc2005]; book, `resampling-law` and `diversity`.
     """
     cdf = _cumulative(torch.softmax(_checked(log_weights, n, generator), -1))
     u = torch.rand((*cdf.shape[:-1], 1), generator=generator, device=cdf.device, dtype=torch.float64)
@@ -101,7 +101,7 @@ def stratified(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Te
         TypeError: `log_weights` is not a floating tensor, `n` is not an int, or `generator` is no generator.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf, or `n` < 1.
 
-    Source: [kitagawa1996], [douc2005]; book chapter 6, `resampling-law`.
+    Source: [kitagawa1996], [douc2005]; book, `resampling-law`.
     """
     cdf = _cumulative(torch.softmax(_checked(log_weights, n, generator), -1))
     u = torch.rand((*cdf.shape[:-1], n), generator=generator, device=cdf.device, dtype=torch.float64)
@@ -131,7 +131,7 @@ def multinomial(log_weights: Tensor, n: int, *, generator: torch.Generator) -> T
         TypeError: `log_weights` is not a floating tensor, `n` is not an int, or `generator` is no generator.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf, or `n` < 1.
 
-    Source: [gordon1993]; book chapter 6, `resampling-law` and `diversity`.
+    Source: [gordon1993]; book, `resampling-law` and `diversity`.
     """
     logps = torch.log_softmax(_checked(log_weights, n, generator), -1)
     return categorical.sample(logps, n, generator=generator)
@@ -156,7 +156,7 @@ def residual(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Tens
         TypeError: `log_weights` is not a floating tensor, `n` is not an int, or `generator` is no generator.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf, or `n` < 1.
 
-    Source: [liu1998], [douc2005]; book chapter 6, `resampling-law`.
+    Source: [liu1998], [douc2005]; book, `resampling-law`.
     """
     probs = torch.softmax(_checked(log_weights, n, generator), -1)
     expected = n * probs
@@ -194,7 +194,7 @@ def gumbel_top_k(log_weights: Tensor, n: int, *, generator: torch.Generator) -> 
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf; `n` < 1; or fewer than `n` indices of
             positive weight.
 
-    Source: [yellott1977], [kool2019b]; book chapter 6, `without-replacement`.
+    Source: [yellott1977], [kool2019b]; book, `without-replacement`.
     """
     logps = torch.log_softmax(_checked(log_weights, n, generator), -1)
     possible = logps > -math.inf
@@ -228,7 +228,7 @@ def rejection(rewards: Tensor, beta: float, max_reward: float, *, generator: tor
         TypeError: `rewards` is not a floating tensor, `beta` or `max_reward` no number, or `generator` no generator.
         ValueError: `rewards` with NaN or +inf, `beta` not finite and > 0, or `max_reward` not finite.
 
-    Source: [vonneumann1951]; book chapter 6, `rejection`.
+    Source: [vonneumann1951]; book, `rejection`.
     """
     _checks.generator("generator", generator)
     if not isinstance(rewards, Tensor) or not rewards.is_floating_point():

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tiltlib import _checks, categorical, weights
+from tiltlib import _checks, _numerics
 from tiltlib.markov import MarkovChain
 
 __all__ = [
@@ -76,7 +76,7 @@ def best_of_n(rewards: Tensor, *, generator: torch.Generator) -> Tensor:
         TypeError: `rewards` is not a floating tensor, or `generator` not a torch.Generator.
         ValueError: `rewards` has NaN, +inf, or a row that is all -inf.
 
-    Source: [beirami2024]; book chapter 2, `bon-law`.
+    Source: [beirami2024]; book, `bon-law`.
     """
     top = _candidate_rewards(rewards)
     _checks.generator("generator", generator)
@@ -105,12 +105,12 @@ def soft_best_of_n(rewards: Tensor, beta: float | Tensor, *, generator: torch.Ge
         TypeError: `rewards` is not a floating tensor, or `generator` not a torch.Generator.
         ValueError: `rewards` has NaN, +inf, or a row that is all -inf, or `beta` is not finite and > 0 or does not fit.
 
-    Source: [verdun2025]; book chapter 2, `soft-bon-law`.
+    Source: [verdun2025]; book, `soft-bon-law`.
     """
     top = _candidate_rewards(rewards)
     _checks.positive_per_row("beta", beta, rewards.shape[:-1])
     _checks.generator("generator", generator)
-    return _pick(weights._over(rewards.detach(), top.detach(), beta).exp_(), generator)[0]
+    return _pick(_numerics.over(rewards.detach(), top.detach(), beta).exp_(), generator)[0]
 
 
 def _pick(w: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ def best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
         ValueError: `ref_logps` not normalised, `rewards` not finite where the reference has mass, `n` < 1, or shapes
             that do not fit.
 
-    Source: [beirami2024]; book chapter 2, `bon-law`.
+    Source: [beirami2024]; book, `bon-law`.
     """
     ref, supported = _finite_n_inputs(ref_logps, rewards, n)
     if n == 1:
@@ -198,22 +198,22 @@ def _finite_n_inputs(ref_logps: Tensor, rewards: Tensor, n: int) -> tuple[Tensor
     return torch.log_softmax(ref, -1), torch.where(on_support, r, lowest)
 
 
-def soft_best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int, beta: float | Tensor) -> Tensor:
+def soft_best_of_n_law(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor, n: int) -> Tensor:
     """Compute the exact law of soft best-of-N, for any N.
 
         P_N(y) = N p(y) w(y) int_0^inf exp(-s w(y)) M(s)^(N-1) ds,    M(s) = sum_k p_k exp(-s w_k),  w = exp(r / beta)
 
     With s = e^t the trapezoid rule of step 1/4 has a relative quadrature error below 1e-15 for every N, p, w and y
-    (book chapter 2, `soft-bon-quadrature`); rounding adds about 1e-14. All terms are positive, so nothing cancels. Not
+    (book, `soft-bon-quadrature`); rounding adds about 1e-14. All terms are positive, so nothing cancels. Not
     differentiable: the result carries no graph. Cost at most 4 (log N + R + 42) exponentials per distinct reward, R the
     range of r / beta; far less for large N.
 
     Args:
         ref_logps: Reference log-probabilities, shape (..., K), normalised.
         rewards: Finite reward of each outcome, shape (..., K).
-        n: Number of candidates, >= 1; checked up to 10^12.
         beta: Temperature in reward units, > 0. The range of rewards / beta over the support must not exceed 600. A
             tensor broadcasts against the batch dimensions.
+        n: Number of candidates, >= 1; checked up to 10^12.
 
     Returns:
         Log-probabilities of the kept candidate, shape (..., K), in the dtype of `ref_logps`.
@@ -223,7 +223,7 @@ def soft_best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int, beta: float |
         ValueError: `ref_logps` not normalised, `rewards` not finite where the reference has mass, `n` < 1, `beta` not
             finite and > 0 or so small that rewards / beta spans more than 600, or shapes that do not fit.
 
-    Source: [verdun2025] for the method; the exact law is derived in book chapter 2, `soft-bon-law`.
+    Source: [verdun2025] for the method; the exact law is derived in the book, `soft-bon-law`.
     """
     ref, supported = _finite_n_inputs(ref_logps, rewards, n)
     _checks.positive_per_row("beta", beta, ref.shape[:-1])
@@ -242,7 +242,7 @@ def soft_best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int, beta: float |
 
 def _log_w(supported: Tensor, beta: float | Tensor) -> Tensor:
     """Compute log weights whose largest of each row is 0."""
-    return weights._over(supported, supported.amax(-1, keepdim=True), beta)
+    return _numerics.over(supported, supported.amax(-1, keepdim=True), beta)
 
 
 def _soft_law(ref: Tensor, log_w: Tensor, n: int) -> Tensor:
@@ -336,19 +336,20 @@ def soft_best_of_n_chain(ref: MarkovChain, rewards: Tensor, beta: float, log_val
         ValueError: `log_values` of another shape or not finite where the reference can go; rewards / beta + log_values
             that span more than 600 in one context; `rewards`, `beta` and `n` as for `soft_best_of_n_law`.
 
-    Source: book chapter 7, `blockwise-gap` and `values-break-the-wall`.
+    Source: book, `blockwise-gap` and `values-break-the-wall`.
     """
     _checks.count("n", n)
     _checks.positive("beta", beta)
-    length = ref._steps_of("log_values", log_values)
-    table = ref._reward_table(rewards).double()
-    reached, tables = ref._reached("log_values", log_values, "where the reference can go"), []
+    table = ref.reward_table(rewards)
+    length = _checks.value_per_context("log_values", log_values, len(table))
+    reached, tables = ref.contexts(length) > 0, []
+    _checks.finite_where("log_values", log_values, reached, "where the reference can go")
     for t in range(length):
-        rows, here = categorical._law("ref", ref.table(t).detach()).clone(), reached[t]
+        rows, here = _checks.law("ref", ref.table(t).detach()).clone(), reached[t]
         # Only what the reference can do counts: shifted before it is divided, whatever small beta makes of the rest.
         top = torch.where(rows > -math.inf, table, -math.inf).amax(-1, keepdim=True)
-        scores = weights._over(table, torch.where(top > -math.inf, top, 0), beta)
-        scores = torch.where(rows > -math.inf, scores + ref._lookahead(log_values[t + 1].double()), 0)
+        scores = _numerics.over(table, torch.where(top > -math.inf, top, 0), beta)
+        scores = torch.where(rows > -math.inf, scores + ref.lookahead(log_values[t + 1].double()), 0)
         law, supported = _finite_n_inputs(rows[here], scores[here], n)
         log_w = _log_w(supported, 1.0)
         if bool((log_w < -600).any()):
@@ -400,7 +401,7 @@ def candidate_counts(ref_logps: Tensor, n: int, *, generator: torch.Generator) -
 
 
 def soft_best_of_n_draw(
-    ref_logps: Tensor, rewards: Tensor, n: int, beta: float | Tensor, *, generator: torch.Generator
+    ref_logps: Tensor, rewards: Tensor, beta: float | Tensor, n: int, *, generator: torch.Generator
 ) -> Tensor:
     """Draw one soft best-of-N outcome per row from a categorical reference, in time that does not grow with N.
 
@@ -411,8 +412,8 @@ def soft_best_of_n_draw(
     Args:
         ref_logps: Reference log-probabilities, shape (..., K), normalised. Expand it for several rows.
         rewards: Reward of each outcome, shape (..., K), finite where the reference has mass.
-        n: Number of candidates, >= 1.
         beta: Temperature in reward units, > 0. A tensor broadcasts against the batch dimensions.
+        n: Number of candidates, >= 1.
         generator: Source of randomness, on the device of the tensors.
 
     Returns:
@@ -422,7 +423,7 @@ def soft_best_of_n_draw(
         TypeError: a tensor is not floating, `n` not an int, or `generator` not a torch.Generator.
         ValueError: as for `soft_best_of_n_law`, except that any `beta` > 0 will do.
 
-    Source: book chapter 2, `soft-bon-law`.
+    Source: book, `soft-bon-law`.
     """
     ref, supported = _finite_n_inputs(ref_logps, rewards, n)
     _checks.positive_per_row("beta", beta, ref.shape[:-1])
@@ -459,7 +460,7 @@ def soft_best_of_n_stream(
         ValueError: no chunk, shapes that do not fit, rewards with NaN or +inf, a row without any finite reward, or
             `beta` not finite and > 0.
 
-    Source: [chao1982] for one-pass weighted choice; book chapter 2, `soft-bon-law`.
+    Source: [chao1982] for one-pass weighted choice; book, `soft-bon-law`.
     """
     if isinstance(beta, Tensor):
         beta = beta.detach()
@@ -490,7 +491,7 @@ def soft_best_of_n_stream(
         top = rewards.detach().amax(-1, keepdim=True).double()
         # A chunk that is all -inf has weight 0; shifting by 0 there keeps it from becoming NaN.
         shift = torch.where(top > -math.inf, top, 0)
-        index, total = _pick(weights._over(rewards.detach(), shift, beta).exp_(), generator)
+        index, total = _pick(_numerics.over(rewards.detach(), shift, beta).exp_(), generator)
         index = index.clamp(max=rewards.shape[-1] - 1)  # a chunk of weight 0 ends the search past its last entry
         log_chunk = total.log()
         where = index.reshape(index.shape + (1,) * (candidates.ndim - index.ndim))
@@ -505,8 +506,8 @@ def soft_best_of_n_stream(
         else:
             higher = torch.maximum(peak, top)
             shift = torch.where(higher > -math.inf, higher, 0)
-            log_total = log_total + weights._over(peak, shift, beta).squeeze(-1)
-            log_chunk = log_chunk + weights._over(top, shift, beta).squeeze(-1)
+            log_total = log_total + _numerics.over(peak, shift, beta).squeeze(-1)
+            log_chunk = log_chunk + _numerics.over(top, shift, beta).squeeze(-1)
             both = torch.logaddexp(log_total, log_chunk)
             u = torch.rand(both.shape, generator=generator, device=both.device, dtype=torch.float64)
             replace = u < (log_chunk - both).exp()  # NaN where nothing has weight yet: False

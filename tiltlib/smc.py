@@ -64,18 +64,20 @@ class _Target(NamedTuple):
     ahead: Tensor
 
 
-def _target(ref: MarkovChain, rewards: Tensor, beta: float, log_twists: Tensor) -> _Target:
-    length = ref._steps_of("log_twists", log_twists)
-    if bool((log_twists[-1] != 0).any()):
-        raise ValueError("log_twists must be 0 after the last step, since the rewards are the whole weight of a string")
+def _target(ref: MarkovChain, rewards: Tensor, beta: float, log_values: Tensor) -> _Target:
+    gain = ref.reward_table(rewards)
+    length = _checks.value_per_context("log_values", log_values, len(gain))
+    if bool((log_values[-1] != 0).any()):
+        raise ValueError("log_values must be 0 after the last step, since the rewards are the whole weight of a string")
     tilted = ref.tilt(rewards, beta, length)
-    reached = tilted._reached("log_twists", log_twists, "wherever the target has mass")
+    reached = tilted.contexts(length) > 0
+    _checks.finite_where("log_values", log_values, reached, "wherever the target has mass")
     tables = torch.stack([ref.table(t) for t in range(length)])
-    ahead = torch.stack([ref._lookahead(values) for values in log_twists[1:].double()])
-    return _Target(tilted, reached, tables, ref._reward_table(rewards), ahead)
+    ahead = torch.stack([ref.lookahead(values) for values in log_values[1:].double()])
+    return _Target(tilted, reached, tables, gain, ahead)
 
 
-def twisted_proposal(ref: MarkovChain, rewards: Tensor, beta: float, log_twists: Tensor) -> MarkovChain:
+def twisted_proposal(ref: MarkovChain, rewards: Tensor, beta: float, log_values: Tensor) -> MarkovChain:
     """Let the twists choose the symbols: the proposal of least weight variance, one step ahead.
 
         q_t(a | c) = p(a | c) exp(r(c, a) / beta + V_{t+1}(c a)) / sum over a
@@ -86,18 +88,18 @@ def twisted_proposal(ref: MarkovChain, rewards: Tensor, beta: float, log_twists:
         ref: Reference chain p.
         rewards: As for `log_increments`.
         beta: As for `log_increments`.
-        log_twists: As for `log_increments`.
+        log_values: As for `log_increments`.
 
     Returns:
         The proposal, float64, with one table per step. A context that leads nowhere keeps the row of the reference.
 
     Raises:
-        TypeError: `rewards` or `log_twists` is not a floating tensor.
+        TypeError: `rewards` or `log_values` is not a floating tensor.
         ValueError: as for `log_increments`.
 
-    Source: [guarniero2017]; book chapter 7, `soft-value`.
+    Source: [guarniero2017]; book, `soft-value`.
     """
-    _, _, tables, gain, ahead = _target(ref, rewards, beta, log_twists)
+    _, _, tables, gain, ahead = _target(ref, rewards, beta, log_values)
     possible = (tables > -math.inf) & (gain > -math.inf) & (ahead > -math.inf)
     somewhere = possible.any(-1, keepdim=True)
     # Shift before dividing: r / beta may overflow, (r - max r) / beta only goes to weight 0.
@@ -110,7 +112,7 @@ def twisted_proposal(ref: MarkovChain, rewards: Tensor, beta: float, log_twists:
 
 
 def log_increments(
-    ref: MarkovChain, rewards: Tensor, beta: float, log_twists: Tensor, proposal: MarkovChain | None = None
+    ref: MarkovChain, rewards: Tensor, beta: float, log_values: Tensor, proposal: MarkovChain | None = None
 ) -> Tensor:
     """Compute the log weight that each symbol adds, for every step and context.
 
@@ -123,23 +125,23 @@ def log_increments(
         rewards: Reward of each symbol, shape (V,), or of each symbol after each context, shape (V^order, V); -inf
             excludes.
         beta: Temperature in reward units, > 0.
-        log_twists: V, shape (L + 1, V^order), the last row 0; -inf only where the target has no mass.
+        log_values: V, shape (L + 1, V^order), the last row 0; -inf only where the target has no mass.
         proposal: Chain q that symbols are drawn from. Default: the reference.
 
     Returns:
         Log increments, float64, shape (L, V^order, V); -inf where the weight is 0 or the proposal never goes.
 
     Raises:
-        TypeError: `rewards` or `log_twists` is not a floating tensor, or `proposal` no chain.
-        ValueError: `log_twists` of another shape, not 0 after the last step, with NaN or +inf, or -inf where the target
+        TypeError: `rewards` or `log_values` is not a floating tensor, or `proposal` no chain.
+        ValueError: `log_values` of another shape, not 0 after the last step, with NaN or +inf, or -inf where the target
             has mass; a proposal that is 0 there, or of another order or alphabet; `rewards` or `beta` as for
             `MarkovChain.soft_values`, or `beta` so small that an increment leaves float64.
 
-    Source: [guarniero2017]; book chapter 7, `smc-unbiased`.
+    Source: [guarniero2017]; book, `smc-unbiased`.
     """
     proposal = ref if proposal is None else proposal
-    ref._check_alike("proposal", proposal)
-    tilted, reached, tables, gain, ahead = _target(ref, rewards, beta, log_twists)
+    ref.check_alike("proposal", proposal)
+    tilted, reached, tables, gain, ahead = _target(ref, rewards, beta, log_values)
     steps = []
     for t, numerator in enumerate(tables + gain / float(beta) + ahead):
         q = proposal.table(t)
@@ -151,19 +153,19 @@ def log_increments(
                 f"got 0 at step {t} in context {context} for symbol {symbol}"
             )
         # A prefix whose twist is 0 has weight 0 for good; a symbol that is never proposed needs no weight.
-        here = log_twists[t].double()[:, None]
+        here = log_values[t].double()[:, None]
         steps.append(torch.where((here > -math.inf) & (q > -math.inf), numerator - here - q, -math.inf))
     increments = torch.stack(steps)
     if not bool((increments < math.inf).all()):
-        raise ValueError(f"beta must be so large that rewards / beta and log_twists stay within float64, got {beta!r}")
+        raise ValueError(f"beta must be so large that rewards / beta and log_values stay within float64, got {beta!r}")
     return increments
 
 
-def trace(symbols: Tensor, ancestors: Tensor) -> Tensor:
+def trace(tokens: Tensor, ancestors: Tensor) -> Tensor:
     """Follow each last particle back to its first symbol.
 
     Args:
-        symbols: Symbol that each particle added at each step, integer tensor, shape (..., L, n) with L, n >= 1.
+        tokens: Symbol that each particle added at each step, integer tensor, shape (..., L, n) with L, n >= 1.
         ancestors: Particle of the step before that each particle continues, integer tensor in 0..n-1, same shape; those
             of step 0 are not used.
 
@@ -171,20 +173,20 @@ def trace(symbols: Tensor, ancestors: Tensor) -> Tensor:
         Strings, shape (..., n, L).
 
     Raises:
-        TypeError: `symbols` or `ancestors` is not an integer tensor.
+        TypeError: `tokens` or `ancestors` is not an integer tensor.
         ValueError: `ancestors` outside 0..n-1, or shapes that differ or are not (..., L, n).
     """
     parents = _checks.sequences("ancestors", ancestors)
-    _checks.sequences("symbols", symbols)
-    _checks.same_shape(symbols=symbols, ancestors=parents)
-    if symbols.ndim < 2 or symbols.shape[-2] == 0:
-        raise ValueError(f"symbols must have shape (..., L, n) with L >= 1, got {tuple(symbols.shape)}")
+    _checks.sequences("tokens", tokens)
+    _checks.same_shape(tokens=tokens, ancestors=parents)
+    if tokens.ndim < 2 or tokens.shape[-2] == 0:
+        raise ValueError(f"tokens must have shape (..., L, n) with L >= 1, got {tuple(tokens.shape)}")
     if parents.numel():  # no particle systems have no ancestors to check
-        _checks.indices("ancestors", parents, symbols.shape[-1])
-    particle = torch.arange(symbols.shape[-1], device=symbols.device).expand(symbols[..., 0, :].shape)
+        _checks.indices("ancestors", parents, tokens.shape[-1])
+    particle = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens[..., 0, :].shape)
     strings = []
-    for t in reversed(range(symbols.shape[-2])):
-        strings.append(symbols[..., t, :].gather(-1, particle))
+    for t in reversed(range(tokens.shape[-2])):
+        strings.append(tokens[..., t, :].gather(-1, particle))
         particle = parents[..., t, :].gather(-1, particle)
     return torch.stack(strings[::-1], -1)
 
@@ -194,7 +196,7 @@ def twisted_smc(
     ref: MarkovChain,
     rewards: Tensor,
     beta: float,
-    log_twists: Tensor,
+    log_values: Tensor,
     n: int,
     *,
     generator: torch.Generator,
@@ -215,7 +217,7 @@ def twisted_smc(
         ref: Reference chain p.
         rewards: As for `log_increments`.
         beta: As for `log_increments`.
-        log_twists: As for `log_increments`; L is the length of the strings. See the module for the usual choices.
+        log_values: As for `log_increments`; L is the length of the strings. See the module for the usual choices.
         n: Particles per run, >= 1.
         generator: Source of randomness, on the device of the chain.
         proposal: Chain that symbols are drawn from, positive wherever the target is. Default: the reference.
@@ -227,23 +229,23 @@ def twisted_smc(
         `Particles(tokens, log_weights, log_partition, ancestors, ess)`.
 
     Raises:
-        TypeError: `rewards` or `log_twists` is not a floating tensor, `n` or `runs` not an int, `threshold` no number,
+        TypeError: `rewards` or `log_values` is not a floating tensor, `n` or `runs` not an int, `threshold` no number,
             or `generator` no generator.
         ValueError: as for `log_increments`; `n` < 1, `runs` < 1, or `threshold` outside [0, 1].
 
-    Source: [delmoral2006], [guarniero2017]; book chapter 7, `smc-unbiased` and `particle-law`.
+    Source: [delmoral2006], [guarniero2017]; book, `smc-unbiased` and `particle-law`.
     """
     _checks.generator("generator", generator)
     _checks.count("n", n)
     _checks.count("runs", runs)
     _checks.fraction("threshold", threshold, zero=True)
-    increments = log_increments(ref, rewards, beta, log_twists, proposal)
+    increments = log_increments(ref, rewards, beta, log_values, proposal)
     proposal = ref if proposal is None else proposal
     device = increments.device
     itself = torch.arange(n, device=device).expand(runs, n)
     context = torch.full((runs, n), ref.start, device=device)
     log_weights = torch.zeros(runs, n, dtype=torch.float64, device=device)
-    log_partition = log_twists[0, ref.start].double().expand(runs)
+    log_partition = log_values[0, ref.start].double().expand(runs)
     # Equal weights may differ in their last digits; that is no reason to resample.
     enough = threshold * n * (1 - 1e-9)
     symbols, ancestors, sizes = [], [], [torch.full((runs,), float(n), dtype=torch.float64, device=device)]
@@ -256,9 +258,9 @@ def twisted_smc(
             log_partition = log_partition + weights.log_mean(spent)
             log_weights = torch.where(uneven, 0.0, log_weights)
         context = context.gather(-1, parents)
-        symbol = proposal._draw(t, context, generator)
+        symbol = proposal.draw(t, context, generator=generator)
         log_weights = log_weights + log_g[context, symbol]
-        context = ref._next(context, symbol)
+        context = ref.append(context, symbol)
         symbols.append(symbol)
         ancestors.append(parents)
         alive = (log_weights > -math.inf).any(-1)

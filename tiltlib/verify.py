@@ -11,7 +11,7 @@ on a wrong law and raises unless that was rejected. Five kinds of check, and a n
     observed  a number stayed below a limit          a limit set after looking: reported, never counted as a claim
 
 `plan` and `plan_mean` say how many samples make the rejection of a declared wrong law or mean certain up to a stated
-probability. The theory is in book chapter "Verifying".
+probability. The theory is in the book, "Verifying".
 """
 
 import dataclasses
@@ -219,7 +219,7 @@ def log_e_value(counts: ArrayLike, target: Tensor, versus: Sequence[Tensor] = ()
         ValueError: a law not normalised or of another size, or counts that are negative, not whole, above 2^53, or all
             0.
 
-    Source: [good1967] for the mixture; [grunwald2024] for E-values; book chapter "Verifying", `e-value-validity`.
+    Source: [good1967] for the mixture; [grunwald2024] for E-values; the book, "Verifying", `e-value-validity`.
     """
     p, wrong = _laws(target, [(f"versus[{i}]", q) for i, q in enumerate(versus)])
     c = _numbers("counts", counts)
@@ -383,7 +383,7 @@ def match(
         ValueError: indices outside 0..K-1, n = 0, a law not normalised or of another size, `alpha` or `miss` outside
             (0, 1), or a malformed claim id.
 
-    Source: book chapter "Verifying", `e-value-validity` and `directed-plan`.
+    Source: the book, "Verifying", `e-value-validity` and `directed-plan`.
     """
     _claim_id(claim)
     _probability("alpha", alpha)
@@ -446,7 +446,7 @@ def plan(target: Tensor, wrong: Tensor, *, alpha: float = 1e-8, miss: float = 1e
             of; `alpha` or `miss` outside (0, 1); or, for an undeclared law, an expected count below 5 where the
             chi-square approximation is not to be trusted.
 
-    Source: [chernoff1952]; book chapter "Verifying", `directed-plan`.
+    Source: [chernoff1952]; the book, "Verifying", `directed-plan`.
     """
     _probability("alpha", alpha)
     _probability("miss", miss)
@@ -571,7 +571,7 @@ def mean(
         ValueError: no values, or values outside the bounds; bounds not finite; a mean not strictly between them; a
             declared mean equal to `expected`; `alpha` or `miss` outside (0, 1); or a malformed claim id.
 
-    Source: [waudbysmith2024]; book chapter "Verifying", `mean-e-value`.
+    Source: [waudbysmith2024]; the book, "Verifying", `mean-e-value`.
     """
     _claim_id(claim)
     _probability("miss", miss)
@@ -624,7 +624,7 @@ def plan_mean(
         ValueError: bounds not finite, a mean not strictly between them, equal means, or `alpha` or `miss` outside
             (0, 1).
 
-    Source: [chernoff1952]; book chapter "Verifying", `mean-e-value`.
+    Source: [chernoff1952]; the book, "Verifying", `mean-e-value`.
     """
     _probability("alpha", alpha)
     _probability("miss", miss)
@@ -694,7 +694,7 @@ def tv_upper_bound(x: ArrayLike | Tensor, *, delta: float = 1e-8) -> float:
     Raises:
         ValueError: values outside [0, 1], n = 0, or `delta` outside (0, 1).
 
-    Source: [waudbysmith2024]; book chapter "Verifying", `tv-certificate`.
+    Source: [waudbysmith2024]; the book, "Verifying", `tv-certificate`.
     """
     _probability("delta", delta)
     v = _numbers("x", x, empty=True).ravel()
@@ -756,7 +756,7 @@ def within(
         ValueError: indices outside 0..K-1, n = 0, a law not normalised or of another size, `eps` or `delta` outside
             (0, 1), K > 1024 with neither `log_q` nor `cells`, or a malformed claim id.
 
-    Source: [weissman2003] and [mcdiarmid1989] for the radii; book chapter "Verifying", `tv-certificate`.
+    Source: [weissman2003] and [mcdiarmid1989] for the radii; the book, "Verifying", `tv-certificate`.
     """
     _claim_id(claim)
     _probability("eps", eps)
@@ -906,7 +906,7 @@ def exact(value: Any, expected: Any, eps: float = 1e-12, *, claim: str) -> Verdi
         ValueError: different shapes, nothing to compare, an integer of more than 53 bits beside fractions, `eps` not
             finite and > 0, or a malformed claim id.
 
-    Source: book chapter "Verifying".
+    Source: the book, "Verifying".
     """
     _claim_id(claim)
     _checks.positive("eps", eps)
@@ -942,7 +942,7 @@ def bound(lhs: Any, rhs: Any, *, claim: str, delta: float | None = None) -> Verd
     Raises:
         ValueError: nothing to compare, `delta` outside (0, 1), or a malformed claim id.
 
-    Source: book chapter "Verifying".
+    Source: the book, "Verifying".
     """
     if delta is not None:
         _probability("delta", delta)
@@ -970,7 +970,7 @@ def observed(value: Any, limit: Any, *, claim: str) -> Verdict:
     Raises:
         ValueError: nothing to compare, or a malformed claim id.
 
-    Source: book chapter "Verifying".
+    Source: the book, "Verifying".
     """
     holds, worst, n = _excess(value, limit, claim)
     eps = float(limit) if np.ndim(limit) == 0 else None

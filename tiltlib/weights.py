@@ -20,18 +20,6 @@ def _shifted(name: str, log_weights: Tensor) -> Tensor:
     return log_weights.double() - log_weights.detach().amax(-1, keepdim=True).double()
 
 
-def _over(rewards: Tensor, top: Tensor, beta: float | Tensor) -> Tensor:
-    """Compute (rewards - top) / beta in float64, one `beta` per row if it is a tensor.
-
-    Shifted before it is divided: r / beta may overflow for small beta, (r - max r) / beta only goes to weight 0.
-    """
-    # Halves are exact, and a difference of halves does not overflow.
-    shifted = (rewards.double() / 2).sub_(top.double() / 2)
-    if isinstance(beta, Tensor):
-        return shifted / (beta.double() / 2).clamp(min=5e-324).unsqueeze(-1)
-    return shifted / max(float(beta) / 2, 5e-324)
-
-
 def _count_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype for numbers that half precision could not hold, such as a count of 10^5."""
     return torch.promote_types(dtype, torch.float32)
@@ -85,7 +73,7 @@ def ess(log_weights: Tensor) -> Tensor:
 
         ESS = (sum_i w_i)^2 / sum_i w_i^2        between 1 and N
 
-    It prices the variance of a weighted mean, not the distance between laws (book chapter 6, `effective-sample-size`).
+    It prices the variance of a weighted mean, not the distance between laws (book, `effective-sample-size`).
     Differentiable.
 
     Args:
@@ -99,7 +87,7 @@ def ess(log_weights: Tensor) -> Tensor:
         TypeError: `log_weights` is not a floating tensor.
         ValueError: `log_weights` has NaN, +inf, or a row that is all -inf.
 
-    Source: [kong1992]; book chapter 1, `tilt-path`.
+    Source: [kong1992]; book, `tilt-path`.
     """
     shifted = _shifted("log_weights", log_weights)
     size = torch.exp(2 * torch.logsumexp(shifted, -1) - torch.logsumexp(2 * shifted, -1))
@@ -131,7 +119,7 @@ def beta_for_ess(rewards: Tensor, fraction: float, *, ties: str = "raise") -> Te
         ValueError: `rewards` has NaN, +inf or a row that is all -inf; `fraction` is not strictly between 0 and 1, or,
             with `ties="raise"`, not attainable for some row; or `ties` is another word.
 
-    Source: book chapter 1, `tilt-path`; book chapter 6, `diversity`.
+    Source: book, `tilt-path`; book, `diversity`.
     """
     shifted = _shifted("rewards", rewards.detach() if isinstance(rewards, Tensor) else rewards)
     _checks.one_of("ties", ties, ("raise", "clamp"))

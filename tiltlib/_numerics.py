@@ -1,0 +1,40 @@
+"""Arithmetic that several modules share: division after shifting, CDFs, normal draws, wider dtypes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+
+def over(rewards: Tensor, top: Tensor, beta: float | Tensor) -> Tensor:
+    """Compute (rewards - top) / beta in float64, one `beta` per row if it is a tensor.
+
+    Shifted before it is divided: r / beta may overflow for small beta, (r - max r) / beta only goes to weight 0.
+    """
+    # Halves are exact, and a difference of halves does not overflow.
+    shifted = (rewards.double() / 2).sub_(top.double() / 2)
+    if isinstance(beta, Tensor):
+        return shifted / (beta.double() / 2).clamp(min=5e-324).unsqueeze(-1)
+    return shifted / max(float(beta) / 2, 5e-324)
+
+
+def cdf(logps: Tensor) -> Tensor:
+    """Add up the probabilities of a law along the last dimension, in float64; the last sum is 1 exactly."""
+    sums = logps.double().exp().cumsum(-1)
+    return sums / sums[..., -1:]
+
+
+def normal(like: Tensor, generator: Generator) -> Tensor:
+    """Draw standard normal numbers of the shape and on the device of a tensor, by inverting their CDF in float64."""
+    u = torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float64)
+    # A uniform number may be 0, whose quantile is -inf.
+    return torch.special.ndtri(u.clamp_(min=2.0**-54))
+
+
+def widened(
+    function: Callable[[Tensor, Any], Tensor], y: Tensor, least: torch.dtype = torch.float32
+) -> tuple[Callable[[Tensor, Any], Tensor], Tensor]:
+    """Take points in a dtype of enough digits, and the function of them that sees the dtype that came in."""
+    narrow, wide = y.dtype, torch.promote_types(y.dtype, least)
+    return (function, y) if wide == narrow else (lambda z, s: function(z.to(narrow), s), y.to(wide))
