@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
-from tiltlib import diffusion
+from tiltlib import diffusion, guidance
 from tiltlib.mixtures import GaussianMixture
 
 METHODS = ["euler", "heun", "dpmpp_2m", "ab3", "maruyama", "ancestral"]
@@ -655,3 +655,22 @@ def test_the_loss_in_half_precision_rounds_once(dtype):
     eps = x0 - 299
     loss = diffusion.denoising_loss(lambda y, s: slope, x0, 100.0, eps)
     close(loss, [(100 * slope.item() + eps.item()) ** 2], torch.finfo(dtype).eps * 8)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_spreads_no_further(bad):
+    y, broken = torch.zeros(3, 2, dtype=F64), lambda y, s: torch.where(torch.arange(3)[:, None] == 1, bad, -y)
+    text = "must return finite numbers, got 2 of 6 entries NaN or infinite"
+    for call in (
+        lambda: diffusion.denoised(broken, y, 1.0),
+        lambda: diffusion.transition(broken, y, 1.0, 0.5),
+        lambda: diffusion.posterior_transition(broken, y, 1.0, 0.5),
+        lambda: diffusion.denoising_loss(broken, y, 1.0, y),
+        *(
+            lambda m=m: diffusion.sample(broken, y, vector(2, 1, 0), method=m, generator=torch.Generator())
+            for m in diffusion._METHODS
+        ),
+        lambda: guidance.classifier_free(broken, lambda y, s: -y, 2.0)(y, 1.0),
+    ):
+        with pytest.raises(ValueError, match=text):
+            call()

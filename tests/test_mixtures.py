@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -979,3 +980,26 @@ def test_inputs_are_not_changed(rng):
 
 def test_the_result_of_a_tilt_has_names():
     assert isinstance(PAIR.tilt(None, vector(1), 1.0), mixtures.Tilted)
+
+
+@pytest.mark.parametrize("beta", [1.0, 1e-3, 1e-6, 1e-9, 1e-12, 1e-100, 1e-250])
+@pytest.mark.parametrize("rise", [0.0, 0.5])
+def test_a_tilt_of_any_temperature(beta, rise):
+    """The reward prefers one point ever more; what each component holds of it has a limit, not seen beside r / beta."""
+    p, m, v = [0.3, 0.7], [-1.0, 2.0], [0.5, 0.25]
+    tilted, log_z = GaussianMixture(vector(*p).log(), vector(*m)[:, None], vector(*v)).tilt(
+        vector(1.0)[:, None], vector(rise), beta
+    )
+    with mpmath.workdps(600):
+        precisions = [1 / mpmath.mpf(s) + 1 / mpmath.mpf(beta) for s in v]
+        pulls = [mpmath.mpf(a) / s + rise / mpmath.mpf(beta) for a, s in zip(m, v, strict=True)]
+        logs = [
+            mpmath.log(q) - mpmath.log(c * s) / 2 + h**2 / c / 2 - mpmath.mpf(a) ** 2 / s / 2
+            for q, c, h, a, s in zip(p, precisions, pulls, m, v, strict=True)
+        ]
+        total = max(logs) + mpmath.log(sum(mpmath.exp(x - max(logs)) for x in logs))
+        means = [float(h / c) for h, c in zip(pulls, precisions, strict=True)]
+        priors = [float(x - total) for x in logs]
+    torch.testing.assert_close(tilted.means[:, 0], vector(*means), rtol=1e-15, atol=0)
+    torch.testing.assert_close(tilted.prior_logps, vector(*priors), rtol=1e-13, atol=1e-13)
+    assert log_z.item() == pytest.approx(float(total), rel=1e-14)

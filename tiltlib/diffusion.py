@@ -195,7 +195,7 @@ def _points(name: str, value: Tensor) -> None:
 
 
 def evaluate(score: Score, y: Tensor, s: Level, name: str = "score") -> Tensor:
-    """Evaluate a score, and refuse a result of another shape, which would broadcast without a word.
+    """Evaluate a score, and refuse a result that would broadcast, or spread NaN, without a word.
 
     Args:
         score: Score function (y, s).
@@ -208,13 +208,16 @@ def evaluate(score: Score, y: Tensor, s: Level, name: str = "score") -> Tensor:
 
     Raises:
         TypeError: the score returns no floating tensor.
-        ValueError: the score returns another shape than that of `y`.
+        ValueError: the score returns another shape than that of `y`, or numbers that are not finite.
     """
     value = score(y, s)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name} must return a floating-point torch.Tensor, got {_checks.described(value)}")
     if value.shape != y.shape:
         raise ValueError(f"{name} must return shape {tuple(y.shape)}, as its argument, got {tuple(value.shape)}")
+    bad = int((~value.detach().isfinite()).sum())
+    if bad:
+        raise ValueError(f"{name} must return finite numbers, got {bad} of {value.numel()} entries NaN or infinite")
     return value.to(y.dtype)
 
 
@@ -283,7 +286,7 @@ def denoised(score: Score, y: Tensor, s: float) -> Tensor:
 
     Raises:
         TypeError: `y`, or what `score` returns, is not a floating tensor.
-        ValueError: `y` not (n, D), `s` not in (0, 1e150], or a score of another shape.
+        ValueError: `y` not (n, D), `s` not in (0, 1e150], or a score of another shape or not finite.
 
     Source: [efron2011]; book, `noised-mixture`.
     """
@@ -339,7 +342,7 @@ def posterior_transition(score: Score, y: Tensor, s: float, s_next: float) -> Tr
 
     Raises:
         TypeError: `y`, or what `score` returns, is not a floating tensor.
-        ValueError: `y` not (n, D), not 0 <= `s_next` < `s` <= 1e150, or a score of another shape.
+        ValueError: `y` not (n, D), not 0 <= `s_next` < `s` <= 1e150, or a score of another shape or not finite.
 
     Source: [ho2020]; book, `gaussian-chain`.
     """
@@ -405,7 +408,7 @@ def sample(
     Raises:
         TypeError: `y`, `levels` or what `score` returns is not a floating tensor, or no `generator` for noise.
         ValueError: `levels` not in [0, 1e150] or not strictly decreasing; `y` not (n, D) or not finite; a score of
-            another shape; an unknown `method`; `churn` not in [0, 1e150], or given to another method.
+            another shape or not finite; an unknown `method`; `churn` not in [0, 1e150], or given to another method.
 
     Source: [song2021ddim], [karras2022], [lu2022dpmpp], [zhang2023deis], [ho2020]; book, `sampler-order`.
     """
@@ -459,7 +462,7 @@ def denoising_loss(score: Score, x0: Tensor, s: float | Tensor, eps: Tensor) -> 
     Raises:
         TypeError: `x0`, `eps` or what `score` returns is not a floating tensor, or dtypes that differ.
         ValueError: `x0` not (n, D), `eps` of another shape, one of them not finite, `s` not in (0, 1e150] or of another
-            shape, or a score of another shape.
+            shape, or a score of another shape or not finite.
 
     Source: [hyvarinen2005], [vincent2011]; book, `weighted-score-matching`.
     """

@@ -605,26 +605,46 @@ class GaussianMixture:
         # A component of probability 0 takes no part: its terms could overflow, and -inf + inf is NaN.
         means = torch.where(alive, self._means, 0)
         slope = torch.zeros_like(means[0]) if linear is None else linear.double() / beta
-        reward, gradient = means @ slope, slope.expand_as(means)
-        log_det, tilted = torch.zeros_like(reward), self
-        if quadratic is not None:
+        if quadratic is None:
+            tilted, common = self, means.new_zeros(())
+            shift = self._times(self._spectrum, torch.where(alive, slope, 0))
+            moved, log_z = self._means + shift, means @ slope + (shift * slope).sum(-1) / 2
+        else:
             _checks.symmetric("quadratic", quadratic)
             curve = quadratic.double() / beta
-            bent = means @ curve
-            reward, gradient = reward - (bent * means).sum(-1) / 2, gradient - bent
-            if not bool(gradient.isfinite().all() & curve.isfinite().all()):
+            if not bool(slope.isfinite().all() & curve.isfinite().all()):
                 raise ValueError(f"{cause} must keep r / beta within the range of float64, got an overflow")
             spectrum, basis = self._sharpened(curve)
-            log_det = (self._spectrum.log() - spectrum.log()).sum(-1)
             tilted = self._of(self._priors, self._means, spectrum, basis, cause=cause)
-        shift = tilted._times(tilted._spectrum, torch.where(alive, gradient, 0))
-        log_weights = self._priors + reward - log_det / 2 + (gradient * shift).sum(-1) / 2
-        log_partition = log_weights.logsumexp(-1)
+            moved, log_z, common = self._log_gains(tilted, means, slope, curve)
+        log_weights = self._priors + log_z
+        log_partition = common + log_weights.logsumexp(-1)
         if not bool(log_partition.isfinite()):
             raise ValueError(f"{cause} must keep r / beta within the range of float64, got log Z = {log_partition:g}")
-        priors, means = log_weights.log_softmax(-1), self._means + shift
-        mixture = self._of(priors, means, tilted._spectrum, tilted._basis, self._dtype, cause)
+        moved = torch.where(alive, moved, self._means)
+        mixture = self._of(log_weights.log_softmax(-1), moved, tilted._spectrum, tilted._basis, self._dtype, cause)
         return Tilted(mixture, log_partition.to(self._dtype))
+
+    def _log_gains(
+        self, tilted: "GaussianMixture", means: Tensor, slope: Tensor, curve: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the tilted means, log z_k - r(x) / beta, and r(x) / beta at x, the tilted mean of one component.
+
+            log z_k - r(x) / beta = e' C_k S_k^-1 d_k - d_k' A C_k S_k^-1 d_k / (2 beta) + e' C_k e / 2
+                                    - (1/2) log det(I + S_k A / beta),    d_k = m_k - x,  e = (b - A x) / beta
+
+        holds for every x. Here e = S_j^-1 (x - m_j), so that no term grows as beta falls, where r(m_k) / beta does.
+        """
+        pull = lambda vectors: self._times(1 / self._spectrum, vectors)  # noqa: E731
+        spread = lambda vectors: tilted._times(tilted._spectrum, vectors)  # noqa: E731
+        moved, j = spread(pull(means) + slope), self._priors.argmax()
+        x = moved[j]
+        d = means - x
+        pulled = pull(d)
+        e, back = -pulled[j].expand_as(d), spread(pulled)
+        log_det = (self._spectrum.log() - tilted._spectrum.log()).sum(-1)
+        log_z = ((e - d @ curve / 2) * back + e * spread(e) / 2).sum(-1) - log_det / 2
+        return moved, log_z, x @ slope - x @ curve @ x / 2
 
     def _sharpened(self, curve: Tensor) -> tuple[Tensor, Tensor]:
         """Decompose (S_k^-1 + curve)^-1. A component of weight 0 stays as it is, whether or not its own tilt exists."""
