@@ -75,10 +75,11 @@ class Inputs:
         self.made: list[Tensor] = []  # as the call gets them
         self.leaves: list[Tensor | None] = []  # None for those that are not floating
         self.batch: list[bool] = []
+        self.laws: list[bool] = []
         self.draws = False  # whether a generator was asked for
         self._generator, self._seeds = generator, itertools.count(seed)
 
-    def __call__(self, x: Tensor, *, rows=False, form=lambda x: x, dtype=None, host=False) -> Tensor:
+    def __call__(self, x: Tensor, *, rows=False, form=lambda x: x, dtype=None, host=False, law=False) -> Tensor:
         """Make a tensor. `rows`: its first dimension is a batch. `host`: it stays on the CPU, as levels do."""
         i, leaf = len(self.made), None
         if x.is_floating_point():
@@ -90,10 +91,11 @@ class Inputs:
         self.made.append(x)
         self.leaves.append(leaf)
         self.batch.append(rows)
+        self.laws.append(law)
         return x
 
     def law(self, logits: Tensor, *, rows=False) -> Tensor:
-        return self(logits, rows=rows, form=lambda x: torch.log_softmax(x, -1))
+        return self(logits, rows=rows, form=lambda x: torch.log_softmax(x, -1), law=True)
 
     def exact(self, x: Tensor, **options) -> Tensor:
         """Make a tensor that is float64 whatever the dtype of the call."""

@@ -216,6 +216,7 @@ def _points(name: str, value: Tensor) -> None:
     _checks.tensor(name, value)
     if value.ndim != 2:
         raise ValueError(f"{name} must have shape (n, D), got {tuple(value.shape)}")
+    _checks.finite(name, value)
 
 
 def _evaluate(score: Score, y: Tensor, s: Level, name: str = "score") -> Tensor:
@@ -293,7 +294,7 @@ def denoised(score: Score, y: Tensor, s: float) -> Tensor:
 
     Raises:
         TypeError: `y`, or what `score` returns, is not a floating tensor.
-        ValueError: `y` not (n, D), `s` not in (0, 1e150], or a score of another shape.
+        ValueError: `y` not (n, D) or not finite, `s` not in (0, 1e150], or a score of another shape.
 
     Source: [efron2011]; book chapter 8, `noised-mixture`.
     """
@@ -320,8 +321,8 @@ def transition(score: Score, y: Tensor, s: float, s_next: float, churn: float = 
 
     Raises:
         TypeError: `y`, or what `score` returns, is not a floating tensor.
-        ValueError: `y` not (n, D), not 0 <= `s_next` < `s` <= 1e150, `churn` not in [0, 1e150], or a score of another
-            shape.
+        ValueError: `y` not (n, D) or not finite, not 0 <= `s_next` < `s` <= 1e150, `churn` not in [0, 1e150], or a
+            score of another shape.
 
     Source: [song2021sde], [karras2022]; book chapter 8, `reverse-process`.
     """
@@ -349,7 +350,7 @@ def posterior_transition(score: Score, y: Tensor, s: float, s_next: float) -> Tr
 
     Raises:
         TypeError: `y`, or what `score` returns, is not a floating tensor.
-        ValueError: `y` not (n, D), not 0 <= `s_next` < `s` <= 1e150, or a score of another shape.
+        ValueError: `y` not (n, D) or not finite, not 0 <= `s_next` < `s` <= 1e150, or a score of another shape.
 
     Source: [ho2020]; book chapter 8, `gaussian-chain`.
     """
@@ -421,7 +422,6 @@ def sample(
     """
     numbers = _floats(levels)
     _points("y", y)
-    _checks.finite("y", y)
     if generator is not None:
         _checks.generator("generator", generator)
     if not callable(method):
@@ -474,7 +474,6 @@ def denoising_loss(score: Score, x0: Tensor, s: float | Tensor, eps: Tensor) -> 
     Source: [hyvarinen2005], [vincent2011]; book chapter 10, `weighted-score-matching`.
     """
     _points("x0", x0)
-    _checks.finite("x0", x0)
     _checks.finite("eps", eps)
     _checks.same_shape(x0=x0, eps=eps)
     if isinstance(s, Tensor):
