@@ -192,6 +192,7 @@ def _points(name: str, value: Tensor) -> None:
     _checks.tensor(name, value)
     if value.ndim != 2:
         raise ValueError(f"{name} must have shape (n, D), got {tuple(value.shape)}")
+    _checks.finite(name, value)
 
 
 def evaluate(score: Score, y: Tensor, s: Level, name: str = "score") -> Tensor:
@@ -244,8 +245,11 @@ def draw(step: Transition, *, generator: Generator | None) -> Tensor:
 
     Raises:
         TypeError: `generator` is not a `torch.Generator`, and there is noise to draw.
+        ValueError: a mean or a standard deviation that is not finite, or the latter below 0.
     """
     mean, std = step
+    _checks.finite("mean", mean)
+    _checks.nonnegative("std", std)
     if std == 0:
         return mean
     _checks.generator("generator", generator)
@@ -286,7 +290,7 @@ def denoised(score: Score, y: Tensor, s: float) -> Tensor:
 
     Raises:
         TypeError: `y`, or what `score` returns, is not a floating tensor.
-        ValueError: `y` not (n, D), `s` not in (0, 1e150], or a score of another shape or not finite.
+        ValueError: `y` not (n, D) or not finite, `s` not in (0, 1e150], or a score of another shape or not finite.
 
     Source: [efron2011]; book, `noised-mixture`.
     """
@@ -313,8 +317,8 @@ def transition(score: Score, y: Tensor, s: float, s_next: float, churn: float = 
 
     Raises:
         TypeError: `y`, or what `score` returns, is not a floating tensor.
-        ValueError: `y` not (n, D), not 0 <= `s_next` < `s` <= 1e150, `churn` not in [0, 1e150], or a score of another
-            shape.
+        ValueError: `y` not (n, D) or not finite, not 0 <= `s_next` < `s` <= 1e150, `churn` not in [0, 1e150], or a
+            score of another shape.
 
     Source: [song2021sde], [karras2022]; book, `reverse-process`.
     """
@@ -342,7 +346,8 @@ def posterior_transition(score: Score, y: Tensor, s: float, s_next: float) -> Tr
 
     Raises:
         TypeError: `y`, or what `score` returns, is not a floating tensor.
-        ValueError: `y` not (n, D), not 0 <= `s_next` < `s` <= 1e150, or a score of another shape or not finite.
+        ValueError: `y` not (n, D) or not finite, not 0 <= `s_next` < `s` <= 1e150, or a score of another
+            shape or not finite.
 
     Source: [ho2020]; book, `gaussian-chain`.
     """
@@ -414,7 +419,6 @@ def sample(
     """
     numbers = _checks.levels("levels", levels)
     _points("y", y)
-    _checks.finite("y", y)
     if generator is not None:
         _checks.generator("generator", generator)
     if not callable(method):
@@ -467,7 +471,6 @@ def denoising_loss(score: Score, x0: Tensor, s: float | Tensor, eps: Tensor) -> 
     Source: [hyvarinen2005], [vincent2011]; book, `weighted-score-matching`.
     """
     _points("x0", x0)
-    _checks.finite("x0", x0)
     _checks.finite("eps", eps)
     _checks.same_shape(x0=x0, eps=eps)
     if isinstance(s, Tensor):

@@ -245,20 +245,31 @@ class MarkovChain:
 
         Args:
             step: As for `table`.
-            contexts: Context numbers in 0..V^order - 1, int64, any shape.
+            contexts: Context numbers in 0..V^order - 1, integer tensor, any shape.
 
         Returns:
             Log-probabilities, float64, shape (..., V).
 
         Raises:
-            ValueError: as for `table`.
+            TypeError: `contexts` is not an integer tensor.
+            ValueError: as for `table`, or `contexts` out of range.
         """
         self._check_step(step)
+        contexts = self._check_contexts(contexts)
         return (self._tables if self._tables.ndim == 2 else self._tables[step])[contexts]
 
     def _check_step(self, step: int) -> None:
         if self.length is not None and not 0 <= step < self.length:
             raise ValueError(f"step must lie in 0..{self.length - 1}, got {step}")
+
+    def _check_numbers(self, name: str, value: Tensor, k: int | None = None) -> Tensor:
+        """Require numbers of symbols, or of k other things; return them as int64. None at all is a batch like any."""
+        if isinstance(value, Tensor) and value.dtype in _checks.INTEGERS and value.numel() == 0:
+            return value.long()
+        return _checks.indices(name, value, k or self._v)
+
+    def _check_contexts(self, contexts: Tensor) -> Tensor:
+        return self._check_numbers("contexts", contexts, self._v**self.order)
 
     def check_alike(self, name: str, other: "MarkovChain") -> None:
         """Require a chain over the same contexts.
@@ -417,17 +428,18 @@ class MarkovChain:
 
         Args:
             step: As for `table`.
-            contexts: Context numbers in 0..V^order - 1, int64, any shape.
+            contexts: Context numbers in 0..V^order - 1, integer tensor, any shape.
             generator: Source of randomness, on the device of the chain.
 
         Returns:
             Symbol numbers, int64, shape of `contexts`.
 
         Raises:
-            TypeError: `generator` is no generator.
-            ValueError: as for `table`.
+            TypeError: `contexts` is not an integer tensor, or `generator` no generator.
+            ValueError: as for `table`, or `contexts` out of range.
         """
         _checks.generator("generator", generator)
+        contexts = self._check_contexts(contexts)
         # Many strings share a context: beyond one string per context, turn the whole table into CDFs once.
         whole = contexts.numel() > self._v**self.order
         cdf = _numerics.cdf(self.table(step) if whole else self.rows(step, contexts))
@@ -441,13 +453,17 @@ class MarkovChain:
             (c V + a) mod V^order
 
         Args:
-            contexts: Context numbers in 0..V^order - 1, int64, any shape.
-            tokens: Symbol numbers in 0..V-1, int64, a shape that broadcasts.
+            contexts: Context numbers in 0..V^order - 1, integer tensor, any shape.
+            tokens: Symbol numbers in 0..V-1, integer tensor, a shape that broadcasts.
 
         Returns:
             Context numbers, int64.
+
+        Raises:
+            TypeError: `contexts` or `tokens` is not an integer tensor.
+            ValueError: `contexts` or `tokens` out of range.
         """
-        return (contexts * self._v + tokens) % self._v**self.order
+        return (self._check_contexts(contexts) * self._v + self._check_numbers("tokens", tokens)) % self._v**self.order
 
     def contexts(self, length: int) -> Tensor:
         """Compute the law of the context before each step, by a forward recursion.
@@ -545,10 +561,17 @@ class MarkovChain:
             values: One number per context, shape (V^order,).
 
         Returns:
-            The same numbers, shape (V^order, V).
+            The same numbers, float64, shape (V^order, V).
+
+        Raises:
+            TypeError: `values` is not a floating tensor.
+            ValueError: `values` of another shape, or with NaN or +inf.
         """
+        _checks.rewards("values", values)
+        if values.shape != (self._v**self.order,):
+            raise ValueError(f"values must have shape ({self._v**self.order},), got {tuple(values.shape)}")
         v = self._v
-        return values.view(1, -1, v).expand(v, -1, -1).reshape(-1, v)
+        return values.double().view(1, -1, v).expand(v, -1, -1).reshape(-1, v)
 
     def soft_values(self, rewards: Tensor, beta: float, length: int) -> Tensor:
         """Compute by backward recursion what the rest of a string is worth.
@@ -694,15 +717,17 @@ class TiltedChain(MarkovChain):
 
         Args:
             step: Position in the string, in 0..L-1.
-            contexts: Context numbers in 0..V^order - 1, int64, any shape.
+            contexts: Context numbers in 0..V^order - 1, integer tensor, any shape.
 
         Returns:
             Log-probabilities, float64, shape (..., V).
 
         Raises:
-            ValueError: `step` outside 0..L-1.
+            TypeError: `contexts` is not an integer tensor.
+            ValueError: `step` outside 0..L-1, or `contexts` out of range.
         """
         self._check_step(step)
+        contexts = self._check_contexts(contexts)
         following = self.append(contexts[..., None], torch.arange(self._v, device=contexts.device))
         ref = self.ref.rows(step, contexts)
         best, rest = self._best[step, contexts].unsqueeze(-1), self._rest[step, contexts].unsqueeze(-1)

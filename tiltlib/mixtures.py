@@ -257,20 +257,21 @@ class GaussianMixture:
 
     # --- densities and scores ----------------------------------------------------------------------------------------
 
-    def check_points(self, name: str, x: Tensor) -> Tensor:
-        """Require points that this mixture can take, and return them in the dtype that it computes in.
+    def check_points(self, name: str, x: Tensor) -> None:
+        """Require points that this mixture can take.
 
         Args:
             name: What to call the points in an error.
             x: Points, shape (n, D), in the dtype of the mixture.
 
-        Returns:
-            The points, in the dtype of the computation, float32 or float64.
-
         Raises:
             TypeError: `x` is not a floating tensor in the dtype of the mixture.
             ValueError: `x` not (n, D), not finite, or so far from the means that squares overflow.
         """
+        self._points(name, x)
+
+    def _points(self, name: str, x: Tensor) -> Tensor:
+        """Check points and return them in the dtype of the computation."""
         if not isinstance(x, Tensor) or x.dtype != self._dtype:
             _checks.finite(name, x)
             raise TypeError(f"{name} must have the dtype of the mixture, {self._dtype}, got {x.dtype}")
@@ -344,7 +345,7 @@ class GaussianMixture:
         return self._joint(x).to(self._dtype)
 
     def _joint(self, x: Tensor) -> Tensor:
-        return self._logits(self._coordinates(self.check_points("x", x)))
+        return self._logits(self._coordinates(self._points("x", x)))
 
     def logps(self, x: Tensor) -> Tensor:
         """Compute the log density.
@@ -373,7 +374,7 @@ class GaussianMixture:
         return self._posterior("x", x).to(self._dtype)
 
     def _posterior(self, name: str, x: Tensor) -> Tensor:
-        z = self._coordinates(self.check_points(name, x))
+        z = self._coordinates(self._points(name, x))
         return self._logits(z, up_to_a_constant=True).log_softmax(-1)
 
     def score(self, x: Tensor) -> Tensor:
@@ -387,7 +388,7 @@ class GaussianMixture:
         Returns:
             The gradient, shape (n, D).
         """
-        points = self.check_points("x", x)
+        points = self._points("x", x)
         pull = self._pull(torch.ones_like(self._spectrum))
         return self._blockwise(lambda part: pull(part)[1], points)
 
@@ -528,7 +529,7 @@ class GaussianMixture:
         Source: [efron2011]; book, `noised-mixture`.
         """
         noised = self.noised(alpha, sigma)
-        points = noised.check_points("xt", xt)
+        points = noised._points("xt", xt)
 
         pull = noised._pull(float(alpha) * self._spectrum)
         columns = self._means.mT.to(noised._work, memory_format=torch.contiguous_format)
@@ -637,14 +638,14 @@ class GaussianMixture:
         """
         pull = lambda vectors: self._times(1 / self._spectrum, vectors)  # noqa: E731
         spread = lambda vectors: tilted._times(tilted._spectrum, vectors)  # noqa: E731
-        moved, j = spread(pull(means) + slope), self._priors.argmax()
-        x = moved[j]
+        moved, j = spread(pull(means) + slope), int(self._priors.argmax())
+        x = moved[j : j + 1]
         d = means - x
         pulled = pull(d)
         e, back = -pulled[j].expand_as(d), spread(pulled)
         log_det = (self._spectrum.log() - tilted._spectrum.log()).sum(-1)
         log_z = ((e - d @ curve / 2) * back + e * spread(e) / 2).sum(-1) - log_det / 2
-        return moved, log_z, x @ slope - x @ curve @ x / 2
+        return moved, log_z, (x * (slope - x @ curve / 2)).sum()
 
     def _sharpened(self, curve: Tensor) -> tuple[Tensor, Tensor]:
         """Decompose (S_k^-1 + curve)^-1. A component of weight 0 stays as it is, whether or not its own tilt exists."""
@@ -772,7 +773,7 @@ class GaussianMixture:
 
         Source: [rosenblatt1952].
         """
-        self.check_points("x", x)
+        self._points("x", x)
         offsets = torch.where(self._alive[:, None], x[:, None].double() - self._means, 0)
         if self._basis is None:
             scales = self._spectrum.sqrt().expand(-1, self.dimension)

@@ -246,8 +246,8 @@ class TransformerPolicy(nn.Module):
 
         Raises:
             TypeError: `tokens` is not an integer tensor.
-            ValueError: `tokens` outside 0..V-1, empty, or longer than the context of the policy; or parameters that are
-                no longer finite.
+            ValueError: `tokens` outside 0..V-1, of length 0, or longer than the context of the policy; or parameters
+                that are no longer finite.
         """
         contexts = self.ref.contexts_before(tokens)
         if tokens.shape[-1] > self.length:
@@ -256,7 +256,7 @@ class TransformerPolicy(nn.Module):
         none_yet = torch.full_like(flat[:, :1], len(self.ref.alphabet))
         added, _ = self._network(torch.cat([none_yet, flat[:, :-1]], -1), 0, [None] * len(self.blocks))
         rows = [self.ref.rows(t, context) for t, context in enumerate(contexts.unbind(-1))]
-        return torch.log_softmax(torch.stack(rows, -2) + added.view(*tokens.shape, -1), -1)
+        return torch.log_softmax(torch.stack(rows, -2) + added.view(*tokens.shape, len(self.ref.alphabet)), -1)
 
     def token_logps(self, tokens: Tensor) -> Tensor:
         """Compute log pi(y_t | y_<t) of each symbol. Differentiable.

@@ -973,7 +973,8 @@ def observed(value: Any, limit: Any, *, claim: str) -> Verdict:
     Source: the book, "Verifying".
     """
     holds, worst, n = _excess(value, limit, claim)
-    eps = float(limit) if np.ndim(limit) == 0 else None
+    single = _numbers("limit", limit)
+    eps = float(single) if single.ndim == 0 else None
     return Verdict(claim, "observed", "NOTE" if holds else "REJECT", n, eps=eps, error=worst, method="observed")
 
 
