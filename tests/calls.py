@@ -342,7 +342,7 @@ for kind, make in {
     )
 example("markov.TiltedChain.rows", lambda m, call: call(chain(m).tilt(m(SYMBOL_REWARDS), 0.5, LENGTH), 1, m(TOKENS)))
 example("markov.MarkovChain.check_alike", lambda m, call: call(chain(m), "other", steps(m)))
-example("markov.MarkovChain.reward_table", lambda m, call: call(chain(m), m(SYMBOL_REWARDS)))
+example("markov.MarkovChain.reward_table", lambda m, call: call(chain(m), m(SYMBOL_REWARDS), length=LENGTH))
 example("markov.MarkovChain.lookahead", lambda m, call: call(chain(m), m(VALUES[0])))
 example("markov.MarkovChain.soft_values contexts", lambda m, call: call(chain(m), m(numbers(3, 3)), 0.5, LENGTH))
 example("markov.MarkovChain.total_reward", lambda m, call: call(chain(m), m(TOKENS, rows=True), m(SYMBOL_REWARDS)))
@@ -440,6 +440,19 @@ example(
         m(TOKENS[:, 1] + 1, rows=True),
     ),
 )
+example(
+    "mcmc.log_accept proposal",
+    lambda m, call: call(
+        *(m(numbers(5), rows=True), m(numbers(5) ** 2, rows=True), 2.0),
+        *(m(TOKENS[:, 0] + 1, rows=True), m(TOKENS[:, 1] + 1, rows=True)),
+        proposal_logps=m(numbers(5), rows=True),
+        new_proposal_logps=m(numbers(5) ** 2, rows=True),
+    ),
+)
+example(
+    "mcmc.power_mh proposal",
+    lambda m, call: call(chain(m), m(TOKENS, rows=True), 2.0, 3, generator=m.generator(), proposal=steps(m)),
+)
 example("mcmc.power_mh", lambda m, call: call(chain(m), m(TOKENS, rows=True), 2.0, 3, generator=m.generator()))
 example(
     "mcmc.power_mh end",
@@ -515,6 +528,30 @@ example(
         clip=0.1,
     ),
 )
+example(
+    "losses.grpo clip-pair",
+    lambda m, call: call(
+        *(likelihoods(m, 2, 3, 4), likelihoods(m, 2, 3, 4), m(numbers(2, 3), rows=True), 0.7),
+        old_logps=m(numbers(2, 3, 4) ** 2 - 2, rows=True),
+        clip=(0.1, 0.3),
+    ),
+)
+for length_norm in ("sequence", "group"):
+    example(
+        f"losses.grpo length_norm={length_norm}",
+        lambda m, call, length_norm=length_norm: call(
+            *(likelihoods(m, 2, 3, 4), likelihoods(m, 2, 3, 4), m(numbers(2, 3), rows=True), 0.7),
+            mask=m(KEPT.expand(2, 3, 4), rows=True),
+            length_norm=length_norm,
+        ),
+    )
+example(
+    "losses.grpo valid",
+    lambda m, call: call(
+        *(likelihoods(m, 2, 3, 4), likelihoods(m, 2, 3, 4), m(numbers(2, 3), rows=True), 0.7),
+        valid=m(torch.tensor([[True, True, False], [True, True, False]]), rows=True),
+    ),
+)
 example("losses.bradley_terry", lambda m, call: call(m(numbers(5), rows=True), m(numbers(5) ** 2, rows=True)))
 example("losses.dpo", lambda m, call: call(*(likelihoods(m, 5) for _ in range(4)), 0.7))
 for kind, labels in {"number": lambda m: 0.8, "tensor": lambda m: m(numbers(5).abs(), rows=True)}.items():
@@ -536,6 +573,7 @@ example(
     ),
 )
 example("losses.fit_bradley_terry", lambda m, call: call(m(2 + numbers(3, 3))))
+example("losses.fit_bradley_terry ridge", lambda m, call: call(m(2 + numbers(3, 3)), ridge=0.5))
 for direction in ("policy", "uniform"):
     example(
         f"losses.self_certainty direction={direction}",

@@ -1626,3 +1626,416 @@ def test_fit_of_a_long_chain(odds):
     wins = torch.diag(torch.full((63,), odds, dtype=F64), 1) + torch.diag(torch.ones(63, dtype=F64), -1)
     differences = -losses.fit_bradley_terry(wins).diff()
     torch.testing.assert_close(differences, torch.full((63,), math.log(odds), dtype=F64), atol=1e-8, rtol=0)
+
+
+# --- comparisons with a ridge ----------------------------------------------------------------------------------------
+
+
+def bisect(falling, low, high):
+    """Root of a falling function, to the last digit."""
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if falling(middle) > 0 else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize("ridge", [1e-12, 1e-3, 1.0, 1e6])
+@pytest.mark.parametrize(
+    ("won", "lost"), [(1e9, 0), (1e-6, 0), (0, 1.0), (3, 1), (1e9, 1e-6), (5, 1e9), (2, 2), (0, 0)]
+)
+def test_ridge_of_two_items(won, lost, ridge):
+    # With r = (d, -d) / 2 the penalty is ridge d^2 / 4: won sigma(-d) - lost sigma(d) = ridge d / 2.
+    def slope(d):
+        return won / (1 + math.exp(d)) - lost / (1 + math.exp(-d)) - ridge * d / 2
+
+    gap = bisect(slope, -100.0, 100.0)
+    rewards = losses.fit_bradley_terry(vector(0, won, lost, 0).view(2, 2), ridge=ridge)
+    torch.testing.assert_close(rewards, vector(gap, -gap) / 2, rtol=1e-13, atol=1e-300)
+
+
+def penalised_gradient(rewards, wins, ridge):
+    rewards = rewards.clone().requires_grad_()
+    likelihood = (wins * torch.nn.functional.logsigmoid(rewards[:, None] - rewards)).sum()
+    penalty = ridge / 2 * (rewards - rewards.mean()).square().sum()
+    return torch.autograd.grad(likelihood - penalty, rewards)[0]
+
+
+def sparse_wins(k, rng):
+    """Tables with wins from 1e-6 to 1e9, most of them 0: winless and unbeaten items, several groups."""
+    return torch.where(
+        torch.rand(k, k, generator=rng) < 0.4, 10.0 ** torch.randint(-6, 10, (k, k), generator=rng).double(), 0
+    ).fill_diagonal_(0)
+
+
+@pytest.mark.parametrize("ridge", [1e-12, 1e-6, 1e-2, 1.0, 1e6])
+def test_at_the_ridge_maximum_the_gradient_vanishes(ridge, rng):
+    for k in (2, 3, 5, 9, 30):
+        wins = sparse_wins(k, rng)
+        before = wins.clone()
+        rewards = losses.fit_bradley_terry(wins, ridge=ridge)
+        assert torch.equal(wins, before) and rewards.dtype == F64
+        largest = rewards.abs().max()
+        unexpected = wins * torch.sigmoid(rewards - rewards[:, None])
+        tolerance = 1e-12 * ((unexpected + unexpected.T).sum(1) + ridge * largest)
+        assert bool((penalised_gradient(rewards, wins, ridge).abs() <= tolerance).all())
+        assert abs(rewards.sum().item()) <= 1e-14 * k * largest
+        if largest > 0:
+            assert bool((penalised_gradient(1.001 * rewards, wins, ridge).abs() > 100 * tolerance).any())
+        order = torch.randperm(k, generator=rng)
+        close(losses.fit_bradley_terry(wins[order][:, order], ridge=ridge), rewards[order], 1e-9)
+
+
+def test_ridge_makes_every_table_a_fit():
+    winless = torch.tensor([[0, 2, 1], [1, 0, 1], [0, 0, 0]], dtype=F64)
+    for wins in (winless, winless.T):  # and an unbeaten one
+        with pytest.raises(ValueError, match="infinite .ridge > 0 makes it finite"):
+            losses.fit_bradley_terry(wins)
+        for ridge in (1e-12, 0.1, 1e3):
+            rewards = losses.fit_bradley_terry(wins, ridge=ridge)
+            last = rewards[2] if wins is winless else -rewards[2]
+            assert bool(rewards.isfinite().all()) and last < min(rewards[:2].min(), (-rewards)[:2].min())
+    # Groups that never met are fitted alone, each with mean 0; an item that nobody met has reward 0.
+    apart = torch.block_diag(winless, torch.zeros(1, 1), torch.tensor([[0.0, 3.0], [1.0, 0.0]])).double()
+    with pytest.raises(ValueError, match="got 3 groups .*ridge > 0 sets them"):
+        losses.fit_bradley_terry(apart)
+    rewards = losses.fit_bradley_terry(apart, ridge=0.3)
+    close(rewards[:3], losses.fit_bradley_terry(winless, ridge=0.3))
+    assert rewards[3] == 0
+    close(rewards[4:], losses.fit_bradley_terry(vector(0, 3, 1, 0).view(2, 2), ridge=0.3))
+    assert not bool(losses.fit_bradley_terry(torch.zeros(3, 3), ridge=1.0).any())
+
+
+def test_ridge_between_maximum_likelihood_and_nothing(rng):
+    wins = torch.randint(1, 9, (5, 5), generator=rng).double()
+    free = losses.fit_bradley_terry(wins)
+    assert torch.equal(losses.fit_bradley_terry(wins, ridge=0.0), free)
+    assert torch.equal(losses.fit_bradley_terry(wins, ridge=0), free)
+    close(losses.fit_bradley_terry(wins, ridge=1e-12), free, 1e-10)
+    sizes = [losses.fit_bradley_terry(wins, ridge=x).norm().item() for x in (0, 0.01, 0.1, 1, 10, 100, 1000)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0] / 10
+    # A strong ridge: half the surplus of wins, over ridge.
+    surplus = (wins - wins.T).sum(1) / 2
+    close(1e13 * losses.fit_bradley_terry(wins, ridge=1e13), surplus, 1e-11)
+
+
+@pytest.mark.parametrize("unit", [1e-300, 2.0**-40, 1.0, 2.0**40, 1e300])
+def test_ridge_is_in_units_of_wins(unit):
+    wins = torch.tensor([[0, 3, 0], [1, 0, 2], [0, 0, 0]], dtype=F64)
+    close(losses.fit_bradley_terry(unit * wins, ridge=0.5 * unit), losses.fit_bradley_terry(wins, ridge=0.5), 1e-13)
+
+
+@pytest.mark.parametrize("ridge", [1e-12, 1e-9, 1e-3])
+def test_a_small_ridge_is_not_lost_beside_many_wins(ridge):
+    """Two leagues of balanced games, 1e9 of them; each of one league has once beaten one of the other.
+
+    By symmetry the members of a league are equal, at +-x, and sigma(-2 x) = ridge x. The games within a league are 1e21
+    times the ridge that holds the leagues together, and rounding must not get from one to the other.
+    """
+    league = 1e9 * torch.tensor([[0, 0.1, 0.7], [0.6, 0, 0.3], [0.2, 0.8, 0]], dtype=F64)  # rows sum to columns
+    wins = torch.block_diag(league, league)
+    wins[[0, 1, 2], [3, 4, 5]] = 1.0
+    x = bisect(lambda x: 1 / (1 + math.exp(2 * x)) - ridge * x, 0.0, 100.0)
+    close(losses.fit_bradley_terry(wins, ridge=ridge), vector(x, x, x, -x, -x, -x), 1e-9)
+
+
+def test_rounding_of_balanced_wins_ends():
+    tenths = torch.tensor([[0, 1, 2, 3], [3, 0, 1, 2], [2, 3, 0, 1], [1, 2, 3, 0]], dtype=F64) / 10
+    for scale in (1.0, 1 / 3, 1e9 / 7):
+        for ridge in (1e-3, 1e3):
+            assert losses.fit_bradley_terry(scale * tenths, ridge=scale * ridge).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ridge_takes_every_dtype_and_numpy(dtype):
+    wins = torch.tensor([[7, 3, 0], [1, 9, 2], [0, 0, 5]], dtype=dtype, requires_grad=True)
+    expected = losses.fit_bradley_terry(wins.detach().double().fill_diagonal_(0), ridge=0.25)
+    for number in (0.25, np.float32(0.25), np.float64(0.25)):
+        found = losses.fit_bradley_terry(wins, ridge=number)
+        assert torch.equal(found, expected) and found.dtype == F64 and not found.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("ridge", "error", "text"),
+    [
+        (-1.0, ValueError, "^ridge must be finite and >= 0, got -1.0"),
+        (math.nan, ValueError, "^ridge must be finite and >= 0, got nan"),
+        (math.inf, ValueError, "^ridge must be finite and >= 0, got inf"),
+        (torch.tensor(1.0), TypeError, "^ridge must be a number, got a torch.float32 tensor"),
+        (1e-25, ValueError, "^ridge must be 0 or at least 1e-24 of the largest entry of wins, got 1e-25 and 1"),
+    ],
+)
+def test_bad_ridges(ridge, error, text):
+    with pytest.raises(error, match=text):
+        losses.fit_bradley_terry(ONES, ridge=ridge)
+
+
+# --- grpo: clip, lengths and draws that do not count -----------------------------------------------------------------
+
+
+def slow_options(logps, ref, rewards, beta, kl, length_norm, mask, old, clip):
+    """The definition for one group with its own mean and no scale: `slow_grpo`, token by token."""
+    g, length = logps.shape
+    sizes = mask.sum(-1).tolist()
+    total = 0.0
+    returns = rewards - beta * torch.where(mask, logps - ref, 0).sum(-1).detach() * (kl == "reward")
+    for i, t in itertools.product(range(g), range(length)):
+        if mask[i, t]:
+            a = (returns[i] - returns.mean()).item()
+            ratio = torch.exp(logps[i, t] - old[i, t])
+            gain = torch.minimum(ratio * a, ratio.clamp(1 - clip[0], 1 + clip[1]) * a)
+            log_rho = ref[i, t] - logps[i, t]
+            penalty = {"k2": log_rho**2 / 2, "k3": log_rho.exp() - 1 - log_rho}.get(kl, 0.0)
+            factor = {"none": 1, "sequence": 1 / sizes[i], "group": g / sum(sizes)}[length_norm]
+            total = total - factor * (gain - beta * penalty) / g
+    return total
+
+
+@pytest.mark.parametrize("length_norm", ["none", "sequence", "group"])
+@pytest.mark.parametrize("clip", [(0.1, 0.4), (0.4, 0.1), (1.5, 0.2)])
+@pytest.mark.parametrize("kl", ["reward", "k2", "k3"])
+def test_grpo_with_options_equals_its_definition(kl, clip, length_norm, rng):
+    logps, ref, rewards, mask, old = grpo_inputs(rng, g=5)
+    old = old.clamp(max=-0.01)
+    flags = {"kl": kl, "scale": "none", "length_norm": length_norm, "mask": mask, "old_logps": old, "clip": clip}
+    expected = slow_options(logps, ref, rewards, 0.6, kl, length_norm, mask, old, clip)
+    out = losses.grpo(logps, ref, rewards, 0.6, **flags)
+    close(out, expected)
+    close(*(torch.autograd.grad(x, logps, retain_graph=True)[0] for x in (out, expected)))
+    # Draws that do not count might as well not be there, whatever stands in their place; so with one draw alone.
+    for junk in (math.nan, math.inf, -math.inf, 1.0):
+        valid = torch.tensor([False, True, True, False, True])
+        rows = [torch.where(valid[:, None], x.detach(), junk).requires_grad_() for x in (logps, ref, old)]
+        dirty = {**flags, "mask": mask & valid[:, None], "old_logps": rows[2]}
+        out = losses.grpo(*rows[:2], torch.where(valid, rewards, junk), 0.6, **dirty, valid=valid)
+        kept = {**flags, "mask": mask[valid], "old_logps": old[valid]}
+        close(out, losses.grpo(logps[valid], ref[valid], rewards[valid], 0.6, **kept))
+        found = torch.autograd.grad(out, rows[:2], allow_unused=True)
+        expected = torch.autograd.grad(losses.grpo(logps[valid], ref[valid], rewards[valid], 0.6, **kept), logps)[0]
+        close(found[0], expected)
+        assert not bool(found[0][~valid].any()) and (found[1] is None or not bool(found[1][~valid].any()))
+
+
+@pytest.mark.parametrize("baseline", ["group", "leave-one-out"])
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_each_group_has_its_own_valid_draws(scale, baseline, rng):
+    """Groups of 4, 3, 2, 1 and no valid draws: each is the group of these alone, and 0 below two."""
+    logps, ref = (-torch.rand(5, 4, 2, generator=rng, dtype=F64) for _ in range(2))
+    rewards = torch.randn(5, 4, generator=rng, dtype=F64)
+    # A term that overflows in the single draw must not count either.
+    logps[3, 2], ref[3, 2] = -2000, 0
+    logps.requires_grad_()
+    valid = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
+    for kl in ("reward", "k1", "k2", "k3"):
+        flags = {"kl": kl, "scale": scale, "baseline": baseline}
+        out = losses.grpo(logps, ref, rewards, 0.6, valid=valid, **flags)
+        gradient = torch.autograd.grad(out.sum(), logps)[0]
+        for i, keep in enumerate(valid):
+            if keep.sum() < 2:
+                assert out[i] == 0 and not bool(gradient[i].any())
+                continue
+            alone = losses.grpo(logps[i, keep], ref[i, keep], rewards[i, keep], 0.6, **flags)
+            close(out[i], alone)
+            close(gradient[i], torch.autograd.grad(alone, logps)[0][i])
+        everyone = torch.ones_like(valid)
+        full = losses.grpo(logps[:3], ref[:3], rewards[:3], 0.6, valid=everyone[:3], **flags)
+        assert torch.equal(full, losses.grpo(logps[:3], ref[:3], rewards[:3], 0.6, **flags))
+
+
+def test_a_pair_clips_each_side_by_its_own_range():
+    old = law(0.4, 0.4)[:, None]
+    for ratio, sign, passes in ((1.25, 1, True), (1.3, 1, False), (0.85, -1, True), (0.8, -1, False), (1.3, -1, True)):
+        logps = torch.stack([old[0] + math.log(ratio), old[1]]).requires_grad_()
+        out = losses.grpo(logps, None, vector(sign, -sign), 0, scale="none", old_logps=old, clip=(0.18, 0.28))
+        close(torch.autograd.grad(out, logps)[0].flatten(), vector(-ratio * sign / 2 if passes else 0, sign / 2))
+    for clip in (0.2, np.float64(0.2)):
+        logps = torch.stack([old[0] + 0.3, old[1] - 0.3]).requires_grad_()
+        same = [
+            losses.grpo(logps, old, vector(1, 0), 1.0, old_logps=old, clip=c) for c in (clip, (clip, clip), [clip] * 2)
+        ]
+        assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
+
+
+def test_one_mean_over_all_tokens_of_many_groups(rng):
+    logps, ref = (-torch.rand(3, 4, 5, generator=rng, dtype=F64) for _ in range(2))
+    rewards, mask = torch.randn(3, 4, generator=rng, dtype=F64), torch.rand(3, 4, 5, generator=rng) < 0.6
+    mask[..., 0] = True
+    by_group = losses.grpo(logps, ref, rewards, 0.3, mask=mask, length_norm="group")
+    tokens = mask.sum((-1, -2))
+    over_all = 4 * losses.grpo(logps, ref, rewards, 0.3, mask=mask).sum() / tokens.sum()
+    close((by_group * tokens).sum() / tokens.sum(), over_all)
+
+
+FAR = 1e-6  # a million times what counts as 0
+
+
+# Strings e, ab and aa: one token or two. Logits of (e, a), then of (b, a) after a.
+LENGTHS = torch.tensor([[True, False], [True, True], [True, True]])
+WORDS_REF = law(0.5, 0.5, 0.7, 0.3)
+WORDS_REWARDS = vector(1.0, 0.0, 2.0)
+
+
+def words(theta):
+    first, second = torch.log_softmax(theta[:2], -1), torch.log_softmax(theta[2:], -1)
+    return torch.stack([torch.stack([first[0], 0 * first[0]]), *(torch.stack([first[1], x]) for x in second)])
+
+
+def words_loss(**flags):
+    ref = words(WORDS_REF)
+    return lambda logps, y: losses.grpo(logps, ref[y], WORDS_REWARDS[y], 0.8, mask=LENGTHS[y], **flags)
+
+
+def logits_of(logps):
+    """Logits of the tokens from the law of the strings."""
+    rest = logps[1:].logsumexp(-1)
+    return torch.cat([torch.stack([logps[0], rest]), logps[1:] - rest])
+
+
+def words_fixed_point(normalised):
+    """Of k2 in the loss: after a the tilt by r; at the first token (q - l) / w as in the docstring, by bisection."""
+    second = tilt(WORDS_REF[2:], WORDS_REWARDS[1:], 0.8)
+    ahead = categorical.expectation(second, WORDS_REWARDS[1:]).item()
+    halves = 0.5 if normalised else 1.0
+
+    def surplus(x):  # of logit x = log(pi(e) / pi(a)): (q_e - w_e log ratio_e) - (q_a - w_a log ratio_a)
+        log_e, log_a = -math.log1p(math.exp(-x)), -math.log1p(math.exp(x))
+        mean = math.exp(log_e) * WORDS_REWARDS[0].item() + math.exp(log_a) * ahead
+        of_e = WORDS_REWARDS[0].item() - mean - 0.8 * (log_e - math.log(0.5))
+        return of_e - halves * (ahead - mean - 0.8 * (log_a - math.log(0.5)))
+
+    x = bisect(surplus, -50.0, 50.0)
+    return torch.cat([vector(x, 0), second])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_a_mean_over_tokens_does_to_the_fixed_point(size):
+    target = logits_of(tilt(words(WORDS_REF).sum(-1), WORDS_REWARDS, 0.8))
+    warmer = logits_of(tilt(words(WORDS_REF).sum(-1), WORDS_REWARDS, 0.84))
+    laws = {"none": words_fixed_point(False), "sequence": words_fixed_point(True)}
+    for length_norm in ("none", "sequence", "group"):
+        # KL in the reward: the tilt, whatever the lengths.
+        for baseline, scale in itertools.product(("group", "leave-one-out"), ("group", "none")):
+            loss = words_loss(kl="reward", baseline=baseline, scale=scale, length_norm=length_norm)
+            assert is_zero(expected_gradient(loss, target, size, words))
+            assert not is_zero(expected_gradient(loss, warmer, size, words), FAR)
+            assert not is_zero(expected_gradient(loss, laws["sequence"], size, words), FAR)
+        # KL in the loss: each has its own law.
+        loss = words_loss(kl="k2", baseline="leave-one-out", scale="none", length_norm=length_norm)
+        for name, theta in laws.items():
+            found = expected_gradient(loss, theta, size, words)
+            assert is_zero(found) if name == length_norm else not is_zero(found, FAR)
+        assert not is_zero(expected_gradient(loss, target, size, words), FAR)
+
+
+def test_sequences_of_one_length_keep_their_fixed_point(rng):
+    logps, ref, rewards, _, _ = grpo_inputs(rng)
+    for kl in ("reward", "k2", "k3"):
+        for length_norm in ("sequence", "group"):
+            out = losses.grpo(logps, ref, rewards, 0.6, kl=kl, length_norm=length_norm)
+            close(3 * out, losses.grpo(logps, ref, rewards, 0.6, kl=kl))
+
+
+def counted_gradient(loss, theta, size, counts):
+    """Mean gradient where a draw of y counts with probability counts[y], independently of all else."""
+    theta = theta.clone().requires_grad_()
+    logps = softmax_law(theta)
+    k = len(logps)
+    groups = all_groups(2 * k, size)  # outcome y + k means y, and it does not count
+    y, valid = groups % k, groups < k
+    chance = (logps.detach().exp()[y] * torch.where(valid, counts[y], 1 - counts[y])).prod(-1)
+    return torch.autograd.grad((chance * loss(logps[y], y, valid)).sum(), theta)[0]
+
+
+def valid_sequence(beta, **flags):
+    return lambda logps, y, valid: losses.grpo(
+        logps[..., None], S0[y][..., None], S0_REWARDS[y], beta, valid=valid, **flags
+    )
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_abstaining_does_with_kl_in_the_reward(size):
+    target, warmer = (tilt(S0, S0_REWARDS, b) for b in (0.8, 0.84))
+    # A string that never counts: the others keep the tilt among themselves, whatever they have together.
+    rest = tilt(S0, S0_REWARDS + vector(0, 0, -math.inf), 0.8)
+    partial = [torch.stack([rest[0] + math.log(m), rest[1] + math.log(m), vector(1 - m)[0].log()]) for m in (0.1, 0.7)]
+    for baseline, scale in itertools.product(("group", "leave-one-out"), ("group", "none")):
+        loss = valid_sequence(0.8, kl="reward", baseline=baseline, scale=scale)
+        for counts in (vector(0.6, 0.6, 0.6), vector(0.9, 0.5, 0.2), vector(1, 0.01, 0.3)):
+            assert is_zero(counted_gradient(loss, target, size, counts))
+            assert not is_zero(counted_gradient(loss, warmer, size, counts), FAR)
+            assert not is_zero(counted_gradient(loss, partial[0], size, counts), FAR)
+        counts = vector(0.9, 0.5, 0)
+        for theta in (target, *partial):
+            assert is_zero(counted_gradient(loss, theta, size, counts))
+        assert not is_zero(counted_gradient(loss, warmer, size, counts), FAR)
+        # No signal on it, at any policy, but through the others: the logit of a string that never counts stays.
+        assert is_zero(counted_gradient(loss, THETA, size, counts)[2])
+        assert not is_zero(counted_gradient(loss, THETA, size, counts)[:2], FAR)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("counts", [vector(0.9, 0.5, 0.2), vector(0.3, 1, 0.6), vector(0.4, 0.4, 0.4)])
+def test_what_abstaining_does_with_k2_in_the_loss(counts, size):
+    def law_of(c):
+        return tilt(S0, S0_REWARDS - c / counts, 0.8)
+
+    def surplus(c):
+        logps = law_of(c)
+        return -0.8 * (logps.exp() * counts * (logps - S0)).sum().item() - c
+
+    stationary, target = law_of(brentq(surplus, -5, 5, xtol=1e-15)), tilt(S0, S0_REWARDS, 0.8)
+    loss = valid_sequence(0.8, kl="k2", baseline="leave-one-out", scale="none")
+    assert is_zero(counted_gradient(loss, stationary, size, counts))
+    found = counted_gradient(loss, target, size, counts)
+    assert is_zero(found) if bool((counts == counts[0]).all()) else not is_zero(found, FAR)
+
+
+@pytest.mark.parametrize("reward", [-2.0, -2e-5, -2e9])
+@pytest.mark.parametrize(
+    ("past", "ahead", "sign"), [(1500, 1000, 1), (1000, 1500, -1), (1000, 900, 1), (900, 1000, -1)]
+)
+def test_where_neither_ratio_nor_k3_fits_the_larger_has_the_gradient(past, ahead, sign, reward):
+    """The ratio pulls the log-probability down and k3 up, each beyond float64; together they are no NaN."""
+    logps = vector(-2000, -1)[:, None].requires_grad_()
+    old, ref = vector(-2000 - past, -1)[:, None], vector(-2000 + ahead, -1)[:, None].requires_grad_()
+    out = losses.grpo(logps, ref, vector(reward, 0), 0.5, scale="none", old_logps=old)
+    found, of_ref = torch.autograd.grad(out, (logps, ref))
+    assert out.item() == math.inf and found[0].item() == sign * math.inf and bool(found[1].isfinite())
+    assert of_ref[0].item() == math.inf  # nothing pulls the reference the other way
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "text"),
+    [
+        ({"length_norm": "batch"}, ValueError, "length_norm must be one of 'none', 'sequence', 'group', got 'batch'"),
+        ({"clip": (0.1, 0.0)}, ValueError, r"^clip\[1\] must be finite and > 0, got 0.0"),
+        ({"clip": (math.nan, 0.1)}, ValueError, r"^clip\[0\] must be finite and > 0, got nan"),
+        ({"clip": (0.1, torch.tensor(0.2))}, TypeError, r"^clip\[1\] must be a number"),
+        ({"clip": (0.1, 0.2, 0.3)}, ValueError, r"^clip must be a number or a pair \(low, high\), got 3 numbers"),
+        ({"clip": "0.2"}, ValueError, "^clip must be finite and > 0, got '0.2'"),
+        ({"valid": [True, True, False]}, TypeError, "^valid must be a boolean torch.Tensor, got list"),
+        ({"valid": torch.ones(3)}, TypeError, "^valid must be a boolean torch.Tensor, got a torch.float32"),
+        (
+            {"valid": torch.ones(3, 1).bool()},
+            ValueError,
+            r"^valid must have shape \(3,\), one entry per draw, got \(3, 1\)",
+        ),
+        (
+            {"valid": torch.tensor([True, True, False]), "mask": torch.tensor([[True], [False], [False]])},
+            ValueError,
+            "mask must keep at least one token per sequence, got 1 sequences with none",
+        ),
+    ],
+)
+def test_bad_options_of_grpo(flags, error, text):
+    with pytest.raises(error, match=text):
+        losses.grpo(TOKENS, TOKENS, R3, 1.0, **flags)
+
+
+def test_what_counts_is_still_looked_at():
+    valid = torch.tensor([True, True, False])
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="^rewards must be finite, got 1 of 3"):
+            losses.grpo(TOKENS, TOKENS, vector(0, bad, 1), 1.0, valid=valid)
+        with pytest.raises(ValueError, match="^logps must be finite, got 1 of 3"):
+            losses.grpo(TOKENS + vector(0, bad, 1)[:, None], TOKENS, R3, 1.0, valid=valid)
+    with pytest.raises(TypeError, match="^rewards must be a floating-point torch.Tensor, got list"):
+        losses.grpo(TOKENS, TOKENS, [0.0, 1.0, 2.0], 1.0, valid=valid)

@@ -261,3 +261,160 @@ def test_a_float32_chain_moves_as_its_float64_law(rng):
     rng.set_state(state)
     expected = mcmc.power_mh(meant, x, 2.0, 4, generator=rng)
     assert torch.equal(out.tokens, expected.tokens) and torch.equal(out.acceptance, expected.acceptance)
+
+
+# --- ends drawn from another law ------------------------------------------------------------------------------------
+
+END = WORDS.end
+OTHER = torch.stack([law(0.2, 0.5, 0.3), law(0.4, 0.4, 0.2), law(0.6, 0.1, 0.3)])
+OTHER_WORDS = markov.MarkovChain(torch.stack([OTHER, OTHER, law(0, 0, 1).expand(3, 3)]), "ab|").stopped(3)
+# No b after a and no a after b: the proposal writes what this chain cannot.
+SPARSE = markov.MarkovChain(torch.stack([law(0.6, 0, 0.4), law(0, 0.8, 0.2), law(0.3, 0.3, 0.4)]), "ab|").stopped(3)
+PAIRS = {
+    "words": (WORDS, OTHER_WORDS, True),
+    "fixed": (FIXED, markov.MarkovChain(OTHER, "ab|"), False),
+    "sparse": (SPARSE, markov.MarkovChain(OTHER, "ab|").stopped(3), True),
+    "itself": (WORDS, WORDS, True),
+}
+
+
+def ends_from(chain, proposal, power, *, end, corrected=True):
+    """As `kernel`, with ends from the proposal; uncorrected, the acceptance takes them for ends of p."""
+    strings, logps = support(chain)
+    sizes = sizes_of(strings, end)
+    moves = torch.zeros(len(strings), len(strings), dtype=F64)
+    for i, j in itertools.product(range(len(strings)), repeat=2):
+        tables = [proposal.table(t) for t in range(3)]
+        for cut in range(int(sizes[i])):
+            if not torch.equal(strings[i, :cut], strings[j, :cut]):
+                continue
+            old_end, new_end = (
+                sum(tables[t][x[t - 1] if t else 2, x[t]] for t in range(cut, 3)) for x in (strings[i], strings[j])
+            )
+            between = {"proposal_logps": old_end, "new_proposal_logps": new_end} if corrected else {}
+            accept = mcmc.log_accept(logps[i], logps[j], power, sizes[i], sizes[j], **between)
+            moves[i, j] += (new_end + accept).exp() / sizes[i]
+            whole = [proposal.logps(strings[x : x + 1])[0] for x in (i, j)]
+            if corrected:
+                of_whole = mcmc.log_accept(
+                    logps[i], logps[j], power, sizes[i], sizes[j], proposal_logps=whole[0], new_proposal_logps=whole[1]
+                )
+                close(of_whole, accept, 1e-14)
+    return strings, logps, moves + torch.diag(1 - moves.sum(-1))
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_ends_from_another_law_leave_the_power_law_in_balance(pair, power):
+    chain, proposal, end = PAIRS[pair]
+    _, logps, moves = ends_from(chain, proposal, power, end=end)
+    target = torch.softmax(power * logps, -1)
+    flow = target[:, None] * moves
+    close(flow, flow.T, 1e-15)
+    assert bool((moves >= -1e-15).all())
+    assert bool((torch.linalg.matrix_power(moves, 3) > 0).all())  # and every string is reached
+    if pair != "itself":
+        _, _, moves = ends_from(chain, proposal, power, end=end, corrected=False)
+        assert (target @ moves - target).abs().sum() > 0.01
+
+
+@pytest.mark.parametrize("pair", ["words", "fixed", "sparse"])
+def test_the_sampler_follows_the_kernel_of_another_law(pair, rng):
+    chain, proposal, end = PAIRS[pair]
+    strings, logps, moves = ends_from(chain, proposal, 2.0, end=end)
+    uncorrected = ends_from(chain, proposal, 2.0, end=end, corrected=False)[2]
+    target = torch.log_softmax(2 * logps, -1)
+    number = {tuple(row): i for i, row in enumerate(strings.tolist())}
+    for start, steps in ((target, 4), (logps, 1)):
+        right, wrong = (torch.log(start.exp() @ torch.linalg.matrix_power(m, steps)) for m in (moves, uncorrected))
+        n = verify.plan(right, wrong)
+        x = strings[categorical.sample(start, n, generator=rng)]
+        out = mcmc.power_mh(chain, x, 2.0, steps, generator=rng, end=END if end else None, proposal=proposal)
+        index = torch.tensor([number[tuple(row)] for row in out.tokens.tolist()])
+        verdict = verify.match(index, right, claim="power-mh", versus=[wrong])
+        assert verdict, verdict.line()
+        assert verify.match(index, wrong, claim="power-mh!uncorrected").decision == "REJECT"
+
+
+def test_the_reference_may_be_named_as_its_own_proposal(rng):
+    x, state = WORDS.sample(200, 3, generator=rng), rng.get_state()
+    out = mcmc.power_mh(WORDS, x, 3.0, 4, generator=rng, end=END)
+    rng.set_state(state)
+    same = mcmc.power_mh(WORDS, x, 3.0, 4, generator=rng, end=END, proposal=WORDS)
+    assert torch.equal(out.tokens, same.tokens) and torch.equal(out.acceptance, same.acceptance)
+
+
+def test_power_one_with_the_target_as_proposal_always_moves(rng):
+    """From draws of the tilt p^3 with the tilt itself as proposal every move is accepted."""
+    tilted = FIXED.tilt(ROWS, 1 / (3 - 1), 3)
+    x = tilted.sample(200, 3, generator=rng)
+    assert (mcmc.power_mh(FIXED, x, 3.0, 3, generator=rng, proposal=tilted).acceptance > 1 - 1e-12).all()
+    assert mcmc.power_mh(FIXED, x, 3.0, 3, generator=rng).acceptance.mean() < 0.9
+
+
+def test_acceptance_of_another_law_by_hand():
+    # (p'/p)^2 (q/q') |x|/|x'| = (.1/.2)^2 (.6/.3) (3/2) = .75; then q = 0, p' = 0, and a ratio above 1.
+    p, new_p = vector(0.2, 0.2, 0.2, 0.1).log(), vector(0.1, 0.1, 0.0, 0.2).log()
+    q, new_q = vector(0.6, 0.0, 0.6, 0.3).log(), vector(0.3, 0.3, 0.3, 0.6).log()
+    sizes, new_sizes = torch.tensor([3, 3, 3, 2]), torch.tensor([2, 2, 2, 3])
+    got = mcmc.log_accept(p, new_p, 2.0, sizes, new_sizes, proposal_logps=q, new_proposal_logps=new_q)
+    close(got.exp(), vector(0.75, 0, 0, 1))
+    for dtypes in itertools.product((torch.float16, torch.float32, F64), repeat=3):
+        mixed = [x.to(d) for x, d in zip((p, q, new_q), dtypes, strict=True)]
+        got = mcmc.log_accept(
+            mixed[0], new_p.half(), 2.0, sizes, new_sizes, proposal_logps=mixed[1], new_proposal_logps=mixed[2]
+        )
+        assert got.dtype == max(dtypes, key=lambda d: torch.finfo(d).bits)
+        close(got.double().exp(), vector(0.75, 0, 0, 1), 4e-3)
+
+
+def test_the_gradient_with_another_law_is_finite():
+    values = [vector(-1, -1, -1), vector(-2, -math.inf, -2), vector(-1, -1, -math.inf), vector(-0.5, -0.5, -0.5)]
+    p, new_p, q, new_q = (x.requires_grad_() for x in values)
+    size = torch.ones(3).long()
+    accept = mcmc.log_accept(p, new_p, 3.0, size, size, proposal_logps=q, new_proposal_logps=new_q)
+    found = torch.autograd.grad(accept[0], (p, new_p, q, new_q))
+    close(torch.stack(found), vector(-3, 3, 1, -1)[:, None] * vector(1, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("between", "error", "text"),
+    [
+        ({"proposal_logps": vector(0)}, TypeError, "^new_proposal_logps must be .*, got NoneType"),
+        ({"new_proposal_logps": vector(0)}, TypeError, "^proposal_logps must be .*, got NoneType"),
+        ({"proposal_logps": vector(math.nan), "new_proposal_logps": vector(0)}, ValueError, "^proposal_logps must be"),
+        ({"proposal_logps": vector(math.inf), "new_proposal_logps": vector(0)}, ValueError, "^proposal_logps must be"),
+        ({"proposal_logps": ONE, "new_proposal_logps": vector(0)}, TypeError, "^proposal_logps must be a floating"),
+        ({"proposal_logps": vector(0), "new_proposal_logps": ONE}, TypeError, "^new_proposal_logps must be a floating"),
+        ({"proposal_logps": vector(0, 0), "new_proposal_logps": vector(0)}, ValueError, "must have one shape"),
+        ({"proposal_logps": vector(0), "new_proposal_logps": vector(0, 0)}, ValueError, "must have one shape"),
+        *(
+            ({"proposal_logps": vector(0), "new_proposal_logps": vector(x)}, ValueError, "^new_proposal_logps must be")
+            for x in (math.nan, math.inf, -math.inf)
+        ),
+    ],
+)
+def test_bad_acceptance_with_another_law(between, error, text):
+    with pytest.raises(error, match=text):
+        mcmc.log_accept(vector(0), vector(0), 2.0, ONE, ONE, **between)
+
+
+@pytest.mark.parametrize(
+    ("proposal", "error", "text"),
+    [
+        (OTHER, TypeError, "proposal must be a MarkovChain, got a torch.float64 tensor"),
+        (markov.MarkovChain(OTHER, "xy|"), ValueError, "proposal must have order 1 over 'ab|'"),
+        (markov.MarkovChain(OTHER.repeat(3, 1), "ab|"), ValueError, "proposal must have order 1 over .*got order 2"),
+        (OTHER_WORDS.stopped(2), ValueError, "proposal must have tables for 3 steps, got 2"),
+        (SPARSE, ValueError, "proposal must be positive wherever ref is, got a string that only ref can write"),
+        (markov.MarkovChain(OTHER, "ab|"), ValueError, "tokens must hold only 2 after the first 2"),
+    ],
+)
+def test_bad_proposals(proposal, error, text, rng):
+    with pytest.raises(error, match=text.replace("|", r"\|")):
+        mcmc.power_mh(WORDS, GOOD, 2.0, 50, generator=rng, end=END, proposal=proposal)
+
+
+def test_no_strings_with_another_law(rng):
+    out = mcmc.power_mh(WORDS, torch.zeros(0, 3).long(), 2.0, 2, generator=rng, end=END, proposal=OTHER_WORDS)
+    assert out.tokens.shape == (0, 3) and out.acceptance.shape == (0,)

@@ -176,7 +176,7 @@ def rloo(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tens
     """
     returns = _returns(logps, ref_logps, rewards, beta)
     _group("logps", logps, -1)
-    return -(logps.double() * _constant(_leave_one_out(_centred(returns)))).mean(-1).to(logps.dtype)
+    return -(logps.double() * _constant(_leave_one_out(_centred(returns), returns.shape[-1]))).mean(-1).to(logps.dtype)
 
 
 def _group(name: str, value: Tensor, dim: int) -> None:
@@ -184,17 +184,20 @@ def _group(name: str, value: Tensor, dim: int) -> None:
         raise ValueError(f"{name} must hold groups of at least 2 draws, got shape {tuple(value.shape)}")
 
 
-def _centred(values: Tensor) -> Tensor:
-    """Subtract the mean of the row."""
+def _centred(values: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Subtract the mean of the row, or of the entries that count; the others become 0."""
+    if counted is None:
+        counted = torch.ones_like(values, dtype=torch.bool)
+    n = counted.sum(-1, keepdim=True).clamp(min=1)
     # A common level goes first: then the mean is rounded as the differences are, and equal values are exactly 0.
-    values = values - values[..., :1]
-    return values - values.mean(-1, keepdim=True)
+    level = values.gather(-1, counted.int().argmax(-1, keepdim=True))
+    values = torch.where(counted, values - level, 0)
+    return torch.where(counted, values - values.sum(-1, keepdim=True) / n, 0)
 
 
-def _leave_one_out(centred: Tensor) -> Tensor:
-    """Turn deviations from the mean of the row into deviations from the mean of the others."""
-    g = centred.shape[-1]
-    return centred * (g / (g - 1))
+def _leave_one_out(centred: Tensor, n: int | Tensor) -> Tensor:
+    """Turn deviations from the mean of n values into deviations from the mean of the others."""
+    return centred * (n / (n - 1))
 
 
 def grpo(
@@ -206,21 +209,39 @@ def grpo(
     kl: Literal["reward", "k1", "k2", "k3"] = "k3",
     baseline: Literal["group", "leave-one-out"] = "group",
     scale: Literal["group", "none"] = "group",
+    length_norm: Literal["none", "sequence", "group"] = "none",
     mask: Tensor | None = None,
+    valid: Tensor | None = None,
     old_logps: Tensor | None = None,
-    clip: float = 0.2,
+    clip: float | tuple[float, float] = 0.2,
 ) -> Tensor:
     """Compute the group relative policy optimisation loss, with the choices that public trainers offer.
 
-        loss = -(1/G) sum_i sum_t [min(rho_it A_i, clip(rho_it, 1 - c, 1 + c) A_i) - beta k(y_it)]
+        loss = -(1/G) sum_i n_i sum_t [min(rho_it A_i, clip(rho_it, 1 - c, 1 + d) A_i) - beta k(y_it)]
         A_i = sg[(r_i - mean) / sd],   rho_it = pi(y_it) / sg[pi_old(y_it)],   k from `kl_estimators`
 
     The last dimension runs over tokens, and the KL term is one per token, as in public trainers. Pass whole-sequence
     log-probabilities with a last dimension of 1 for the term on the sequence ratio. The defaults are those of the
-    paper; their fixed point is not the tilt (book, `grpo-fixed-points`).
+    paper, but for the factor 1/|y| (`length_norm`); their fixed point is not the tilt (book,
+    `grpo-fixed-points`).
+
+    Fixed points on fresh draws, where a(y) is the chance that a draw y is `valid`, R = r - beta log(pi / p) and
+    sequences have lengths |y|:
+
+    - `clip` plays no part: all ratios are 1.
+    - With kl "reward" and a > 0 the tilt is the only one with the support of p, whatever the other options. Stationary
+      is sum_z pi(z) m(y, z) (R(y) - R(z)) = c |y| / a(y) with a symmetric m > 0. Summed with weights pi(y) a(y) this is
+      0 = c E|y|, and then at the largest R it says that all R agree. Where a = 0 there is no signal: the other y have
+      the tilt among themselves, with any total mass.
+    - With KL in the loss `length_norm` moves the fixed point unless all lengths agree. For "sequence" with "k2",
+      "leave-one-out" and no scale it is pi(s | h) = p(s | h) exp((q - l) / w) for symbol s after prefix h, where
+      q = E[(r - E r) / |y| | h, s], w = beta E[1 / |y| | h, s], and l makes the sum 1. "group" has no closed form.
+    - With KL in the loss `valid` moves it unless a is constant. On the sequence ratio with "k2", "leave-one-out" and no
+      scale it is proportional to p exp((r - c / a) / beta), c = -beta sum_y pi a log(pi / p).
 
     A clipped term has gradient 0, however far its ratio is. The loss is +inf, and its gradient infinite, where the
-    dtype cannot hold the ratio of a token with a negative advantage, or k3.
+    dtype cannot hold the ratio of a token with a negative advantage, or k3. Where it holds neither, the gradient has
+    the sign of the larger.
 
     Args:
         logps: log pi of each token, shape (..., G, L), G >= 2, L >= 1.
@@ -233,10 +254,17 @@ def grpo(
         scale: "group": divide by the standard deviation over the group (over G, not G - 1), however small; where all
             rewards are equal, or with kl "reward" equal up to the rounding of that sum in float64, A = 0. "none": do
             not.
+        length_norm: The factor n_i. "none": 1, a sum over tokens, as in Dr. GRPO but for its constant. "sequence":
+            1 / |y_i|, the mean over tokens, as in GRPO. "group": G / sum_j |y_j|, one mean over all tokens of the
+            group, as in DAPO. For one mean over all tokens of many groups divide the sum of the losses without it.
         mask: True at tokens that count, boolean, shape (..., G, L); None counts all. Log-probabilities of the others
             may be anything, NaN included.
+        valid: True at draws that count, boolean, shape (..., G); None counts all. The loss is that of the group of
+            these draws alone, and 0 if they are fewer than 2. Rewards, log-probabilities and mask of the others may be
+            anything, NaN included.
         old_logps: log-probabilities under the policy that drew, shape (..., G, L); None when drawn just now.
-        clip: Range c of the clipped ratio, > 0; without effect when `old_logps` is None.
+        clip: Range of the clipped ratio: c = d > 0, or a pair (c, d) with a range of its own on either side. Without
+            effect when `old_logps` is None.
 
     Returns:
         Loss per group, shape (...), dtype of `logps`.
@@ -244,35 +272,87 @@ def grpo(
     Raises:
         TypeError: a tensor of the wrong dtype, no reference where `beta` > 0, or `beta` or `clip` not a number.
         ValueError: values or advantages not finite, log-probabilities above 0, shapes that do not fit, a group of fewer
-            than 2, a sequence with no token left by `mask`, `beta` not finite and >= 0, `clip` not finite and > 0, or
-            an unknown option.
+            than 2, a sequence with no token left by `mask`, `beta` not finite and >= 0, `clip` not finite and > 0 or
+            not a pair, or an unknown option.
 
-    Source: [shao2024]; book, `grpo-fixed-points`, `grpo-binary-exact` and `token-level-kl`.
+    Source: [shao2024], [yu2025] for the pair and "group", [liu2025] for "none"; book, `grpo-fixed-points`,
+        `grpo-binary-exact` and `token-level-kl`.
     """
     _checks.tensor("logps", logps)
     _checks.nonnegative("beta", beta)
-    _checks.positive("clip", clip)
+    low, high = _clip_range(clip)
     _checks.one_of("kl", kl, ("reward", "k1", "k2", "k3"))
     _checks.one_of("baseline", baseline, ("group", "leave-one-out"))
     _checks.one_of("scale", scale, ("group", "none"))
-    if mask is not None:
-        _checks.some_tokens(mask, logps.shape)
-    now = _tokens("logps", logps, logps, mask)
-    ref = now.detach() if ref_logps is None and beta == 0 else _tokens("ref_logps", ref_logps, logps, mask)
-    old = now.detach() if old_logps is None else _tokens("old_logps", old_logps, logps, mask).detach()
+    _checks.one_of("length_norm", length_norm, ("none", "sequence", "group"))
     _group("logps", logps, -2)
-    _checks.finite("rewards", rewards)
+    draws, tokens = _counted(logps, valid, mask)
+    now = _tokens("logps", logps, logps, tokens)
+    ref = now.detach() if ref_logps is None and beta == 0 else _tokens("ref_logps", ref_logps, logps, tokens)
+    old = now.detach() if old_logps is None else _tokens("old_logps", old_logps, logps, tokens).detach()
+    _checks.tensor("rewards", rewards)
     if rewards.shape != logps.shape[:-1]:
         raise ValueError(f"rewards must have shape {tuple(logps.shape[:-1])}, got {tuple(rewards.shape)}")
+    kept = torch.where(draws, rewards, 0)
+    _checks.finite("rewards", kept)
 
-    beta, clip = float(beta), float(clip)
+    beta = float(beta)
     log_rho = ref - now if beta > 0 else now.detach() - now  # 0 times an overflow is not 0
-    returns = _centred(rewards.detach().double())
+    change = beta * log_rho.detach() if kl == "reward" else None
+    advantages = _advantages(kept.detach().double(), change, draws, baseline, scale).unsqueeze(-1)
+    log_ratios = _clipped(now - old, advantages, low, high)
+    if kl == "k3":
+        ratio_larger, k3_larger = _both_overflow(log_ratios, advantages, log_rho, beta)
+        log_ratios = torch.where(k3_larger, log_ratios.detach(), log_ratios)
+        log_rho = torch.where(ratio_larger, ref - now.detach(), log_rho)
+    per_token = torch.exp(log_ratios) * advantages
+    if kl != "reward":
+        per_token = per_token - beta * getattr(_estimates(log_rho), kl)
+    return -_over_tokens(per_token, draws, tokens, length_norm).to(logps.dtype)
+
+
+def _clip_range(clip: object) -> tuple[float, float]:
+    """Check the range of the ratio: a number for both sides, or a pair."""
+    if not isinstance(clip, tuple | list):
+        _checks.positive("clip", clip)
+        clip = (clip, clip)
+    if len(clip) != 2:
+        raise ValueError(f"clip must be a number or a pair (low, high), got {len(clip)} numbers")
+    for name, value in zip(("clip[0]", "clip[1]"), clip, strict=True):
+        _checks.positive(name, value)
+    low, high = clip
+    return float(low), float(high)
+
+
+def _counted(logps: Tensor, valid: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Check the masks; return which draws count, and which of their tokens."""
+    draws = torch.ones(logps.shape[:-1], dtype=torch.bool, device=logps.device)
+    if valid is not None:
+        _boolean("valid", valid, draws.shape, "draw")
+        draws = valid & (valid.sum(-1, keepdim=True) >= 2)  # one draw alone has nothing to be compared with
+    tokens = draws.unsqueeze(-1).expand(logps.shape)
+    if mask is not None:
+        _boolean("mask", mask, logps.shape, "token")
+        _checks.some_tokens(mask | ~tokens, logps.shape)
+        tokens = tokens & mask
+    return draws, tokens
+
+
+def _boolean(name: str, value: object, shape: torch.Size, each: str) -> None:
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        raise TypeError(f"{name} must be a boolean torch.Tensor, got {_checks.described(value)}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, one entry per {each}, got {tuple(value.shape)}")
+
+
+def _advantages(rewards: Tensor, change: Tensor | None, draws: Tensor, baseline: str, scale: str) -> Tensor:
+    """Compute r_i, with the change of each token added, less the baseline and over the scale; 0 at other draws."""
+    n = draws.sum(-1, keepdim=True).double().clamp(min=2)
+    returns = _centred(rewards, draws)
     rounding = torch.zeros_like(returns)
-    if kl == "reward":
-        change = beta * log_rho.detach()
+    if change is not None:
         rounding = 16 * torch.finfo(torch.float64).eps * (returns.abs() + change.abs().sum(-1))
-        returns = _centred(returns + change.sum(-1))
+        returns = _centred(returns + change.sum(-1), draws)
     advantages = _constant(returns)
     if scale == "group":
         # Equal returns may differ by the rounding of their sum; dividing that by itself would make it of size 1.
@@ -280,29 +360,48 @@ def grpo(
         differ = largest > rounding.amax(-1, keepdim=True)
         # By the largest first: the squares of very small or large rewards are 0 or infinite.
         advantages = torch.where(differ, advantages / torch.where(differ, largest, 1), 0)
-        sd = advantages.square().mean(-1, keepdim=True).sqrt()
+        sd = (advantages.square().sum(-1, keepdim=True) / n).sqrt()
         advantages = advantages / torch.where(differ, sd, 1)
     if baseline == "leave-one-out":
-        advantages = _leave_one_out(advantages)
-    advantages = _constant(advantages).unsqueeze(-1)
+        advantages = _leave_one_out(advantages, n)
+    return _constant(advantages)
+
+
+def _clipped(log_ratios: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """Clip log-ratios to what min(rho A, clip(rho) A) makes of them."""
     # The logarithm is clipped: beyond the clip the ratio is a constant, whatever its own exponential would be.
-    log_ratios = now - old
-    lowest = math.log1p(-clip) if clip < 1 else -math.inf
-    clipped = torch.where(advantages < 0, log_ratios.clamp(min=lowest), log_ratios.clamp(max=math.log1p(clip)))
-    per_token = torch.exp(clipped) * advantages
-    if kl != "reward":
-        per_token = per_token - beta * getattr(_estimates(log_rho), kl)
-    per_token = per_token if mask is None else torch.where(mask, per_token, 0)
-    return -per_token.sum(-1).mean(-1).to(logps.dtype)
+    lowest = math.log1p(-low) if low < 1 else -math.inf
+    return torch.where(advantages < 0, log_ratios.clamp(min=lowest), log_ratios.clamp(max=math.log1p(high)))
 
 
-def _tokens(name: str, value: Tensor | None, logps: Tensor, mask: Tensor | None) -> Tensor:
+@torch.no_grad()
+def _both_overflow(log_ratios: Tensor, advantages: Tensor, log_rho: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Say where neither rho A nor beta k3 fits, and which is larger. Their gradients have opposite signs there."""
+    both = (log_ratios.exp() * advantages).isinf() & (beta * log_rho.exp()).isinf()
+    if not bool(both.any()):
+        return both, both
+    ratio_larger = log_ratios + advantages.abs().log() > log_rho + math.log(beta)
+    return both & ratio_larger, both & ~ratio_larger
+
+
+def _over_tokens(per_token: Tensor, draws: Tensor, tokens: Tensor, length_norm: str) -> Tensor:
+    """Sum over the tokens and average over the draws that count, or as `length_norm` of `grpo` says; 0 if none do."""
+    per_draw = torch.where(tokens, per_token, 0).sum(-1)
+    sizes = tokens.sum(-1)
+    if length_norm == "group":
+        return per_draw.sum(-1) / sizes.sum(-1).clamp(min=1)
+    if length_norm == "sequence":
+        per_draw = per_draw / sizes.clamp(min=1)
+    return per_draw.sum(-1) / draws.sum(-1).clamp(min=1)
+
+
+def _tokens(name: str, value: Tensor | None, logps: Tensor, tokens: Tensor) -> Tensor:
     """Check log-probabilities at the tokens that count; return them in float64, with 0 at the others."""
     _checks.tensor(name, value)
     assert value is not None
     _checks.same_shape(**{"logps": logps, name: value})
     # Before the checks and any exponential: padding may hold anything, and infinity times 0 is not 0.
-    kept = value if mask is None else torch.where(mask, value, 0)
+    kept = torch.where(tokens, value, 0)
     _checks.drawn_logps(name, kept)
     return kept.double()
 
@@ -424,35 +523,51 @@ def count_wins(first: Tensor, second: Tensor, labels: Tensor, k: int) -> Tensor:
     return torch.bincount(cells, minlength=k * k).double().view(k, k)
 
 
-def fit_bradley_terry(wins: Tensor) -> Tensor:
-    """Fit Bradley-Terry rewards to a table of comparisons by maximum likelihood.
+def fit_bradley_terry(wins: Tensor, *, ridge: float = 0.0) -> Tensor:
+    """Fit Bradley-Terry rewards to a table of comparisons by maximum likelihood, on request with a penalty.
 
-        maximise sum_ij wins_ij log sigma(r_i - r_j)    subject to sum_i r_i = 0
+        maximise sum_ij wins_ij log sigma(r_i - r_j) - (ridge / 2) sum_i r_i^2    subject to sum_i r_i = 0
 
-    By Newton's method with steps of bounded length; the objective is concave. The rewards are identified up to the
-    constant fixed here iff the comparison graph is connected, and the maximiser exists iff the graph of "i beat j" is
-    strongly connected. Not differentiable.
+    By Newton's method with steps of bounded length; the objective is concave. Without `ridge` the rewards are
+    identified up to the constant fixed here iff the comparison graph is connected, and the maximiser exists iff the
+    graph of "i beat j" is strongly connected. With it the objective is strictly concave and falls without bound in
+    every direction, so any table has one maximiser, where unexpected wins exceed unexpected losses by ridge r_i:
+
+        sum_j [wins_ij sigma(r_j - r_i) - wins_ji sigma(r_i - r_j)] = ridge r_i
+
+    Summed over a group that was never compared with the rest this says that its mean is 0; an item without comparisons
+    has reward 0. Not differentiable. With `ridge`, cost O(K^3) a step, and about one step per unit of the largest
+    difference.
 
     Args:
         wins: How often i beat j, or the expected number, shape (K, K), finite, >= 0, K >= 2. The diagonal is ignored.
+        ridge: Strength of the penalty in units of `wins`, >= 0: the precision of a centred normal law of rewards before
+            any comparison. 0 is maximum likelihood.
 
     Returns:
-        Rewards with mean 0, float64, shape (K,).
+        Rewards with mean 0, float64, shape (K,). With `ridge` the two sides of the equation above agree up to 1e-12 of
+        the sum of its terms, each taken positive, and of ridge times the largest reward.
 
     Raises:
-        TypeError: `wins` is not a floating tensor.
-        ValueError: `wins` not square, with negative or non-finite entries, or with entries > 0 that differ by a factor
-            above 1e300; a comparison graph that is not connected; or a group of items that never lost to the rest,
-            whose rewards would be infinite.
+        TypeError: `wins` is not a floating tensor, or `ridge` is a tensor.
+        ValueError: `wins` not square, or with negative or non-finite entries; `ridge` not finite and >= 0. Without
+            `ridge`: entries > 0 that differ by a factor above 1e300, a comparison graph that is not connected, or a
+            group of items that never lost to the rest, whose rewards would be infinite. With it: `ridge` below 1e-24
+            of the largest entry, where rounding would decide.
 
     Source: [bradley1952], [ford1957]; book, `bradley-terry`.
     """
     _checks.finite("wins", wins)
+    _checks.nonnegative("ridge", ridge)
     if wins.ndim != 2 or wins.shape[0] != wins.shape[1] or len(wins) < 2:
         raise ValueError(f"wins must have shape (K, K) with K >= 2, got {tuple(wins.shape)}")
     if bool((wins < 0).any()):
         raise ValueError(f"wins must be >= 0, got {wins.min().item():g}")
     table = wins.detach().double().clone().fill_diagonal_(0)
+    return _most_likely(table) if ridge == 0 else _penalised(table, float(ridge))
+
+
+def _most_likely(table: Tensor) -> Tensor:
     _identified(table)
     rarest, most = table[table > 0].min().item(), table.max().item()
     if rarest < most / 1e300:
@@ -480,6 +595,54 @@ def fit_bradley_terry(wins: Tensor) -> Tensor:
     return rewards
 
 
+def _penalised(table: Tensor, ridge: float) -> Tensor:
+    most = table.max().item()
+    # An error of eps in a reward moves the sum of a group's gradient by eps^2 wins, against ridge times its level.
+    if ridge < most * 1e-24:
+        raise ValueError(f"ridge must be 0 or at least 1e-24 of the largest entry of wins, got {ridge:g} and {most:g}")
+    # Sums of entries may overflow; a power of two does not round.
+    unit = 2.0 ** (math.frexp(max(most, ridge))[1] - 1)
+    table, ridge = table / unit, ridge / unit
+    rewards = torch.zeros(len(table), dtype=torch.float64, device=table.device)
+    settled = 0
+    while settled < 2:
+        lose = torch.sigmoid(rewards - rewards[:, None])
+        surplus = table * lose
+        # What i gains from j is exactly what j loses to i; a sum without rounding keeps that true of groups.
+        flow = torch.cat([surplus - surplus.T, -ridge * rewards[:, None]], -1)
+        gradient = torch.tensor([math.fsum(row) for row in flow.tolist()], dtype=torch.float64, device=table.device)
+        direction = _solve_laplacian((table + table.T) * lose * lose.T, ridge, gradient)
+        span = float(direction.max() - direction.min())
+        # A comparison's curvature changes by at most e^x when its margin changes by x. So along the step the curvature
+        # is at most e^(t span) times that at its start, and the objective rises until t = log(1 + span) / span.
+        rewards = rewards + (math.log1p(span) / span if span > 0 else 1.0) * direction
+        rewards = rewards - rewards.mean()
+        # Each comparison on a path of at most K is now off by at most span^2, so the rewards by K span^2. When that is
+        # rounding beside 1, one more step makes it rounding beside rewards of any size.
+        settled += len(table) * span**2 <= torch.finfo(torch.float64).eps
+    return rewards
+
+
+def _solve_laplacian(edges: Tensor, ridge: float, right: Tensor) -> Tensor:
+    """Solve (Laplacian of the edges + ridge) x = right, however small the ridge is beside the edges."""
+    # Elimination on the edges and the excess of the diagonal over them: both stay >= 0 and nothing is subtracted. A
+    # diagonal that holds their sum would have lost a small ridge to rounding.
+    edges, right = edges.clone(), right.clone()
+    excess = torch.full_like(right, ridge)
+    pivots = []
+    for k in range(len(right)):
+        ahead = edges[k, k + 1 :]
+        pivots.append(ahead.sum() + excess[k])
+        share = ahead / pivots[k]
+        right[k + 1 :] += share * right[k]
+        excess[k + 1 :] += share * excess[k]
+        edges[k + 1 :, k + 1 :] += share[:, None] * ahead
+        edges[k + 1 :, k + 1 :].fill_diagonal_(0)
+    for k in reversed(range(len(right))):
+        right[k] = (right[k] + edges[k, k + 1 :] @ right[k + 1 :]) / pivots[k]
+    return right
+
+
 def _identified(table: Tensor) -> None:
     """Require that the comparisons determine every reward difference."""
     beat = (table > 0).cpu().numpy()
@@ -487,14 +650,14 @@ def _identified(table: Tensor) -> None:
     if parts > 1:
         raise ValueError(
             f"wins must connect all items, got {parts} groups that were never compared with each other: the reward is "
-            f"identified only up to one constant per group; one group is {_some(part == 0)}"
+            f"identified only up to one constant per group (ridge > 0 sets them); one group is {_some(part == 0)}"
         )
     parts, part = connected_components(beat, directed=True, connection="strong")
     if parts > 1:
         unbeaten = next(i for i in range(parts) if not beat[part != i][:, part == i].any())
         raise ValueError(
             f"wins must let every group of items lose to the rest at least once, got {_some(part == unbeaten)} "
-            "unbeaten by the others: the maximum-likelihood reward is infinite"
+            "unbeaten by the others: the maximum-likelihood reward is infinite (ridge > 0 makes it finite)"
         )
 
 

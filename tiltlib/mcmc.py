@@ -6,7 +6,8 @@ keeps the new string x' with a probability that leaves p^a invariant:
     accept with probability min(1, (p(x') / p(x))^(a-1) |x| / |x'|)
 
 |x| counts the places where x can be cut: its symbols, the end symbol included. Strings of one length cancel it. With
-different lengths it must stay: without it the chain of strings targets |x| p(x)^a.
+different lengths it must stay: without it the chain of strings targets |x| p(x)^a. The end may come from another law q
+that is positive wherever p is: then p(x')^a / q(x') over p(x)^a / q(x) stands in place of the power a - 1.
 """
 
 import math
@@ -56,37 +57,48 @@ def lengths(tokens: Tensor, end: int) -> Tensor:
     return (~ended).sum(-1).add(1).clamp(max=tokens.shape[-1])
 
 
-def log_accept(logps: Tensor, new_logps: Tensor, power: float, sizes: Tensor, new_sizes: Tensor) -> Tensor:
+def log_accept(
+    logps: Tensor,
+    new_logps: Tensor,
+    power: float,
+    sizes: Tensor,
+    new_sizes: Tensor,
+    *,
+    proposal_logps: Tensor | None = None,
+    new_proposal_logps: Tensor | None = None,
+) -> Tensor:
     """Compute the log-probability of accepting a string whose end was drawn anew after a uniform cut.
 
-        log min(1, (p(x') / p(x))^(a-1) |x| / |x'|)
+        log min(1, (p(x') / p(x))^a (q(x) / q(x')) |x| / |x'|),    q = p unless given
+
+    x and x' agree up to the cut, so q of the whole strings and q of their ends given what they share have one ratio.
 
     Args:
-        logps: Log-probability of the current strings under the law that proposes, floating, any shape, finite.
+        logps: Log-probability of the current strings under p, floating, any shape, finite.
         new_logps: Of the proposed strings, floating, same shape, finite or -inf, which is never accepted.
         power: Exponent a of the target p^a, finite and > 0.
         sizes: Number of places where each current string can be cut, its length with the end symbol, integers, same
             shape.
         new_sizes: The same of the proposed strings.
+        proposal_logps: Log-probability of the current strings, or of their ends given the rest, under the law q that
+            proposes, floating, same shape, finite or -inf: what q could not have drawn is never left. Default: q is p.
+        new_proposal_logps: Of the proposed strings, floating, same shape, finite; given with `proposal_logps` alone.
 
     Returns:
-        Log acceptance probabilities, <= 0, same shape, in the wider dtype of the two log-probabilities, computed in
+        Log acceptance probabilities, <= 0, same shape, in the widest dtype of the log-probabilities, computed in
         float64.
 
     Raises:
-        TypeError: `logps` or `new_logps` is not a floating tensor, or sizes are not integer tensors.
-        ValueError: `power` not finite and > 0, `logps` not finite, `new_logps` with NaN or +inf, sizes below 1, or
-            shapes that differ.
+        TypeError: log-probabilities that are not floating tensors, sizes that are not integer tensors, or one of
+            `proposal_logps` and `new_proposal_logps` without the other.
+        ValueError: `power` not finite and > 0, `logps` or `new_proposal_logps` not finite, `new_logps` or
+            `proposal_logps` with NaN or +inf, sizes below 1, or shapes that differ.
 
     Source: [hastings1970]; book, `power-mh`.
     """
     _checks.positive("power", power)
     _checks.finite("logps", logps)
-    if not isinstance(new_logps, Tensor) or not new_logps.is_floating_point():
-        raise TypeError(f"new_logps must be a floating-point torch.Tensor, got {_checks.described(new_logps)}")
-    bad = int((~(new_logps < math.inf)).sum())
-    if bad:
-        raise ValueError(f"new_logps must be finite or -inf, got {bad} of {new_logps.numel()} entries NaN or +inf")
+    _finite_or_excluded("new_logps", new_logps)
     for name, value in (("sizes", sizes), ("new_sizes", new_sizes)):
         if not isinstance(value, Tensor) or value.dtype not in _checks.INTEGERS:
             raise TypeError(f"{name} must be an integer torch.Tensor, got {_checks.described(value)}")
@@ -94,12 +106,27 @@ def log_accept(logps: Tensor, new_logps: Tensor, power: float, sizes: Tensor, ne
     smaller = torch.minimum(sizes.long(), new_sizes.long())
     if bool((smaller < 1).any()):
         raise ValueError(f"sizes and new_sizes must be >= 1, got {int(smaller.min())}")
-    possible = new_logps > -math.inf
+    possible, dtype = new_logps > -math.inf, torch.promote_types(logps.dtype, new_logps.dtype)
     # Mask before the product: a power of 1 times -inf would be NaN, in the gradient too.
     difference = torch.where(possible, new_logps, logps).double() - logps.double()
     ratio = (float(power) - 1) * difference + sizes.double().log() - new_sizes.double().log()
-    accept = torch.where(possible, ratio.clamp(max=0.0), -math.inf)
-    return accept.to(torch.promote_types(logps.dtype, new_logps.dtype))
+    if proposal_logps is not None or new_proposal_logps is not None:
+        _finite_or_excluded("proposal_logps", proposal_logps)
+        _checks.finite("new_proposal_logps", new_proposal_logps)
+        assert proposal_logps is not None and new_proposal_logps is not None
+        _checks.same_shape(logps=logps, proposal_logps=proposal_logps, new_proposal_logps=new_proposal_logps)
+        for value in (proposal_logps, new_proposal_logps):
+            dtype = torch.promote_types(dtype, value.dtype)
+        ratio = ratio + (difference - (new_proposal_logps.double() - proposal_logps.double()))
+    return torch.where(possible, ratio.clamp(max=0.0), -math.inf).to(dtype)
+
+
+def _finite_or_excluded(name: str, value: object) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {_checks.described(value)}")
+    bad = int((~(value < math.inf)).sum())
+    if bad:
+        raise ValueError(f"{name} must be finite or -inf, got {bad} of {value.numel()} entries NaN or +inf")
 
 
 @torch.no_grad()
@@ -111,31 +138,39 @@ def power_mh(
     *,
     generator: torch.Generator,
     end: int | None = None,
+    proposal: MarkovChain | None = None,
 ) -> Rewritten:
     """Move strings toward p^a, each on its own, by drawing their ends anew.
 
-        cut k uniform on 0..|x|-1;    x' = x_<k, then drawn from p;    accept by `log_accept`
+        cut k uniform on 0..|x|-1;    x' = x_<k, then drawn from q;    accept by `log_accept`
 
     Strings of one length target p^a over strings of that length. With `end`, strings end at their first end symbol and
     are padded with it; the chain has to be one that stops there, such as `MarkovChain.stopped`. Cost O(n L) draws per
     move.
 
+    A proposal q other than p has to be positive wherever p is. A symbol that q never writes is in no string that a move
+    leads to, and a string that holds it is never left: p^a would be invariant, but not where the chain goes.
+
     Args:
-        ref: Chain p that proposes.
+        ref: Chain p.
         tokens: Strings to start from, of positive probability, integer tensor, shape (n, L); n may be 0. They are
             independent chains: started at draws of p^a, they stay draws of p^a.
         power: Exponent a, finite and > 0; 1 is the reference.
         steps: Number of moves per string, >= 1.
         generator: Source of randomness, on the device of the chain.
         end: Number of the symbol that ends a string, such as `ref.end`. Default: none, all strings have length L.
+        proposal: Chain q that draws the ends, of the same order over the same alphabet; with `end` it has to stop there
+            too. Default: p.
 
     Returns:
         `Rewritten(tokens, acceptance)`.
 
     Raises:
-        TypeError: `tokens` is not an integer tensor, `steps` not an int, or `generator` no generator.
+        TypeError: `tokens` is not an integer tensor, `steps` not an int, `generator` no generator, or `proposal` no
+            chain.
         ValueError: `tokens` out of range, not of shape (n, L), or of probability 0; `power` not finite and > 0; `steps`
-            < 1; `end` not the number of a symbol; or a chain that goes on after `end`.
+            < 1; `end` not the number of a symbol; a chain that goes on after `end`; or a proposal of another order
+            or alphabet, too short, or 0 where p is not.
 
     Source: [karan2025] for strings of one length; book, `power-mh`.
     """
@@ -151,25 +186,41 @@ def power_mh(
     tokens, (n, length) = tokens.long(), tokens.shape
     if end is not None:
         _checks.symbol("end", end, len(ref.alphabet))
+    source = ref if proposal is None else proposal
+    if proposal is not None:
+        _covers(ref, proposal, length)
 
     def sizes_of(strings: Tensor) -> Tensor:
         if end is None:
             return torch.full((n,), length, device=strings.device)
         return lengths(strings, end)
 
+    source_logps = logps if proposal is None else source.logps(tokens)
     sizes, accepted = sizes_of(tokens), torch.zeros(n, dtype=torch.float64, device=tokens.device)
     for _ in range(steps):
         u = torch.rand(2, n, generator=generator, device=tokens.device, dtype=torch.float64)
         cut = (u[0] * sizes).long()  # u < 1, so cut < sizes
         context, drawn = torch.full((n,), ref.start, device=tokens.device), []
         for t, old in enumerate(tokens.unbind(-1)):
-            symbol = torch.where(t < cut, old, ref.draw(t, context, generator=generator))
+            symbol = torch.where(t < cut, old, source.draw(t, context, generator=generator))
             drawn.append(symbol)
             context = ref.append(context, symbol)
         proposed = torch.stack(drawn, -1)
         new_logps, new_sizes = ref.logps(proposed), sizes_of(proposed)
-        accept = u[1].log() < log_accept(logps, new_logps, power, sizes, new_sizes)
+        new_source_logps = new_logps if proposal is None else source.logps(proposed)
+        between = {"proposal_logps": source_logps, "new_proposal_logps": new_source_logps}
+        accept = u[1].log() < log_accept(logps, new_logps, power, sizes, new_sizes, **between)
         tokens = torch.where(accept[:, None], proposed, tokens)
         logps, sizes = torch.where(accept, new_logps, logps), torch.where(accept, new_sizes, sizes)
+        source_logps = torch.where(accept, new_source_logps, source_logps)
         accepted += accept
     return Rewritten(tokens, accepted / steps)
+
+
+def _covers(ref: MarkovChain, proposal: MarkovChain, length: int) -> None:
+    """Require a proposal that can write every string that the reference can."""
+    ref.check_alike("proposal", proposal)
+    if proposal.length is not None and proposal.length < length:
+        raise ValueError(f"proposal must have tables for {length} steps, got {proposal.length}")
+    if not bool(ref.kl(proposal, length).isfinite()):
+        raise ValueError("proposal must be positive wherever ref is, got a string that only ref can write")
