@@ -329,3 +329,76 @@ def test_nan_is_rejected(key):
     m = Inputs(change=lambda x, i, rows: x * math.nan if i == 0 else x)
     result = CALLS[key](m).result()
     assert "REJECT" in (result if isinstance(result, str) else result.decision)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+# Functions without a word on gradients: nothing they return has any, or nothing they take is a floating tensor.
+NO_WORD = {"diffusion.karras", "diffusion.geometric", "diffusion.variance_preserving", "categorical.alias_table"}
+NO_WORD |= {name for name in PUBLIC if name.startswith("verify.")}
+NO_WORD |= {"policies.TabularPolicy", "policies.TransformerPolicy"}  # modules, whose parameters are what is trained
+# The gradient is not the derivative of the value.
+NO_DERIVATIVE = {
+    "losses.policy_gradient": "what `sg` encloses is held constant",
+    "losses.rloo": "what `sg` encloses is held constant",
+    "losses.grpo": "what `sg` encloses is held constant",
+    "policies.TabularPolicy.law": "the logits are parameters, copied from the argument",
+    "policies.TabularPolicy.logps": "the logits are parameters, copied from the argument",
+    "markov.MarkovChain.reward_law": "the rewards are whole numbers, which no difference quotient can move",
+}
+
+
+def word_on_gradients(name: str) -> str:
+    """What the docstring of a function, or of the class of a method, says on gradients: "not differentiable in ..."."""
+    docs = [inspect.getdoc(PUBLIC[name]) or ""]
+    if name.count(".") == 2:
+        docs.append(inspect.getdoc(PUBLIC[name.rsplit(".", 1)[0]]) or "")
+    found = [re.search(r"(not\s)?differentiable[^.;:]*", " ".join(doc.split()), re.IGNORECASE) for doc in docs]
+    return next((match[0].lower() for match in found if match), "")
+
+
+def floats(m: Inputs) -> list[int]:
+    return [i for i, leaf in enumerate(m.leaves) if leaf is not None]
+
+
+def results_at(key: str, numbers: dict[int, Tensor]) -> tuple[tuple[Tensor, ...], Inputs, object]:
+    """The finite numbers in float64 that a call gives where its leaves hold these, -inf left alone."""
+    m = Inputs(change_leaf=lambda x, i, rows: torch.where(x.isfinite(), numbers[i], x))
+    call = CALLS[key](m)
+    # Of what an object keeps inside, the tables of a chain; parts that only add up to a result have other gradients.
+    places = {k: v for k, v in leaves(call.result()).items() if "._" not in k or k.endswith("._tables")}
+    kept = [v for v in places.values() if isinstance(v, Tensor) and v.dtype == F64]
+    return tuple(v[v.isfinite()] for v in kept), m, call
+
+
+@pytest.mark.parametrize("key", CALLS)
+def test_gradients_are_what_the_docstring_says(key):
+    name, m = name_of(key), Inputs()
+    CALLS[key](m).result()
+    word = word_on_gradients(name)
+    finite = {i: torch.where(m.leaves[i].isfinite(), m.leaves[i], 0).requires_grad_() for i in floats(m)}
+    out, m, call = results_at(key, finite)
+    floating = [x for x in out if x.numel()]
+    if not finite or not floating or name in NO_WORD:
+        return
+    assert word, f"{name} says nothing on gradients"
+    if word.startswith("not"):
+        winner = name == "selection.soft_best_of_n_stream"  # the candidate is handed on, with its graph
+        assert winner or not any(x.requires_grad for x in floating)
+        return
+    named = set(re.findall(r"`(\w+)`", word.split(", not in")[0]))
+    own = {i: a for i in finite for a, value in call.bound.arguments.items() if value is m.made[i]}
+    constant = [i for i, a in own.items() if named and a not in named]
+    graph = [x for x in floating if x.requires_grad]
+    for i in constant:
+        (gradient,) = torch.autograd.grad(sum(x.sum() for x in graph), finite[i], retain_graph=True, allow_unused=True)
+        assert gradient is None or not gradient.any(), own[i]
+    if name in NO_DERIVATIVE:
+        return
+    moving = [i for i in finite if i not in constant]
+
+    def function(*numbers: Tensor) -> tuple[Tensor, ...]:
+        at = {**finite, **dict(zip(moving, numbers, strict=True))}
+        return tuple(x for x in results_at(key, at)[0] if x.numel() and x.requires_grad)
+
+    assert torch.autograd.gradcheck(function, [finite[i] for i in moving], rtol=1e-4, fast_mode=True)

@@ -64,6 +64,8 @@ def log_accept(logps: Tensor, new_logps: Tensor, power: float, sizes: Tensor, ne
 
         log min(1, (p(x') / p(x))^(a-1) |x| / |x'|)
 
+    Differentiable in both log-probabilities.
+
     Args:
         logps: Log-probability of the current strings under the law that proposes, floating, any shape, finite.
         new_logps: Of the proposed strings, floating, same shape, finite or -inf, which is never accepted.
@@ -120,8 +122,8 @@ def power_mh(
         cut k uniform on 0..|x|-1;    x' = x_<k, then drawn from p;    accept by `log_accept`
 
     Strings of one length target p^a over strings of that length. With `end`, strings end at their first end symbol and
-    are padded with it; the chain has to be one that stops there, such as `MarkovChain.stopped`. Cost O(n L) draws per
-    move.
+    are padded with it; the chain has to be one that stops there, such as `MarkovChain.stopped`. Not differentiable.
+    Cost O(n L) draws per move.
 
     Args:
         ref: Chain p that proposes.

@@ -91,6 +91,7 @@ def natural_step(
 
     With every outcome drawn this is the exact natural gradient step, up to a constant that the softmax ignores. A drawn
     entry moves toward log p + r / beta by the factor 1 - step beta, free of noise, so a constant step converges.
+    Differentiable.
 
     Args:
         logits: Logits theta of the policy, shape (K,).
@@ -246,8 +247,8 @@ class TransformerPolicy(nn.Module):
 
         Raises:
             TypeError: `tokens` is not an integer tensor.
-            ValueError: `tokens` outside 0..V-1, of length 0, or longer than the context of the policy; or parameters that
-                are no longer finite.
+            ValueError: `tokens` outside 0..V-1, of length 0, or longer than the context of the policy; or parameters
+                that are no longer finite.
         """
         return self._conditionals(tokens).to(self.ref._dtype)
 
