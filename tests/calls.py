@@ -194,6 +194,11 @@ def steps(m: Inputs) -> MarkovChain:
     return chain(m, numbers(LENGTH, 3, 3))
 
 
+def values(m: Inputs) -> Tensor:
+    """Log values of contexts, 0 after the last step."""
+    return m(VALUES, form=lambda x: torch.cat([x[:-1], 0 * x[-1:]]))
+
+
 def symmetric(x: Tensor) -> Tensor:
     return (x + x.mT) / 2
 
@@ -267,7 +272,10 @@ example("weights.beta_for_ess ties=raise", lambda m, call: call(m(POOL, rows=Tru
 example("weights.beta_for_ess ties=clamp", lambda m, call: call(m(WITH_EXCLUDED, rows=True), 0.8, ties="clamp"))
 
 example("categorical.tilt", lambda m, call: call(m.law(LOGITS, rows=True), m(REWARDS, rows=True), 0.7))
-example("categorical.tilt beta", lambda m, call: call(m.law(POOL, rows=True), m(POOL, rows=True), m(BETAS, rows=True)))
+example(
+    "categorical.tilt beta",
+    lambda m, call: call(m.law(POOL, rows=True), m(WITH_EXCLUDED, rows=True), m(BETAS, rows=True)),
+)
 example("categorical.log_partition", lambda m, call: call(m.law(LOGITS, rows=True), m(REWARDS, rows=True), 0.7))
 example(
     "categorical.log_partition beta",
@@ -281,7 +289,7 @@ example("categorical.expectation", lambda m, call: call(m.law(LOGITS, rows=True)
 example("categorical.frontier", lambda m, call: call(m.law(LOGITS[0]), m(REWARDS[0]), [0.5, 2.0]))
 example(
     "categorical.frontier betas",
-    lambda m, call: call(m.law(LOGITS[0]), m(REWARDS[0]), m.exact(torch.tensor([0.5, 2.0]))),
+    lambda m, call: call(m.law(LOGITS[0]), m(REWARDS[0]), m.exact(torch.tensor([0.5, 2.0], dtype=F64))),
 )
 example("categorical.kl", lambda m, call: call(m.law(LOGITS, rows=True), m.law(REWARDS, rows=True)))
 example("categorical.total_variation", lambda m, call: call(m.law(LOGITS, rows=True), m.law(REWARDS, rows=True)))
@@ -372,7 +380,7 @@ example(
 )
 example(
     "selection.soft_best_of_n_chain",
-    lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, log_values=m(VALUES), n=4),
+    lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, log_values=values(m), n=4),
 )
 example("selection.candidate_counts", lambda m, call: call(m.law(POOL, rows=True), 9, generator=m.generator()))
 example(
@@ -406,21 +414,21 @@ for name in SCHEMES:
 example("resampling.gumbel_top_k", lambda m, call: call(m(WITH_EXCLUDED, rows=True), 2, generator=m.generator()))
 example("resampling.rejection", lambda m, call: call(m(WITH_EXCLUDED, rows=True), 0.7, 0.5, generator=m.generator()))
 
-example("smc.twisted_proposal", lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, m(VALUES)))
-example("smc.log_increments", lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, m(VALUES)))
+example("smc.twisted_proposal", lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, values(m)))
+example("smc.log_increments", lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, values(m)))
 example(
     "smc.log_increments proposal",
-    lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, m(VALUES), proposal=steps(m)),
+    lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, values(m), proposal=steps(m)),
 )
 example("smc.trace", lambda m, call: call(m(TOKENS, rows=True).unsqueeze(-2), m(TOKENS % 3, rows=True).unsqueeze(-2)))
 example(
-    "smc.twisted_smc", lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, m(VALUES), 9, generator=m.generator())
+    "smc.twisted_smc", lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, values(m), 9, generator=m.generator())
 )
 for name, scheme in SCHEMES.items():
     example(
         f"smc.twisted_smc {name}",
         lambda m, call, scheme=scheme: call(
-            *(chain(m), m(SYMBOL_REWARDS), 0.7, m(VALUES), 9),
+            *(chain(m), m(SYMBOL_REWARDS), 0.7, values(m), 9),
             generator=m.generator(),
             proposal=steps(m),
             threshold=0.99,

@@ -1,7 +1,6 @@
 """Rules that every public call keeps, each over the whole table of example calls."""
 
 import ast
-import contextlib
 import inspect
 import itertools
 import math
@@ -91,17 +90,12 @@ def test_every_function_that_takes_a_generator_draws_in_some_call():
 @pytest.mark.parametrize("key", CALLS)
 def test_no_generator_is_refused(key):
     m = Inputs(generator=lambda seed: None)
-    with contextlib.ExitStack() as expected:
-        if uses_a_generator(key):
-            text = "generator must be a torch.Generator, got NoneType"
-            expected.enter_context(pytest.raises(TypeError, match=text))
+    try:
         CALLS[key](m).result()
-
-
-def uses_a_generator(key: str) -> bool:
-    m = Inputs()
-    CALLS[key](m).result()
-    return m.draws
+    except TypeError as error:
+        assert "generator must be a torch.Generator, got NoneType" in str(error)
+    else:
+        assert not m.draws
 
 
 # --- arguments are only read -----------------------------------------------------------------------------------------
@@ -186,17 +180,17 @@ def result_dtype(key: str, place: str, dtype: torch.dtype) -> torch.dtype:
     return OTHER_DTYPES[name][0] if name in OTHER_DTYPES else dtype
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("key", CALLS)
-def test_results_have_the_dtype_of_the_arguments(key, dtype):
-    if refuses(key, dtype):
-        with pytest.raises(TypeError, match="must be float32 or float64"):
-            CALLS[key](Inputs(dtype=dtype)).result()
-        return
-    for place, value in leaves(CALLS[key](Inputs(dtype=dtype)).result()).items():
-        inside = "._" in place or ".ref" in place  # what an object keeps for itself
-        if isinstance(value, Tensor) and value.is_floating_point() and not inside:
-            assert value.dtype == result_dtype(key, place, dtype), place
+def test_results_have_the_dtype_of_the_arguments(key):
+    for dtype in DTYPES:
+        if refuses(key, dtype):
+            with pytest.raises(TypeError, match="must be float32 or float64"):
+                CALLS[key](Inputs(dtype=dtype)).result()
+            continue
+        for place, value in leaves(CALLS[key](Inputs(dtype=dtype)).result()).items():
+            inside = "._" in place or ".ref" in place  # what an object keeps for itself
+            if isinstance(value, Tensor) and value.is_floating_point() and not inside:
+                assert value.dtype == result_dtype(key, place, dtype), (dtype, place)
 
 
 def test_every_exception_is_needed():
@@ -234,32 +228,30 @@ def carried(key: str, dtype: torch.dtype) -> float:
     return 1e-14
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("key", CALLS)
-def test_a_result_in_a_smaller_dtype_is_that_of_the_same_numbers_in_float64(key, dtype):
-    m = Inputs(dtype=dtype)
-    if refuses(key, dtype):
-        return
-    got = leaves(CALLS[key](m).result())
+def test_a_result_in_a_smaller_dtype_is_that_of_the_same_numbers_in_float64(key):
+    for dtype in (dtype for dtype in DTYPES[1:] if not refuses(key, dtype)):
+        m = Inputs(dtype=dtype)
+        got = leaves(CALLS[key](m).result())
 
-    def promoted(x: Tensor, i: int, rows: bool) -> Tensor:
-        if not x.is_floating_point():
-            return x
-        # What rounding left of the sum is no error of the caller, and normalised away.
-        return torch.log_softmax(m.made[i].double(), -1) if m.laws[i] else m.made[i].double()
+        def promoted(x: Tensor, i: int, rows: bool, m: Inputs = m) -> Tensor:
+            if not x.is_floating_point():
+                return x
+            # What rounding left of the sum is no error of the caller, and normalised away.
+            return torch.log_softmax(m.made[i].double(), -1) if m.laws[i] else m.made[i].double()
 
-    expected = leaves(CALLS[key](Inputs(change=promoted)).result())
-    for place, value in got.items():
-        if "._" in place or callable(value):
-            continue
-        if isinstance(value, Tensor) and value.is_floating_point():
-            a, b = value.double(), expected[place].double()
-            allowed = torch.finfo(value.dtype).eps * b.abs() + carried(key, dtype)
-            assert bool(((a == b) | ((a - b).abs() <= allowed)).all()), place
-        elif isinstance(value, float):
-            assert value == pytest.approx(expected[place], rel=1e-9), place
-        else:
-            assert same(value, expected[place]), place
+        expected = leaves(CALLS[key](Inputs(change=promoted)).result())
+        for place, value in got.items():
+            if "._" in place or callable(value):
+                continue
+            if isinstance(value, Tensor) and value.is_floating_point():
+                a, b = value.double(), expected[place].double()
+                allowed = torch.finfo(value.dtype).eps * b.abs() + carried(key, dtype)
+                assert bool(((a == b) | ((a - b).abs() <= allowed)).all()), (dtype, place)
+            elif isinstance(value, float):
+                assert value == pytest.approx(expected[place], rel=1e-9), (dtype, place)
+            else:
+                assert same(value, expected[place]), (dtype, place)
 
 
 # --- no batch, no number ---------------------------------------------------------------------------------------------
@@ -337,3 +329,76 @@ def test_nan_is_rejected(key):
     m = Inputs(change=lambda x, i, rows: x * math.nan if i == 0 else x)
     result = CALLS[key](m).result()
     assert "REJECT" in (result if isinstance(result, str) else result.decision)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+# Functions without a word on gradients: nothing they return has any, or nothing they take is a floating tensor.
+NO_WORD = {"diffusion.karras", "diffusion.geometric", "diffusion.variance_preserving", "categorical.alias_table"}
+NO_WORD |= {name for name in PUBLIC if name.startswith("verify.")}
+NO_WORD |= {"policies.TabularPolicy", "policies.TransformerPolicy"}  # modules, whose parameters are what is trained
+# The gradient is not the derivative of the value.
+NO_DERIVATIVE = {
+    "losses.policy_gradient": "what `sg` encloses is held constant",
+    "losses.rloo": "what `sg` encloses is held constant",
+    "losses.grpo": "what `sg` encloses is held constant",
+    "policies.TabularPolicy.law": "the logits are parameters, copied from the argument",
+    "policies.TabularPolicy.logps": "the logits are parameters, copied from the argument",
+    "markov.MarkovChain.reward_law": "the rewards are whole numbers, which no difference quotient can move",
+}
+
+
+def word_on_gradients(name: str) -> str:
+    """What the docstring of a function, or of the class of a method, says on gradients: "not differentiable in ..."."""
+    docs = [inspect.getdoc(PUBLIC[name]) or ""]
+    if name.count(".") == 2:
+        docs.append(inspect.getdoc(PUBLIC[name.rsplit(".", 1)[0]]) or "")
+    found = [re.search(r"(not\s)?differentiable[^.;:]*", " ".join(doc.split()), re.IGNORECASE) for doc in docs]
+    return next((match[0].lower() for match in found if match), "")
+
+
+def floats(m: Inputs) -> list[int]:
+    return [i for i, leaf in enumerate(m.leaves) if leaf is not None]
+
+
+def results_at(key: str, numbers: dict[int, Tensor]) -> tuple[tuple[Tensor, ...], Inputs, object]:
+    """The finite numbers in float64 that a call gives where its leaves hold these, -inf left alone."""
+    m = Inputs(change_leaf=lambda x, i, rows: torch.where(x.isfinite(), numbers[i], x))
+    call = CALLS[key](m)
+    # Of what an object keeps inside, the tables of a chain; parts that only add up to a result have other gradients.
+    places = {k: v for k, v in leaves(call.result()).items() if "._" not in k or k.endswith("._tables")}
+    kept = [v for v in places.values() if isinstance(v, Tensor) and v.dtype == F64]
+    return tuple(v[v.isfinite()] for v in kept), m, call
+
+
+@pytest.mark.parametrize("key", CALLS)
+def test_gradients_are_what_the_docstring_says(key):
+    name, m = name_of(key), Inputs()
+    CALLS[key](m).result()
+    word = word_on_gradients(name)
+    finite = {i: torch.where(m.leaves[i].isfinite(), m.leaves[i], 0).requires_grad_() for i in floats(m)}
+    out, m, call = results_at(key, finite)
+    floating = [x for x in out if x.numel()]
+    if not finite or not floating or name in NO_WORD:
+        return
+    assert word, f"{name} says nothing on gradients"
+    if word.startswith("not"):
+        winner = name == "selection.soft_best_of_n_stream"  # the candidate is handed on, with its graph
+        assert winner or not any(x.requires_grad for x in floating)
+        return
+    named = set(re.findall(r"`(\w+)`", word.split(", not in")[0]))
+    own = {i: a for i in finite for a, value in call.bound.arguments.items() if value is m.made[i]}
+    constant = [i for i, a in own.items() if named and a not in named]
+    graph = [x for x in floating if x.requires_grad]
+    for i in constant:
+        (gradient,) = torch.autograd.grad(sum(x.sum() for x in graph), finite[i], retain_graph=True, allow_unused=True)
+        assert gradient is None or not gradient.any(), own[i]
+    if name in NO_DERIVATIVE:
+        return
+    moving = [i for i in finite if i not in constant]
+
+    def function(*numbers: Tensor) -> tuple[Tensor, ...]:
+        at = {**finite, **dict(zip(moving, numbers, strict=True))}
+        return tuple(x for x in results_at(key, at)[0] if x.numel() and x.requires_grad)
+
+    assert torch.autograd.gradcheck(function, [finite[i] for i in moving], rtol=1e-4, fast_mode=True)

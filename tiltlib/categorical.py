@@ -67,8 +67,11 @@ def _log_tilt_weights(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) 
     # The shift cancels, so it is a constant to the gradient.
     top = supported.detach().amax(-1, keepdim=True)
     _checks.some_left("rewards", top)
+    # Mask before the division: the gradient of -inf / beta in beta would be NaN.
+    possible = supported > -math.inf
+    log_w = torch.where(possible, _numerics.over(torch.where(possible, supported, top), top, beta), -math.inf)
     temperature = beta.double() if isinstance(beta, Tensor) else float(beta)
-    return ref + _numerics.over(supported, top, beta), top.squeeze(-1) / temperature
+    return ref + log_w, top.squeeze(-1) / temperature
 
 
 def tilt(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> Tensor:
@@ -76,7 +79,7 @@ def tilt(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> Tensor:
 
         log pi*(y) = log p(y) + r(y) / beta - log Z,    Z = sum_y p(y) exp(r(y) / beta)
 
-    Differentiable in `ref_logps` and `rewards`. Cost O(K) per row.
+    Differentiable in `ref_logps`, `rewards` and `beta`. Cost O(K) per row.
 
     Args:
         ref_logps: Reference log-probabilities, shape (..., K), normalised.
@@ -220,6 +223,8 @@ def frontier(ref_logps: Tensor, rewards: Tensor, betas: Sequence[float]) -> Fron
     """Trace the reward-KL frontier: what reward the tilt earns and what KL from the reference it pays.
 
         kl(beta) = KL(pi*_beta || p),    reward(beta) = E_{pi*_beta} r
+
+    Differentiable.
 
     Args:
         ref_logps: Reference log-probabilities, shape (..., K), normalised.

@@ -198,6 +198,8 @@ def _points(name: str, value: Tensor) -> None:
 def evaluate(score: Score, y: Tensor, s: Level, name: str = "score") -> Tensor:
     """Evaluate a score, and refuse a result that would broadcast, or spread NaN, without a word.
 
+    Differentiable if the score is.
+
     Args:
         score: Score function (y, s).
         y: Points at level s, shape (n, D).
@@ -236,6 +238,8 @@ def draw(step: Transition, *, generator: Generator | None) -> Tensor:
 
         y' = mean + std eps
 
+    Differentiable in the mean.
+
     Args:
         step: Law of each next point.
         generator: Source of randomness, on the device of the points; None will do where `std` is 0.
@@ -262,6 +266,8 @@ def of_mixture(mixture: GaussianMixture) -> Score:
 
         score(y, s) = gradient in y of log sum_k prior_k N(y; mean_k, covariance_k + s^2 I)
 
+    Differentiable.
+
     Args:
         mixture: Law of x_0.
 
@@ -279,6 +285,8 @@ def denoised(score: Score, y: Tensor, s: float) -> Tensor:
     """Compute the mean of x_0 given its noised value, by Tweedie's formula.
 
         D = E[x_0 | x_0 + s eps = y] = y + s^2 score(y, s)
+
+    Differentiable in `y` and in what `score` depends on.
 
     Args:
         score: Score function (y, s).
@@ -304,6 +312,8 @@ def transition(score: Score, y: Tensor, s: float, s_next: float, churn: float = 
     """Compute the Euler-Maruyama step of the reverse process, whose clock is s^2.
 
         mean = y + (1 + c^2)/2 (s^2 - s'^2) score(y, s),    std = c sqrt(s^2 - s'^2)
+
+    Differentiable in `y` and in what `score` depends on.
 
     Args:
         score: Score function (y, s).
@@ -334,6 +344,8 @@ def posterior_transition(score: Score, y: Tensor, s: float, s_next: float) -> Tr
     """Compute the ancestral step: the exact reverse step if x_0 were known to be its mean D.
 
         mean = D + (s'/s)^2 (y - D),    std = s' sqrt(1 - s'^2/s^2)
+
+    Differentiable in `y` and in what `score` depends on.
 
     Args:
         score: Score function (y, s).
@@ -396,7 +408,8 @@ def sample(
     The table at the top of the module gives one step of each method. A step to level 0 is the "euler" step, y' = D, for
     every deterministic method. "ab3" starts with an "euler" and a "dpmpp_2m" step, and falls back to "dpmpp_2m"
     for runs of fewer than 16 steps and wherever levels are too uneven for a parabola. Both take an "euler" step where
-    log s falls 4 times as far as in the step before, as to a last level next to 0.
+    log s falls 4 times as far as in the step before, as to a last level next to 0. Differentiable in `y` and in what
+    `score` depends on.
 
     Args:
         score: Score function (y, s) of the law to sample.
@@ -451,7 +464,7 @@ def denoising_loss(score: Score, x0: Tensor, s: float | Tensor, eps: Tensor) -> 
         |s score(x_0 + s eps, s) + eps|^2, summed over the D coordinates
 
     Over draws of x_0 and eps its mean is least for the score of the law of x_0; times weights w(x_0), for that of the
-    tilt by w. Differentiable in what `score` depends on.
+    tilt by w. Differentiable in `x0`, `s`, `eps` and what `score` depends on.
 
     Args:
         score: Score function (y, s).

@@ -87,7 +87,7 @@ def classifier_free(conditional: Score, unconditional: Score, guidance_scale: fl
         s_u(y, s) + g (s_c(y, s) - s_u(y, s))
 
     The difference is the gradient of log p(c | y) at level s. For g other than 0 and 1 the sum is in general not the
-    score of any one law at all levels, and the samplers of `diffusion` end at different laws.
+    score of any one law at all levels, and the samplers of `diffusion` end at different laws. Differentiable.
 
     Args:
         conditional: Score function s_c.
@@ -121,6 +121,8 @@ def exact_value(tilted: Tilted) -> Score:
 
         grad log p_s + grad log h = grad log p*_s
 
+    Differentiable.
+
     Args:
         tilted: Tilt of the reference, from `GaussianMixture.tilt`.
 
@@ -140,6 +142,8 @@ def value_gradient(ref: GaussianMixture, tilted: Tilted, y: Tensor, s: float) ->
     """Compute the gradient of the log value: what exact guidance adds to the score of the reference.
 
         grad log h(y, s) = grad log p*_s(y) - grad log p_s(y)
+
+    Differentiable.
 
     Args:
         ref: Reference law p.
@@ -169,6 +173,8 @@ def log_values(ref: GaussianMixture, tilted: Tilted) -> LogValues:
     """Make the exact log value of a tilt, for `soft_best_of_n_step` and as the twist of `particles`.
 
         log h(y, s) = log E[w(x_0) | x_0 + s eps = y] = log Z + log p*_s(y) - log p_s(y)
+
+    Differentiable.
 
     Args:
         ref: Reference law p.
@@ -208,7 +214,7 @@ def plug_in(
 
     C / s^2 is the derivative of D, so the second term is the gradient in y of r(D) / beta. It would be that of log h if
     the mean could be taken through the exponential. `damped` multiplies the gradient at D by (I + A C / beta)^-1, which
-    makes it exact where x_0 given y is normal: for one Gaussian, not for a mixture.
+    makes it exact where x_0 given y is normal: for one Gaussian, not for a mixture. Differentiable.
 
     Args:
         ref: Reference law p.
@@ -269,7 +275,8 @@ def soft_best_of_n_step(log_values: LogValues, power: float, n: int, *, kernel: 
         y'_1 ... y'_n from kernel(score, y, s, s'),    P(i) proportional to exp(power log_values(y'_i, s'))
 
     For `diffusion.sample(..., method=step)`. In the limit of many steps it guides like the reverse SDE with the score
-    plus power (1 - 1/n) grad log_values, from values alone. Cost n values and one score per point.
+    plus power (1 - 1/n) grad log_values, from values alone. Differentiable, with the choice held constant. Cost n
+    values and one score per point.
 
     Args:
         log_values: Function (y, s) that gives the log value of each point, shape (n,); -inf excludes a candidate, for
@@ -328,7 +335,8 @@ def particles(
     With more particles the weighted points follow the tilt by w of the chain of K(.; ref) at these levels, whatever
     proposal and twist are; that of p itself only as steps grow too, or if K is the exact reverse kernel. Likewise Z is
     the mean of w under that chain. Weights are carried from step to step until a resampling spends them; dropping them
-    is a bias. Points are carried in float64; each function sees, and the result has, the dtype of `y`.
+    is a bias. Points are carried in float64; each function sees, and the result has, the dtype of `y`. Differentiable
+    in `y`, in `start_log_weights` and in what the functions depend on, with the resampled indices held constant.
 
     Args:
         ref: Score function of the reference.

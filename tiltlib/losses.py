@@ -126,7 +126,8 @@ def policy_gradient(
         loss = -log pi(y) sg[r - beta log(pi(y) / p(y)) - b]
 
     Its gradient has mean -grad (E r - beta KL), for any baseline b that does not depend on y. At pi = pi* the bracket
-    is a constant: with that constant as baseline the gradient of every single draw vanishes there.
+    is a constant: with that constant as baseline the gradient of every single draw vanishes there. Differentiable in
+    `logps`, with what `sg` encloses held constant.
 
     Args:
         logps: log pi(y) of fresh draws, any shape; for sequences the sum over tokens.
@@ -158,6 +159,7 @@ def rloo(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tens
         loss = -(1/G) sum_i log pi(y_i) sg[R_i - (1/(G-1)) sum_{j != i} R_j],    R = r - beta log(pi / p)
 
     The others' mean does not depend on y_i, so the gradient is exactly unbiased. At pi* all R_i agree and it vanishes.
+    Differentiable in `logps`, with what `sg` encloses held constant.
 
     Args:
         logps: log pi(y) of fresh draws, shape (..., G), G >= 2; for sequences the sum over tokens.
@@ -239,6 +241,7 @@ def grpo(
     - With KL in the loss `valid` moves it unless a is constant. On the sequence ratio with "k2", "leave-one-out" and no
       scale it is proportional to p exp((r - c / a) / beta), c = -beta sum_y pi a log(pi / p).
 
+    Differentiable in `logps` and `ref_logps`, with what `sg` encloses held constant; with kl "reward" in `logps` alone.
     A clipped term has gradient 0, however far its ratio is. The loss is +inf, and its gradient infinite, where the
     dtype cannot hold the ratio of a token with a negative advantage, or k3. Where it holds neither, the gradient has
     the sign of the larger.
@@ -493,6 +496,8 @@ def count_wins(first: Tensor, second: Tensor, labels: Tensor, k: int) -> Tensor:
     """Count who beat whom in a list of comparisons, for `fit_bradley_terry`.
 
         wins_ij = number of comparisons that i won against j
+
+    Not differentiable.
 
     Args:
         first: First item of each comparison, indices in 0..k-1, integer tensor, shape (n,).

@@ -50,7 +50,7 @@ class MarkovChain:
     """A law on strings over an alphabet, given by next-symbol log-probabilities per context.
 
     One table serves every step, or each step has its own. In the second case the chain is the law of strings of at most
-    that many symbols: `length` says how many; otherwise it is None.
+    that many symbols: `length` says how many; otherwise it is None. Differentiable in the table.
 
     Args:
         logps: Next-symbol log-probabilities, each row normalised. Shape (V^order, V), or (L, V^order, V) with one table
@@ -90,7 +90,8 @@ class MarkovChain:
             P(a | context) = weight of a after the context / weight of the context
 
         Words are independent, so what stands before the last separator carries no information: a context is cut there,
-        and a context that no word shows takes the row of its longest suffix that some word shows.
+        and a context that no word shows takes the row of its longest suffix that some word shows. Differentiable in
+        `weights`.
 
         Args:
             words: Non-empty words over the alphabet without the separator.
@@ -150,6 +151,7 @@ class MarkovChain:
         """Stop the chain at its first separator: after it only separators follow.
 
         So strings of one length stand for words of different lengths, cut off if they have not ended by then.
+        Differentiable in the table.
 
         Args:
             length: Length L of the padded strings, >= 1.
@@ -175,6 +177,7 @@ class MarkovChain:
 
         This maximises sum_i w_i log q(y_i). With one table per step the class holds every tilt of this chain by an
         additive reward. A context that no string shows keeps the row of this chain; over all steps, that of the last.
+        Differentiable in `log_weights`.
 
         Args:
             tokens: Strings y_i as symbol numbers, integer tensor, shape (n, L).
@@ -227,7 +230,7 @@ class MarkovChain:
         return self._v - 1
 
     def table(self, step: int) -> Tensor:
-        """Return the next-symbol log-probabilities at a step.
+        """Return the next-symbol log-probabilities at a step. Differentiable in the table that the chain was made of.
 
         Args:
             step: Position in the string, from 0; below `length` if the chain has one.
@@ -362,6 +365,8 @@ class MarkovChain:
 
             log p(y) = sum_t log p(y_t | y_{t-order}, ..., y_{t-1})
 
+        Differentiable in the table.
+
         Args:
             tokens: Symbol numbers, integer tensor, shape (..., L).
 
@@ -379,7 +384,7 @@ class MarkovChain:
         return torch.stack(per_symbol, -1).sum(-1)
 
     def total_reward(self, tokens: Tensor, rewards: Tensor) -> Tensor:
-        """Sum an additive reward over strings.
+        """Sum an additive reward over strings. Differentiable in `rewards`.
 
         Args:
             tokens: Symbol numbers, integer tensor, shape (..., L).
@@ -470,7 +475,7 @@ class MarkovChain:
 
             P_0(start) = 1,    P_{t+1}(c') = sum over (c, a) that lead to c' of P_t(c) p(a | c)
 
-        Cost O(L V^{order+1}). With it, the mean of any sum over steps is exact.
+        Cost O(L V^{order+1}). With it, the mean of any sum over steps is exact. Differentiable in the table.
 
         Args:
             length: Length L of the strings, >= 1.
@@ -628,6 +633,8 @@ class MarkovChain:
 
             pi*(a | c, t) = p(a | c) exp(r(c, a) / beta + V_{t+1}(c a) - V_t(c))
 
+        Differentiable in `rewards` and in the table.
+
         Args:
             rewards: As for `soft_values`.
             beta: Temperature in reward units, > 0.
@@ -649,7 +656,8 @@ class MarkovChain:
 
             P_{t+1}(c', s + r(c, a)) = sum over (c, a) that lead to c' of P_t(c, s) p(a | c)
 
-        Cost O(L V^{order+1} S) with S the number of possible sums, as small matrix products.
+        Cost O(L V^{order+1} S) with S the number of possible sums, as small matrix products. Differentiable in the
+        table only: the rewards are whole numbers.
 
         Args:
             rewards: As for `soft_values`, whole numbers only.
@@ -714,6 +722,8 @@ class TiltedChain(MarkovChain):
 
     def rows(self, step: int, contexts: Tensor) -> Tensor:
         """Return the next-symbol log-probabilities at a step in some contexts, as `MarkovChain.rows` does.
+
+        Differentiable in the rewards and in the table of the reference.
 
         Args:
             step: Position in the string, in 0..L-1.

@@ -73,6 +73,8 @@ def log_accept(
 
     x and x' agree up to the cut, so q of the whole strings and q of their ends given what they share have one ratio.
 
+    Differentiable in both log-probabilities.
+
     Args:
         logps: Log-probability of the current strings under p, floating, any shape, finite.
         new_logps: Of the proposed strings, floating, same shape, finite or -inf, which is never accepted.
@@ -145,8 +147,8 @@ def power_mh(
         cut k uniform on 0..|x|-1;    x' = x_<k, then drawn from q;    accept by `log_accept`
 
     Strings of one length target p^a over strings of that length. With `end`, strings end at their first end symbol and
-    are padded with it; the chain has to be one that stops there, such as `MarkovChain.stopped`. Cost O(n L) draws per
-    move.
+    are padded with it; the chain has to be one that stops there, such as `MarkovChain.stopped`. Not differentiable.
+    Cost O(n L) draws per move.
 
     A proposal q other than p has to be positive wherever p is. A symbol that q never writes is in no string that a move
     leads to, and a string that holds it is never left: p^a would be invariant, but not where the chain goes.

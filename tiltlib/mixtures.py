@@ -64,7 +64,9 @@ class GaussianMixture:
 
         p(x) = sum_k exp(priors_k) N(x; m_k, S_k)
 
-    It keeps copies of its arguments and gives out copies: nothing that a caller does to a tensor changes it.
+    It keeps copies of its arguments and gives out copies: nothing that a caller does to a tensor changes it. All that
+    its methods compute is differentiable in the points and in the arguments; a matrix of equal eigenvalues has no
+    gradient.
 
     Args:
         logps: Log-probabilities of the components, shape (J,), normalised; -inf switches one off.
@@ -461,6 +463,7 @@ class GaussianMixture:
             x = m_k + S_k^(1/2) z,    z = inverse normal cdf of uniforms
 
         The root is the symmetric one. It does not depend on the basis that a processor finds, so neither do the draws.
+        Differentiable in the means and covariances; the component is a constant.
 
         Args:
             n: Number of points, >= 1.
@@ -481,9 +484,12 @@ class GaussianMixture:
             z = z * root.expand(self.components, -1)[component]
         else:
             roots = self._matrices(root)
-            for k, matrix in enumerate(roots):
-                rows = component == k if len(roots) > 1 else slice(None)
-                z[rows] = z[rows] @ matrix
+            if len(roots) == 1:
+                z = z @ roots[0]
+            else:
+                for k, matrix in enumerate(roots):
+                    rows = component == k
+                    z[rows] = z[rows] @ matrix
         return (self._means[component] + z).to(self._dtype)
 
     def noised(self, alpha: float, sigma: float) -> "GaussianMixture":

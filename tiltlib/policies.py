@@ -91,6 +91,7 @@ def natural_step(
 
     With every outcome drawn this is the exact natural gradient step, up to a constant that the softmax ignores. A drawn
     entry moves toward log p + r / beta by the factor 1 - step beta, free of noise, so a constant step converges.
+    Differentiable.
 
     Args:
         logits: Logits theta of the policy, shape (K,).

@@ -316,7 +316,8 @@ def soft_best_of_n_chain(ref: MarkovChain, rewards: Tensor, beta: float, log_val
 
         n candidates a ~ p(. | c);    P(keep a) proportional to exp(r(c, a) / beta + V_{t+1}(c a))
 
-    With V = 0 this looks at the reward of the symbol alone. With the exact values it tends to the tilt as n grows.
+    With V = 0 this looks at the reward of the symbol alone. With the exact values it tends to the tilt as n grows. Not
+    differentiable: the result carries no graph.
     Cost of one `soft_best_of_n_law` per step and context that can be reached.
 
     Args:
@@ -368,7 +369,7 @@ def candidate_counts(ref_logps: Tensor, n: int, *, generator: torch.Generator) -
         counts ~ Multinomial(N, p), as c_k ~ Binomial(N - c_1 - ... - c_{k-1}, p_k / (p_k + ... + p_K))
 
     Selection looks at candidates only through their outcomes, so counts are all it needs. Cost O(K) binomials per row,
-    whatever N: worth it for N well above K.
+    whatever N: worth it for N well above K. Not differentiable.
 
     Args:
         ref_logps: Reference log-probabilities, shape (..., K), normalised. Expand it for several rows.

@@ -82,7 +82,7 @@ def twisted_proposal(ref: MarkovChain, rewards: Tensor, beta: float, log_values:
 
         q_t(a | c) = p(a | c) exp(r(c, a) / beta + V_{t+1}(c a)) / sum over a
 
-    With the exact values this is the tilt itself.
+    With the exact values this is the tilt itself. Differentiable.
 
     Args:
         ref: Reference chain p.
@@ -118,7 +118,7 @@ def log_increments(
 
         log g_t(c, a) = log p(a | c) + r(c, a) / beta + V_{t+1}(c a) - V_t(c) - log q_t(a | c)
 
-    Cost O(L V^{order+1}).
+    Differentiable. Cost O(L V^{order+1}).
 
     Args:
         ref: Reference chain p.
