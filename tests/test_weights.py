@@ -1,5 +1,6 @@
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -282,3 +283,35 @@ def test_bad_fractions_and_ties(fraction, ties, error, text):
 def test_numbers_of_numpy():
     r = vector(0, 1, 2)
     assert weights.beta_for_ess(r, np.float32(0.5)) == weights.beta_for_ess(r, 0.5)
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "beta", [2.0, 0.3, 1e-300, vector(2, 0.7), torch.stack([vector(2, 0.7), vector(1e-300, 1e300)])]
+)
+def test_rewards_over_beta_to_the_last_digits(beta):
+    # Beside the largest numbers r - max r overflows, half of it does not; for the smallest beta the quotient is -inf.
+    rewards = torch.stack([vector(-1.7e308, 1.7e308, 3), vector(0.1, 0.2, 0.3)]).repeat(2, 1, 1)
+    top = rewards.amax(-1, keepdim=True)
+    got = weights._over(rewards, top, beta)
+    with mpmath.workprec(200):
+        for i, j, k in np.ndindex(2, 2, 3):
+            b = torch.as_tensor(beta, dtype=F64).expand(2, 2)[i, j].item()
+            expected = (mpmath.mpf(rewards[i, j, k].item()) - mpmath.mpf(top[i, j].item())) / b
+            assert got[i, j, k].item() == pytest.approx(float(expected), rel=1e-15)
+
+
+def test_beta_for_ess_of_rewards_next_to_each_other():
+    expected = weights.beta_for_ess(vector(0, 1, 3), 0.5)
+    for scale in (1e-300, 1e-30, 1e300):
+        assert weights.beta_for_ess(vector(0, 1, 3) * scale, 0.5) / scale == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_a_fraction_at_a_limit_gives_that_limit():
+    # One maximal reward of two: 1/2 is the limit for beta to 0, 1 the limit for beta to infinity.
+    limits = torch.finfo(F64)
+    assert weights.beta_for_ess(vector(0, 1), 0.5, ties="clamp") == limits.tiny
+    assert weights.beta_for_ess(vector(0, 1, -math.inf, -math.inf), 0.5, ties="clamp") == limits.max
+    assert limits.tiny < weights.beta_for_ess(vector(0, 1), 0.5 + 1e-9) < limits.max
