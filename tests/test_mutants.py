@@ -160,6 +160,7 @@ class A:
 def x_g__mutmut_orig(): raise ValueError("x", a)
 def x_g__mutmut_1(): raise ValueError("x", b)
 def x_g__mutmut_2(): raise ValueError("X", a)
+def x_g__mutmut_3(): raise ValueError("x", a)
 """
 
 
