@@ -2,6 +2,7 @@
 # make test   everything that has to hold before a change is published
 # make quick  the unit tests and one notebook, in under a minute
 # make bench  speed and accuracy beside naive code and other libraries
+# make mutants change the library in one place at a time and see that a test notices; MODULE=weights for one module
 # make accept run the notebooks and store their new outputs, for review in the diff
 # make clean  remove what the build made, keep .venv
 PYTHON ?= python3
@@ -18,7 +19,7 @@ NBVAL := -n 2 --dist loadfile --nbval-cell-timeout 1200 --nbval-current-env
 # After a warning the next build starts afresh: Sphinx would not repeat it for a page that has not changed.
 build = $(BIN)/jupyter-book build . -W --keep-going $(1) || { rm -rf _build/.doctrees; false; }
 
-.PHONY: book test quick bench accept clean
+.PHONY: book test quick bench mutants accept clean
 .DEFAULT_GOAL := book
 
 .venv/.stamp: requirements.txt pyproject.toml
@@ -62,6 +63,14 @@ quick: .venv/.stamp
 # Peers get an environment of their own, so that they cannot change a version the book was checked with.
 bench: .venv-bench/.stamp
 	.venv-bench/bin/python tests/bench.py
+
+.venv-mutants/.stamp: requirements-mutants.txt
+	$(PYTHON) -m venv .venv-mutants
+	.venv-mutants/bin/pip install --quiet --disable-pip-version-check -r requirements-mutants.txt
+	touch $@
+
+mutants: .venv-mutants/.stamp
+	.venv-mutants/bin/python tests/mutants.py $(MODULE)
 
 accept: .venv/.stamp
 	$(BIN)/pytest --nbval-lax $(NBVAL) $(NOTEBOOKS)

@@ -1,6 +1,7 @@
 import math
 from fractions import Fraction
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -681,3 +682,69 @@ def test_gradient_of_truncate():
 def test_bad_truncations(rule, error, text):
     with pytest.raises(error, match=text):
         categorical.truncate(S0, **rule)
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def exact_chi_square(p, q):
+    """From the rounded logarithms that the function gets, with 60 digits."""
+    with mpmath.workdps(60):
+        pairs = [
+            (mpmath.exp(mpmath.mpf(a)), mpmath.exp(mpmath.mpf(b))) for a, b in zip(p.tolist(), q.tolist(), strict=True)
+        ]
+        return float(mpmath.fsum((a - b) ** 2 / b for a, b in pairs))
+
+
+@pytest.mark.parametrize("step", [1e-13, 1e-10, 1e-6, 1e-3, 0.5, 1.0, 1.5, 1.99, 2.5, 20.0, 300.0])
+def test_chi_square_keeps_its_digits_between_laws_near_and_far(step):
+    # A difference of probabilities next to each other would keep no digit of a step of 1e-13.
+    q = torch.log_softmax(vector(0, -step, 1), -1)
+    p = torch.log_softmax(vector(0, 0, 1), -1)
+    for a, b in ((p, q), (q, p)):
+        assert chi_square(a, b).item() == pytest.approx(exact_chi_square(a, b), rel=1e-11, abs=0)
+
+
+def test_chi_square_up_to_the_largest_number():
+    # p = (1, 0), q = (exp(-x), 1 - exp(-x)): chi2 = exp(x) - 1.
+    largest = math.log(torch.finfo(F64).max)
+    for x, expected in ((largest, torch.finfo(F64).max), (math.nextafter(largest, math.inf), math.inf)):
+        assert chi_square(law(1, 0), vector(-x, 0)).item() == pytest.approx(expected, rel=1e-12)
+    # A rare outcome that is rarer still in q: its term, exp(2 * -100 + 950), is infinite and has no gradient.
+    p, q = (torch.log_softmax(vector(0, x), -1).requires_grad_() for x in (-100, -950))
+    value = chi_square(p, q)
+    assert value.item() == math.inf
+    assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(value, [p, q]))
+
+
+def test_an_infinite_value_concerns_its_row_alone():
+    values = torch.stack([vector(1, 2, 3), vector(1, math.inf, 3), vector(1, 2, -math.inf)])
+    close(expectation(S0.expand(3, 3), values), vector(0.5 + 0.6 + 0.6, math.inf, -math.inf))
+
+
+def test_frontier_of_a_batch_at_several_temperatures():
+    rewards, betas = torch.stack([S0_REWARDS, -S0_REWARDS]), [0.5, 1.0, 2.0]
+    out = categorical.frontier(S0, rewards, betas)
+    for row, rewards_of_row in enumerate(rewards):
+        for column, beta in enumerate(betas):
+            tilted = tilt(S0, rewards_of_row, beta)
+            close(out.kl[row, column], kl(tilted, S0))
+            close(out.reward[row, column], expectation(tilted, rewards_of_row))
+
+
+def test_beta_is_measured_against_the_batch_of_both():
+    for ref, rewards in ((S0, S0_REWARDS.expand(2, 3)), (S0.expand(2, 3), S0_REWARDS)):
+        message = r"beta must broadcast against the batch dimensions \(2,\), got shape \(4,\)"
+        with pytest.raises(ValueError, match=message):
+            tilt(ref, rewards, torch.ones(4))
+
+
+def test_the_kept_mass_is_relative_to_the_whole():
+    expected = categorical.truncate(S0, top_k=2).kept_mass.item()
+    for shift in (1e-9, -1e-9):  # float64 that is not quite normalised is taken as it is
+        assert categorical.truncate(S0 + shift, top_k=2).kept_mass.item() == pytest.approx(expected, rel=1e-15)
+
+
+def test_truncate_names_its_argument():
+    with pytest.raises(ValueError, match="^logps must be log-probabilities"):
+        categorical.truncate(vector(0, 0))

@@ -836,3 +836,36 @@ def test_nothing_depends_on_the_default_dtype(default, rng):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_refit_keeps_the_row_of_the_same_step_where_no_string_was(rng):
+    chain = stepped_chain(3, 1, 4, rng)
+    tokens = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0]])
+    steps = chain.refit(tokens, per_step=True)
+    seen = [{2}, {0}, {1}, {0, 1}]  # the context is the symbol before, at first the separator
+    for t in range(4):
+        for context in range(3):
+            kept = torch.equal(steps.table(t)[context], chain.table(t)[context])
+            assert kept == (context not in seen[t])
+    # Over all steps an unseen context keeps the row of the last step.
+    ends_in = chain.refit(torch.tensor([[2, 2, 2, 1]]), per_step=False).table(0)
+    assert torch.equal(ends_in[:2], chain.table(3)[:2])
+    close(ends_in[2].exp(), vector(0, 0.25, 0.75))
+
+
+@pytest.mark.parametrize(
+    "n", [2, 50]
+)  # fewer strings than contexts, and more: then the whole table is turned into CDFs
+def test_sample_inverts_the_cdf_with_float64_uniforms(n, rng):
+    chain = stepped_chain(3, 1, 3, rng)
+    state = rng.get_state()
+    drawn = chain.sample(n, 3, generator=rng)
+    rng.set_state(state)
+    context = torch.full((n,), 2)
+    for t in range(3):
+        u = torch.rand(n, 1, generator=rng, dtype=F64)
+        context = (chain.table(t)[context].exp().cumsum(-1) <= u).sum(-1)
+        assert torch.equal(drawn[:, t], context)

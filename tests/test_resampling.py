@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import F64, S0, S0_REWARDS, law, random_law, vector
+from helpers import F64, S0, S0_REWARDS, assert_same_under_default_dtype, law, random_law, vector
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -390,3 +390,70 @@ def test_the_default_dtype_is_of_no_account(rng):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(map(torch.equal, expected, got))
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def drawings(log_weights, generator):
+    return [scheme(log_weights, 4, generator=generator) for scheme in ALL] + [
+        resampling.rejection(log_weights, 1.0, 0.5, generator=generator)
+    ]
+
+
+def test_uniforms_are_float64_and_come_from_the_generator_alone():
+    # Float16 and float32 uniforms of one state agree to their last digits, float64 ones are others.
+    log_weights, elsewhere = torch.randn(50, 9, generator=torch.Generator().manual_seed(1)), torch.get_rng_state()
+
+    def results():
+        return drawings(log_weights, torch.Generator().manual_seed(2))
+
+    for default in (F64, torch.float16):
+        assert_same_under_default_dtype(results, default)
+    others = drawings(log_weights, torch.Generator().manual_seed(3))
+    assert not any(map(torch.equal, results(), others))
+    assert torch.equal(torch.get_rng_state(), elsewhere)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 1000])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_smallest_uniform_takes_no_excluded_index(name, n, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda size, **kwargs: torch.zeros(size, dtype=F64))
+    for log_weights in (
+        vector(-math.inf, 0, 0),
+        vector(-math.inf, -math.inf, 0.7, -math.inf, 0.2),
+        vector(-math.inf, 0),
+    ):
+        ancestors = SCHEMES[name](log_weights, n, generator=torch.Generator())
+        assert ancestors[0] == int((log_weights > -math.inf).nonzero().min())
+        assert (log_weights[ancestors] > -math.inf).all()
+
+
+@pytest.mark.parametrize("copies", [1, 1000, 10**5])
+def test_residual_copies_a_whole_number_whatever_rounding_says(copies):
+    # 49 copies * (1/49) rounds to just below 1 copy, by 1e-11 of a copy for 10^5: all copies are certain.
+    ancestors = resampling.residual(torch.zeros(49), 49 * copies, generator=torch.Generator())
+    assert torch.equal(ancestors, torch.arange(49).repeat_interleave(copies))
+    # A share of a copy that is not rounding is drawn for: two of three places, 2/3 of a copy each.
+    drawn = resampling.residual(torch.zeros(200, 3), 2, generator=torch.Generator().manual_seed(1))
+    assert set(drawn.flatten().tolist()) == {0, 1, 2}
+
+
+def test_residual_rows_with_and_without_places_left(rng):
+    # Row 0 has 2 certain copies of each; row 1 has 3 of index 0 and one place left, for index 1 or 2.
+    rows = torch.stack([vector(1, 1, 0), vector(0.75, 0.125, 0.125)]).log()
+    drawn = resampling.residual(rows.repeat(100, 1), 4, generator=rng).view(100, 2, 4)
+    assert torch.equal(drawn[:, 0], torch.tensor([0, 0, 1, 1]).expand(100, 4))
+    assert torch.equal(drawn[:, 1, :3], torch.zeros(100, 3).long()) and set(drawn[:, 1, 3].tolist()) == {1, 2}
+
+
+def test_top_k_needs_enough_in_every_row(rng):
+    rows = torch.stack([vector(0, 1, 2), vector(0, -math.inf, -math.inf)])
+    with pytest.raises(ValueError, match="n must be at most the number of indices with positive weight, 1, got 2"):
+        resampling.gumbel_top_k(rows, 2, generator=rng)
+
+
+@pytest.mark.parametrize("max_reward", [math.inf, -math.inf, math.nan])
+def test_the_bound_of_rejection_is_finite(max_reward, rng):
+    with pytest.raises(ValueError, match=f"max_reward must be finite, got {max_reward}"):
+        resampling.rejection(vector(-1.0, -math.inf), 1.0, max_reward, generator=rng)

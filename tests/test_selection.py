@@ -1048,3 +1048,18 @@ def test_symbolwise_selection_on_a_float32_chain():
     # Ties at the top of a huge reward: r / beta overflows, the differences do not.
     level = selection.soft_best_of_n_chain(exact, vector(1, 1, 1), 1e-320, blind, 4)
     close(level.logps(strings), exact.logps(strings))
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def test_symbolwise_selection_with_one_table_per_step(rng):
+    tables = torch.stack([torch.stack([random_law(3, rng) for _ in range(3)]) for _ in range(4)])
+    ref = markov.MarkovChain(tables, "ab ")
+    rewards, values = torch.randn(3, 3, generator=rng, dtype=F64), torch.randn(5, 3, generator=rng, dtype=F64)
+    out = selection.soft_best_of_n_chain(ref, rewards, 0.7, values, 3)
+    for t, context in itertools.product(range(4), range(3)):
+        # With order 1 the context after a symbol is the symbol. Strings start in the last context and reach no other.
+        scores = rewards[context] / 0.7 + values[t + 1]
+        expected = enumerated_soft_law(tables[t, context], scores, 3, 1.0) if t or context == 2 else tables[t, context]
+        close(out.table(t)[context], expected)

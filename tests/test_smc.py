@@ -342,3 +342,55 @@ def test_nothing_that_was_drawn_has_a_gradient(rng):
     twists = TWISTS.clone().requires_grad_()
     out = smc.twisted_smc(REF, REWARDS.clone().requires_grad_(), 1.0, twists, 5, generator=rng)
     assert not any(field.requires_grad for field in out)
+
+
+# --- one table per step, several resamplings -------------------------------------------------------------------------
+
+
+def stepped_chain(rng, v=3, length=4):
+    tables = torch.stack([torch.stack([random_law(v, rng) for _ in range(v)]) for _ in range(length)])
+    return markov.MarkovChain(tables, "abc"[: v - 1] + " ")
+
+
+def test_every_step_has_its_own_table(rng):
+    ref, proposal = stepped_chain(rng), stepped_chain(rng)
+    rewards, twists = torch.randn(3, 3, generator=rng, dtype=F64), torch.randn(5, 3, generator=rng, dtype=F64)
+    twists[-1] = 0
+    increments = smc.log_increments(ref, rewards, 0.7, twists, proposal)
+    chosen = smc.twisted_proposal(ref, rewards, 0.7, twists)
+    for t in range(4):
+        # With order 1 the context after a symbol is the symbol: the columns of V_{t+1}.
+        joint = ref.table(t) + rewards / 0.7 + twists[t + 1]
+        close(increments[t], joint - twists[t][:, None] - proposal.table(t), 1e-10)
+        close(chosen.table(t), torch.log_softmax(joint, -1), 1e-10)
+
+
+def test_the_proposal_is_measured_against_the_target_of_each_step():
+    never_b, always = law(1, 0, 0), law(0.5, 0.5, 0)
+    first = markov.MarkovChain(torch.stack([never_b.expand(3, 3), always.expand(3, 3)]), "ab|")
+    last = markov.MarkovChain(torch.stack([always.expand(3, 3), never_b.expand(3, 3)]), "ab|")
+    for ref, proposal, step, context in ((first, last, 1, 0), (last, first, 0, 2)):
+        smc.log_increments(ref, NONE, 1.0, NONE, ref)
+        message = f"got 0 at step {step} in context {context} for symbol 1"
+        with pytest.raises(ValueError, match=message):
+            smc.log_increments(ref, NONE, 1.0, NONE, proposal)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
+def test_z_counts_the_mean_weight_of_every_resampling(scheme, rng):
+    ref, rewards = stepped_chain(rng, length=6), 2 * torch.randn(3, 3, generator=rng, dtype=F64)
+    twists = torch.randn(7, 3, generator=rng, dtype=F64)
+    twists[-1] = 0
+    spent = []
+
+    def noted(log_weights, n, *, generator):
+        spent.append(log_weights)
+        return scheme(log_weights, n, generator=generator)
+
+    runs, n = 20, 5
+    out = smc.twisted_smc(ref, rewards, 1.0, twists, n, generator=rng, threshold=0.9, scheme=noted, runs=runs)
+    # A run that does not resample passes zeros, whose mean weight is 1.
+    resampled = torch.stack([(w != 0).any(-1) for w in spent]).sum(0)
+    assert len(spent) > 1 and resampled.max() > 2 and resampled.unique().numel() > 1
+    expected = twists[0, 2] + sum(w.exp().mean(-1).log() for w in spent) + out.log_weights.exp().mean(-1).log()
+    close(out.log_partition, expected, 1e-10)

@@ -282,3 +282,20 @@ def test_bad_fractions_and_ties(fraction, ties, error, text):
 def test_numbers_of_numpy():
     r = vector(0, 1, 2)
     assert weights.beta_for_ess(r, np.float32(0.5)) == weights.beta_for_ess(r, 0.5)
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def test_beta_for_ess_of_rewards_next_to_each_other():
+    expected = weights.beta_for_ess(vector(0, 1, 3), 0.5)
+    for scale in (1e-300, 1e-30, 1e300):
+        assert weights.beta_for_ess(vector(0, 1, 3) * scale, 0.5) / scale == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_a_fraction_at_a_limit_gives_that_limit():
+    # One maximal reward of two: 1/2 is the limit for beta to 0, 1 the limit for beta to infinity.
+    limits = torch.finfo(F64)
+    assert weights.beta_for_ess(vector(0, 1), 0.5, ties="clamp") == limits.tiny
+    assert weights.beta_for_ess(vector(0, 1, -math.inf, -math.inf), 0.5, ties="clamp") == limits.max
+    assert limits.tiny < weights.beta_for_ess(vector(0, 1), 0.5 + 1e-9) < limits.max

@@ -1,0 +1,309 @@
+"""Each check accepts the edge of its range, refuses what lies beyond, and says which argument, which range and what."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from helpers import F64, S0, law, vector
+
+from tiltlib import _checks
+
+INTEGER_DTYPES = [
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+]
+EPS = math.sqrt(torch.finfo(F64).eps)
+
+
+def refused(error: type[Exception], message: str, check, *args, **kwargs) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        check(*args, **kwargs)
+
+
+def test_described():
+    assert _checks.described(vector(1)) == "a torch.float64 tensor"
+    assert _checks.described([1]) == "list" and _checks.described(None) == "NoneType"
+
+
+def test_tensor():
+    for value in (vector(1), torch.ones(2, 0, 1), torch.ones(3).half()):
+        _checks.tensor("x", value)
+    for value, got in (
+        ([1.0], "list"),
+        (torch.tensor([1]), "a torch.int64 tensor"),
+        (torch.ones(1, dtype=torch.complex64), "a torch.complex64 tensor"),
+    ):
+        refused(TypeError, f"x must be a floating-point torch.Tensor, got {got}", _checks.tensor, "x", value)
+    for value in (torch.tensor(1.0), torch.ones(2, 0)):
+        message = f"x must have a last dimension of size >= 1, got shape {tuple(value.shape)}"
+        refused(ValueError, message, _checks.tensor, "x", value)
+
+
+@pytest.mark.parametrize("dtype", INTEGER_DTYPES)
+def test_integers_of_every_type_become_int64(dtype):
+    value = torch.tensor([3, 0, 1]).to(dtype)
+    for got in (_checks.integers("x", value), _checks.sequences("x", value), _checks.indices("x", value, 4)):
+        assert got.dtype == torch.int64 and got.tolist() == [3, 0, 1]
+
+
+def test_integers():
+    assert _checks.integers("x", torch.tensor(2)) == 2
+    for value, got in (
+        (vector(1), "a torch.float64 tensor"),
+        (torch.tensor([True]), "a torch.bool tensor"),
+        ([1], "list"),
+    ):
+        for check in (_checks.integers, _checks.sequences):
+            refused(TypeError, f"x must be an integer torch.Tensor, got {got}", check, "x", value)
+    for check in (_checks.integers, _checks.sequences):
+        refused(ValueError, "x must hold at least one number, got shape (2, 0)", check, "x", torch.ones(2, 0).long())
+    refused(
+        ValueError, "x must hold at least one number, got shape (0, 2)", _checks.integers, "x", torch.ones(0, 2).long()
+    )
+
+
+def test_sequences():
+    for length in (1, 2):
+        assert _checks.sequences("x", torch.ones(0, length).int()).shape == (0, length)
+    assert _checks.sequences("x", torch.ones(3, 1).int()).dtype == torch.int64
+    message = "x must have a last dimension, the positions of a string, got a single number"
+    refused(ValueError, message, _checks.sequences, "x", torch.tensor(2))
+
+
+def test_indices():
+    assert _checks.indices("x", torch.tensor([[0, 3]]), 4).tolist() == [[0, 3]]
+    for values, k in (([0, 4], 4), ([-1, 3], 4), ([2, 1], 2)):
+        message = f"x must lie in 0..{k - 1}, got values from {min(values)} to {max(values)}"
+        refused(ValueError, message, _checks.indices, "x", torch.tensor(values), k)
+    refused(TypeError, "x must be an integer torch.Tensor, got list", _checks.indices, "x", [0], 4)
+
+
+def test_logps():
+    for value in (
+        S0,
+        law(1, 0),
+        torch.stack([S0, law(1, 0, 0)]),
+        torch.ones(0, 3),
+        S0.half(),
+        vector(EPS),
+        vector(3e-4).float(),
+    ):
+        _checks.logps("p", value)
+    message = "p must be log-probabilities that sum to 1 over the last dimension, got logsumexp = "
+    lost = torch.stack([S0, S0 - 0.25, S0 + 0.125])  # the worst row is reported
+    refused(ValueError, message + "-0.25", _checks.logps, "p", lost)
+    refused(ValueError, message + "-0.25", _checks.logps, "p", lost.float())
+    refused(ValueError, message + "nan", _checks.logps, "p", torch.stack([S0 - 0.5, S0 * math.nan]))
+    refused(ValueError, message + f"{1.01 * EPS:.6g}", _checks.logps, "p", vector(1.01 * EPS))
+    refused(ValueError, message + "0.000976562", _checks.logps, "p", vector(2**-10).float())
+    refused(TypeError, "p must be a floating-point torch.Tensor, got list", _checks.logps, "p", [0.0])
+    # Half precision over a long row: the sum is taken in float64, since float16 would lose more than it tolerates.
+    _checks.logps("p", torch.full((40_000,), -math.log(40_000)).half())
+
+
+def test_rewards():
+    for value in (vector(1, -math.inf), vector(-math.inf), torch.ones(0, 2), vector(torch.finfo(F64).max)):
+        _checks.rewards("r", value)
+    message = "r must be finite or -inf (excluded), got NaN or +inf"
+    for bad in (math.inf, math.nan):
+        refused(ValueError, message, _checks.rewards, "r", torch.stack([vector(1, 2), vector(1, bad)]))
+    refused(TypeError, "r must be a floating-point torch.Tensor, got int", _checks.rewards, "r", 1)
+
+
+def test_log_weights():
+    _checks.log_weights("w", torch.stack([vector(-math.inf, 0), vector(0, -math.inf)]))
+    message = "w must leave at least one outcome of positive mass per row, got a row that is all -inf"
+    refused(ValueError, message, _checks.log_weights, "w", torch.stack([vector(0, 0), vector(-math.inf, -math.inf)]))
+    refused(
+        ValueError, "w must be finite or -inf (excluded), got NaN or +inf", _checks.log_weights, "w", vector(math.nan)
+    )
+
+
+def test_some_left():
+    _checks.some_left("w", vector(0, -1e308))
+    message = "w must leave at least one outcome of positive mass per row, got a row that is all -inf"
+    refused(ValueError, message, _checks.some_left, "w", vector(0, -math.inf))
+
+
+def test_same_outcomes():
+    for a, b in (((3,), (3,)), ((2, 1, 3), (4, 3)), ((1, 3), (2, 3))):
+        _checks.same_outcomes("x", torch.ones(a), "y", torch.ones(b))
+    for a, b in (((3,), (4,)), ((2, 3), (4, 3)), ((3,), (1,)), ((2, 1), (2, 3))):
+        rule = "must agree in the last dimension and broadcast in the others"
+        message = f"x and y {rule}, got shapes {a} and {b}"
+        refused(ValueError, message, _checks.same_outcomes, "x", torch.ones(a), "y", torch.ones(b))
+
+
+NOT_NUMBERS = [
+    (True, "bool"),
+    ("1", "str"),
+    (None, "NoneType"),
+    (1j, "complex"),
+    (torch.tensor(1.0), "a torch.float32 tensor"),
+]
+
+
+def test_number():
+    for value in (1, -0.5, np.float32(2), np.int64(3), math.nan):
+        _checks.number("x", value)
+    for value, got in NOT_NUMBERS:
+        refused(TypeError, f"x must be a number, got {got}", _checks.number, "x", value)
+
+
+@pytest.mark.parametrize("check, edge", [(_checks.positive, 5e-324), (_checks.nonnegative, 0)])
+def test_positive_and_nonnegative(check, edge):
+    relation = ">" if check is _checks.positive else ">="
+    for value in (edge, 1, np.float32(0.5), np.int64(2), 1.7e308):
+        check("x", value)
+    for value in (edge - 5e-324, -1.0, math.inf, math.nan, True, "1", None):
+        refused(ValueError, f"x must be finite and {relation} 0, got {value!r}", check, "x", value)
+    refused(TypeError, "x must be a number, got a torch.float32 tensor", check, "x", torch.tensor(1.0))
+
+
+def test_fraction():
+    for value in (1, 5e-324, 0.5, np.float64(1)):
+        _checks.fraction("x", value, zero=False)
+        _checks.fraction("x", value, zero=True)
+    _checks.fraction("x", 0, zero=True)
+    for value in (0, -5e-324, 1 + 1e-15, math.nan):
+        refused(ValueError, f"x must lie in (0, 1], got {value!r}", _checks.fraction, "x", value, zero=False)
+        if value != 0:
+            refused(ValueError, f"x must lie in [0, 1], got {value!r}", _checks.fraction, "x", value, zero=True)
+    for value, got in NOT_NUMBERS:
+        refused(TypeError, f"x must be a number, got {got}", _checks.fraction, "x", value, zero=True)
+
+
+def test_positive_per_row():
+    batch = torch.Size((2, 3))
+    for value in (
+        1,
+        5e-324,
+        torch.tensor(2),
+        torch.ones(3),
+        torch.ones(2, 1),
+        torch.ones(2, 3).int(),
+        torch.ones(4, 1, 1),
+    ):
+        _checks.positive_per_row("beta", value, batch)
+    refused(ValueError, "beta must be finite and > 0, got 0", _checks.positive_per_row, "beta", 0, batch)
+    for value in (torch.tensor(True), torch.ones(3, dtype=torch.complex64)):
+        message = f"beta must be a number or a tensor of real numbers, got a {value.dtype} tensor"
+        refused(TypeError, message, _checks.positive_per_row, "beta", value, batch)
+    message = "beta must be finite and > 0, got a tensor with 3 illegal entries of 4"
+    refused(ValueError, message, _checks.positive_per_row, "beta", vector(1, 0, math.inf, math.nan), batch)
+    refused(
+        ValueError,
+        "beta must be finite and > 0, got tensor([-1.])",
+        _checks.positive_per_row,
+        "beta",
+        torch.tensor([-1.0]),
+        batch,
+    )
+    message = "beta must be finite and > 0, got a tensor with 1 illegal entries of 2"
+    refused(ValueError, message, _checks.positive_per_row, "beta", vector(1, 0), batch)
+    message = "beta must broadcast against the batch dimensions (2, 3), got shape (2,)"
+    refused(ValueError, message, _checks.positive_per_row, "beta", torch.ones(2), batch)
+
+
+def test_count():
+    for value in (1, 7, np.int64(1)):
+        _checks.count("n", value)
+    for value, got in ((1.0, "float"), (True, "bool"), (torch.tensor(1), "a torch.int64 tensor"), ("1", "str")):
+        refused(TypeError, f"n must be an int, got {got}", _checks.count, "n", value)
+    for value in (0, -3):
+        refused(ValueError, f"n must be an integer >= 1, got {value}", _checks.count, "n", value)
+
+
+def test_finite():
+    for value in (torch.tensor(1.0), vector(-1.7e308, 0), torch.ones(0)):
+        _checks.finite("x", value)
+    refused(TypeError, "x must be a floating-point torch.Tensor, got float", _checks.finite, "x", 1.0)
+    refused(
+        TypeError,
+        "x must be a floating-point torch.Tensor, got a torch.int64 tensor",
+        _checks.finite,
+        "x",
+        torch.tensor(1),
+    )
+    value = vector(1, math.nan, math.inf, -math.inf)
+    refused(ValueError, "x must be finite, got 3 of 4 entries NaN or infinite", _checks.finite, "x", value)
+    refused(
+        ValueError, "x must be finite, got 1 of 1 entries NaN or infinite", _checks.finite, "x", torch.tensor(math.nan)
+    )
+
+
+def test_drawn_logps():
+    for value in (torch.tensor(0.0), vector(-3, 0, EPS), torch.ones(0)):
+        _checks.drawn_logps("x", value)
+    message = "x must be log-probabilities, <= 0, got "
+    refused(ValueError, message + "0.25", _checks.drawn_logps, "x", vector(-1, 0.25, 0.5))
+    refused(ValueError, message + f"{2 * EPS:.6g}", _checks.drawn_logps, "x", vector(2 * EPS))
+    refused(
+        ValueError, "x must be finite, got 1 of 1 entries NaN or infinite", _checks.drawn_logps, "x", vector(-math.inf)
+    )
+
+
+def test_same_shape():
+    _checks.same_shape(a=torch.ones(2), b=torch.zeros(2))
+    _checks.same_shape(a=torch.ones(2))
+    refused(
+        ValueError,
+        "a and b and c must have one shape, got a (2,), b (2,), c (1, 2)",
+        *(_checks.same_shape,),
+        **{"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(1, 2)},
+    )
+
+
+def test_fits():
+    for shape in ((2, 3), (3,), (1, 3), (2, 1), ()):
+        _checks.fits("x", torch.ones(shape), torch.ones(2, 3))
+    for shape in ((2,), (1, 2, 3), (4, 2, 3)):
+        message = f"x must broadcast to shape (2, 3), got {shape}"
+        refused(ValueError, message, _checks.fits, "x", torch.ones(shape), torch.ones(2, 3))
+    refused(
+        ValueError,
+        "x must broadcast to shape (1, 3), got (2, 3)",
+        _checks.fits,
+        "x",
+        torch.ones(2, 3),
+        torch.ones(1, 3),
+    )
+
+
+def test_probabilities():
+    for value in (vector(0, 1), torch.tensor(0.5), torch.ones(0)):
+        _checks.probabilities("x", value)
+    for bad in (-5e-324, 1 + 1e-15, math.inf, math.nan):
+        refused(ValueError, f"x must lie in [0, 1], got {bad:g}", _checks.probabilities, "x", vector(0.5, bad))
+    refused(ValueError, "x must lie in [0, 1], got 2", _checks.probabilities, "x", vector(0.5, 2, 3))
+    for value, got in ((0.5, "float"), (torch.tensor(1), "a torch.int64 tensor")):
+        refused(TypeError, f"x must be a floating-point torch.Tensor, got {got}", _checks.probabilities, "x", value)
+
+
+def test_some_tokens():
+    shape = torch.Size((3, 2))
+    keep = torch.tensor([[True, False], [True, True], [False, True]])
+    _checks.some_tokens(keep, shape)
+    for mask, got in ((keep.int(), "a torch.int32 tensor"), (None, "NoneType")):
+        refused(TypeError, f"mask must be a boolean torch.Tensor, got {got}", _checks.some_tokens, mask, shape)
+    message = "mask must have shape (3, 2), one entry per token, got (2, 3)"
+    refused(ValueError, message, _checks.some_tokens, keep.T, shape)
+    message = "mask must keep at least one token per sequence, got 2 sequences with none"
+    refused(ValueError, message, _checks.some_tokens, keep & keep.new_tensor([[False], [True], [False]]), shape)
+    rows = torch.tensor([[[True, True], [False, False]], [[True, False], [False, True]]])
+    message = "mask must keep at least one token per sequence, got 1 sequences with none"
+    refused(ValueError, message, _checks.some_tokens, rows, rows.shape)
+
+
+def test_one_of():
+    _checks.one_of("x", "b", ("a", "b"))
+    for value in ("c", None, "", 1):
+        refused(ValueError, f"x must be one of 'a', 'b', got {value!r}", _checks.one_of, "x", value, ("a", "b"))
+
+
+def test_generator():
+    _checks.generator("g", torch.Generator())
+    refused(TypeError, "g must be a torch.Generator, got NoneType", _checks.generator, "g", None)
+    refused(TypeError, "g must be a torch.Generator, got int", _checks.generator, "g", 3)

@@ -1,0 +1,65 @@
+"""What several modules share: a division that keeps its digits, CDFs that end at 1, draws, wider dtypes."""
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from helpers import F64, law, vector
+from scipy.stats import norm
+
+from tiltlib import _numerics
+
+
+@pytest.mark.parametrize(
+    "beta", [2.0, 0.3, 1e-300, vector(2, 0.7), torch.stack([vector(2, 0.7), vector(1e-300, 1e300)])]
+)
+def test_rewards_over_beta_to_the_last_digits(beta):
+    # Beside the largest numbers r - max r overflows, half of it does not; for the smallest beta the quotient is -inf.
+    rewards = torch.stack([vector(-1.7e308, 1.7e308, 3), vector(0.1, 0.2, 0.3)]).repeat(2, 1, 1)
+    top = rewards.amax(-1, keepdim=True)
+    got = _numerics.over(rewards, top, beta)
+    with mpmath.workprec(200):
+        for i, j, k in np.ndindex(2, 2, 3):
+            b = torch.as_tensor(beta, dtype=F64).expand(2, 2)[i, j].item()
+            expected = (mpmath.mpf(rewards[i, j, k].item()) - mpmath.mpf(top[i, j].item())) / b
+            assert got[i, j, k].item() == pytest.approx(float(expected), rel=1e-15)
+
+
+def test_a_cdf_ends_at_1_and_stands_still_where_there_is_no_mass():
+    got = _numerics.cdf(torch.stack([law(0, 0.25, 0, 0.75), law(0.1, 0.2, 0.3, 0.4)]).float())
+    assert got.dtype == F64 and got[:, -1].tolist() == [1, 1]
+    torch.testing.assert_close(got, vector([0, 0.25, 0.25, 1], [0.1, 0.3, 0.6, 1]), rtol=0, atol=1e-7)
+    assert got[0, 0] == 0 and got[0, 1] == got[0, 2]
+    # Ten probabilities .1 add up to 1 - 1e-16.
+    assert _numerics.cdf(torch.full((10,), 0.1, dtype=F64).log())[-1] == 1
+
+
+def test_normal_numbers_invert_their_cdf(monkeypatch):
+    u = vector(0, 2.0**-54, 0.25, 0.5, 1 - 2.0**-53)
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: u.clone().view(shape))
+    got = _numerics.normal(torch.zeros(5, 1), torch.Generator())
+    assert got.dtype == F64 and got.shape == (5, 1)
+    expected = norm.ppf(u.clamp(min=2.0**-54).numpy())[:, None]
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-14, atol=1e-16)
+
+
+def test_normal_numbers_come_from_the_generator():
+    draw = lambda seed: _numerics.normal(torch.zeros(3), torch.Generator().manual_seed(seed))  # noqa: E731
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, F64])
+def test_points_are_widened_and_the_function_sees_what_came_in(dtype):
+    seen = []
+
+    def score(y, s):
+        seen.append((y.dtype, s))
+        return y
+
+    for options, wide in (({}, torch.promote_types(dtype, torch.float32)), ({"least": F64}, F64)):
+        y = torch.tensor([[0.1]], dtype=dtype)
+        function, points = _numerics.widened(score, y, **options)
+        assert points.dtype == wide and points.item() == y.item()
+        function(points, 0.5)
+        assert seen.pop() == (dtype, 0.5)
+        assert (function is score) == (wide == dtype)
