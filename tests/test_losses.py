@@ -1398,16 +1398,20 @@ def test_bad_log_probabilities(call, swap, bad, error, text):
 def test_bad_temperatures(call, beta):
     with pytest.raises(ValueError, match="^beta must be finite and > 0, got"):
         call(beta)
-    with pytest.raises(TypeError, match=r"^beta must be a number, got a torch.float64 tensor"):
-        call(torch.tensor(0.5, dtype=F64))
+    with pytest.raises(ValueError, match=r"^beta must broadcast .* got shape \(2,\)"):
+        call(vector(0.5, 0.5))
+    with pytest.raises(TypeError, match=r"^beta must be a number or a tensor of real numbers, got a torch.bool tensor"):
+        call(torch.tensor(True))
 
 
 @pytest.mark.parametrize("beta", [-1.0, math.inf, math.nan, "1", True])
 def test_bad_temperatures_of_grpo(beta):
     with pytest.raises(ValueError, match="^beta must be finite and >= 0, got"):
         losses.grpo(TOKENS, TOKENS, R3, beta)
-    with pytest.raises(TypeError, match=r"^beta must be a number, got a torch.float64 tensor"):
-        losses.grpo(TOKENS, TOKENS, R3, torch.tensor(0.5, dtype=F64))
+    with pytest.raises(ValueError, match="^beta must be finite and > 0, got"):
+        losses.grpo(TOKENS, TOKENS, R3, torch.tensor(0.0, dtype=F64))
+    with pytest.raises(ValueError, match=r"^beta must broadcast .* got shape \(2,\)"):
+        losses.grpo(TOKENS, TOKENS, R3, vector(0.5, 0.5))
     with pytest.raises(TypeError, match=r"^clip must be a number, got a torch.float64 tensor"):
         losses.grpo(TOKENS, TOKENS, R3, 1.0, clip=torch.tensor(0.5, dtype=F64))
 
@@ -2039,3 +2043,31 @@ def test_what_counts_is_still_looked_at():
             losses.grpo(TOKENS + vector(0, bad, 1)[:, None], TOKENS, R3, 1.0, valid=valid)
     with pytest.raises(TypeError, match="^rewards must be a floating-point torch.Tensor, got list"):
         losses.grpo(TOKENS, TOKENS, [0.0, 1.0, 2.0], 1.0, valid=valid)
+
+
+@pytest.mark.parametrize(
+    "name", ["policy_gradient", "rloo", "dpo", *(f"grpo-{kl}" for kl in ("reward", "k1", "k2", "k3"))]
+)
+def test_a_temperature_per_row_is_that_of_the_row(name, rng):
+    shape = (2, 3, 4, 5)  # batch, batch, draws, tokens
+    logps, ref, more, other = (-torch.rand(shape, generator=rng, dtype=F64) for _ in range(4))
+    rewards, beta = (
+        torch.randn(shape[:3], generator=rng, dtype=F64),
+        vector(0.3, 1.0, 4.0) + torch.rand(2, 1, generator=rng, dtype=F64),
+    )
+    function, _, kl = name.partition("-")
+
+    def loss(i, b):
+        if function == "grpo":
+            return losses.grpo(logps[i], ref[i], rewards[i], b, kl=kl)
+        if function == "dpo":
+            return losses.dpo(logps[i], more[i], ref[i], other[i], b if isinstance(b, float) else b[..., None, None])
+        b = b[..., None] if function == "policy_gradient" and isinstance(b, torch.Tensor) else b
+        return getattr(losses, function)(logps[i].sum(-1), ref[i].sum(-1), rewards[i], b)
+
+    together = loss(..., beta)
+    assert together.dtype == F64
+    for i in itertools.product(range(2), range(3)):
+        close(together[i], loss(i, beta[i].item()), 1e-14)
+    close(loss(..., beta[:, :1]), loss(..., beta[:, :1].expand(2, 3)))
+    close(loss(..., beta.float()), loss(..., beta.float().double()))
