@@ -1705,7 +1705,8 @@ def test_ridge_makes_every_table_a_fit():
     close(rewards[:3], losses.fit_bradley_terry(winless, ridge=0.3))
     assert rewards[3] == 0
     close(rewards[4:], losses.fit_bradley_terry(vector(0, 3, 1, 0).view(2, 2), ridge=0.3))
-    assert not bool(losses.fit_bradley_terry(torch.zeros(3, 3), ridge=1.0).any())
+    for ridge in (5e-324, 1.0, 1.7e308):
+        assert not bool(losses.fit_bradley_terry(torch.zeros(3, 3), ridge=ridge).any())
 
 
 def test_ridge_between_maximum_likelihood_and_nothing(rng):
@@ -1808,7 +1809,8 @@ def test_grpo_with_options_equals_its_definition(kl, clip, length_norm, rng):
     for junk in (math.nan, math.inf, -math.inf, 1.0):
         valid = torch.tensor([False, True, True, False, True])
         rows = [torch.where(valid[:, None], x.detach(), junk).requires_grad_() for x in (logps, ref, old)]
-        dirty = {**flags, "mask": mask & valid[:, None], "old_logps": rows[2]}
+        padded = mask & valid[:, None] if junk == 1 else mask | ~valid[:, None]
+        dirty = {**flags, "mask": padded, "old_logps": rows[2]}
         out = losses.grpo(*rows[:2], torch.where(valid, rewards, junk), 0.6, **dirty, valid=valid)
         kept = {**flags, "mask": mask[valid], "old_logps": old[valid]}
         close(out, losses.grpo(logps[valid], ref[valid], rewards[valid], 0.6, **kept))
@@ -1830,6 +1832,9 @@ def test_each_group_has_its_own_valid_draws(scale, baseline, rng):
     valid = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
     for kl in ("reward", "k1", "k2", "k3"):
         flags = {"kl": kl, "scale": scale, "baseline": baseline}
+        for length_norm in ("sequence", "group"):  # all lengths are 2
+            normed = losses.grpo(logps, ref, rewards, 0.6, valid=valid, length_norm=length_norm, **flags)
+            close(2 * normed, losses.grpo(logps, ref, rewards, 0.6, valid=valid, **flags))
         out = losses.grpo(logps, ref, rewards, 0.6, valid=valid, **flags)
         gradient = torch.autograd.grad(out.sum(), logps)[0]
         for i, keep in enumerate(valid):
@@ -1992,18 +1997,38 @@ def test_what_abstaining_does_with_k2_in_the_loss(counts, size):
     assert is_zero(found) if bool((counts == counts[0]).all()) else not is_zero(found, FAR)
 
 
-@pytest.mark.parametrize("reward", [-2.0, -2e-5, -2e9])
-@pytest.mark.parametrize(
-    ("past", "ahead", "sign"), [(1500, 1000, 1), (1000, 1500, -1), (1000, 900, 1), (900, 1000, -1)]
-)
-def test_where_neither_ratio_nor_k3_fits_the_larger_has_the_gradient(past, ahead, sign, reward):
+# How far the ratio and rho are, the advantage A, beta, and the sign of -(A e^past + beta e^ahead).
+OVERFLOWS = [
+    (1500, 1000, -1.0, 0.5, 1),
+    (1000, 1500, -1.0, 0.5, -1),
+    (1000, 1001, -1e9, 0.5, 1),
+    (1001, 1000, -1e-9, 0.5, -1),
+    (1000, 1000.2, -1.0, 0.5, 1),
+    (1000.2, 1000, -1.0, 2.0, -1),
+    (1000, 700, -1.0, 1e10, 1),  # rho fits, beta rho does not
+    (700, 1000, -1e10, 1.0, -1),
+]
+
+
+@pytest.mark.parametrize(("past", "ahead", "advantage", "beta", "sign"), OVERFLOWS)
+def test_where_neither_ratio_nor_k3_fits_the_larger_has_the_gradient(past, ahead, advantage, beta, sign):
     """The ratio pulls the log-probability down and k3 up, each beyond float64; together they are no NaN."""
     logps = vector(-2000, -1)[:, None].requires_grad_()
     old, ref = vector(-2000 - past, -1)[:, None], vector(-2000 + ahead, -1)[:, None].requires_grad_()
-    out = losses.grpo(logps, ref, vector(reward, 0), 0.5, scale="none", old_logps=old)
+    out = losses.grpo(logps, ref, vector(2 * advantage, 0), beta, scale="none", old_logps=old)
     found, of_ref = torch.autograd.grad(out, (logps, ref))
     assert out.item() == math.inf and found[0].item() == sign * math.inf and bool(found[1].isfinite())
-    assert of_ref[0].item() == math.inf  # nothing pulls the reference the other way
+    assert of_ref[0].item() == math.inf or ahead < 709  # nothing pulls the reference the other way
+
+
+def test_equal_rewards_of_valid_draws_have_no_advantage():
+    valid = torch.tensor([False, True, True, False, True, True, True, True, True])
+    for reward in (0.1, 1e6 + 0.1, -1 / 3):
+        logps = torch.full((9, 1), -1.0, dtype=F64, requires_grad=True)
+        rewards = torch.where(valid, torch.full((9,), reward, dtype=F64), 7.0)
+        for scale in ("group", "none"):
+            out = losses.grpo(logps, logps.detach(), rewards, 1.0, valid=valid, scale=scale)
+            assert not bool(torch.autograd.grad(out, logps)[0].any())
 
 
 @pytest.mark.parametrize(

@@ -647,7 +647,7 @@ def _penalised(table: Tensor, ridge: float) -> Tensor:
 def _solve_laplacian(edges: Tensor, ridge: float, right: Tensor) -> Tensor:
     """Solve (Laplacian of the edges + ridge) x = right, however small the ridge is beside the edges."""
     # Elimination on the edges and the excess of the diagonal over them: both stay >= 0 and nothing is subtracted. A
-    # diagonal that holds their sum would have lost a small ridge to rounding.
+    # diagonal that holds their sum would have lost a small ridge to rounding. That of `edges` is never read.
     edges, right = edges.clone(), right.clone()
     excess = torch.full_like(right, ridge)
     pivots = []
@@ -658,7 +658,6 @@ def _solve_laplacian(edges: Tensor, ridge: float, right: Tensor) -> Tensor:
         right[k + 1 :] += share * right[k]
         excess[k + 1 :] += share * excess[k]
         edges[k + 1 :, k + 1 :] += share[:, None] * ahead
-        edges[k + 1 :, k + 1 :].fill_diagonal_(0)
     for k in reversed(range(len(right))):
         right[k] = (right[k] + edges[k, k + 1 :] @ right[k + 1 :]) / pivots[k]
     return right
