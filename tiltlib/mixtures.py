@@ -635,23 +635,26 @@ class GaussianMixture:
     def _log_gains(
         self, tilted: "GaussianMixture", means: Tensor, slope: Tensor, curve: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the tilted means, log z_k - r(x) / beta, and r(x) / beta at x, the tilted mean of one component.
+        """Return the tilted means, log z_k - r(x) / beta, and r(x) / beta at x, the tilted mean of component j.
 
-            log z_k - r(x) / beta = e' C_k S_k^-1 d_k - d_k' A C_k S_k^-1 d_k / (2 beta) + e' C_k e / 2
-                                    - (1/2) log det(I + S_k A / beta),    d_k = m_k - x,  e = (b - A x) / beta
+            mean x + C_k f_k,    f_k = S_k^-1 d_k - S_j^-1 d_j,    d_k = m_k - x
+            log z_k = r(x) / beta - (1/2) d_k' S_k^-1 d_k + (1/2) f_k' C_k f_k - (1/2) log det(I + S_k A / beta)
 
-        holds for every x. Here e = S_j^-1 (x - m_j), so that no term grows as beta falls, where r(m_k) / beta does.
+        The square is completed at x, where (b - A x) / beta = -S_j^-1 d_j. Only r(x) / beta grows as beta falls.
         """
         pull = lambda vectors: self._times(1 / self._spectrum, vectors)  # noqa: E731
         spread = lambda vectors: tilted._times(tilted._spectrum, vectors)  # noqa: E731
-        moved, j = spread(pull(means) + slope), int(self._priors.argmax())
+        j = int(self._priors.argmax())
+        moved = spread(pull(means) + slope)
+        # One step of refinement: C has the digits of its largest precision, x needs those of its own coordinates.
+        moved = moved + spread(slope - moved @ curve - pull(moved - means))
         x = moved[j : j + 1]
         d = means - x
         pulled = pull(d)
-        e, back = -pulled[j].expand_as(d), spread(pulled)
+        f = pulled - pulled[j]
         log_det = (self._spectrum.log() - tilted._spectrum.log()).sum(-1)
-        log_z = ((e - d @ curve / 2) * back + e * spread(e) / 2).sum(-1) - log_det / 2
-        return moved, log_z, (x * (slope - x @ curve / 2)).sum()
+        log_z = ((f * spread(f)).sum(-1) - (d * pulled).sum(-1) - log_det) / 2
+        return x + spread(f), log_z, (x * (slope - x @ curve / 2)).sum()
 
     def _sharpened(self, curve: Tensor) -> tuple[Tensor, Tensor]:
         """Decompose (S_k^-1 + curve)^-1. A component of weight 0 stays as it is, whether or not its own tilt exists."""
