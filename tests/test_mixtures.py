@@ -979,3 +979,53 @@ def test_inputs_are_not_changed(rng):
 
 def test_the_result_of_a_tilt_has_names():
     assert isinstance(PAIR.tilt(None, vector(1), 1.0), mixtures.Tilted)
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_components_have_their_own_noise(rng):
+    # Far apart, so that each point tells its component: one narrow and one wide, both correlated.
+    covariances = torch.stack([torch.stack([vector(2, 1), vector(1, 2)]), torch.stack([vector(20, -9), vector(-9, 5)])])
+    mixture = GaussianMixture(law(0.5, 0.5), torch.stack([vector(0, 0), vector(1e6, 1e6)]), covariances)
+    x = mixture.sample(40_000, generator=rng)
+    first = x[:, 0] < 5e5
+    for k, points in enumerate((x[first], x[~first])):
+        # The relative error of a variance of n draws is sqrt(2 / n) = .01.
+        torch.testing.assert_close(points.mT.cov(), covariances[k], rtol=0.1, atol=0.1 * covariances[k].amax().item())
+
+
+def test_a_uniform_of_zero_counts_as_half_the_smallest_step(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.zeros(*size, dtype=F64))
+    x = GaussianMixture(law(1), vector(3)[None], vector(4)).sample(1, generator=torch.Generator())
+    close(x, 3 + 2 * torch.special.ndtri(vector(2.0**-54))[None], 1e-15)
+
+
+def test_refusals_name_the_argument():
+    square, huge = torch.eye(2, dtype=F64), 1e150
+    plane = GaussianMixture(law(0.5, 0.5), torch.stack([vector(0, huge), vector(0, -huge)]), vector(1e300))
+    unlike = GaussianMixture(law(0.5, 0.5), vector(0, 0)[:, None], vector(1, 4))
+    for call, text in (
+        (lambda: GaussianMixture.fit([[0.0]], torch.tensor([0]), 1.0), "x must be a floating-point"),
+        (lambda: PAIR.class_logps([0.0], torch.tensor([0, 1])), "x must be a floating-point"),
+        (lambda: PAIR.denoise_covariance([0.0], 1.0, 1.0), "xt must be a floating-point"),
+        (lambda: PAIR.project([0.0]), "direction must be a floating-point"),
+        (lambda: plane.tilt(1e200 * square, None, 1.0), ".* must keep r / beta within the range of float64, got an"),
+        (lambda: PAIR.tilt(1e305 * ONE, None, 1.0), r"quadratic, linear and beta = 1 must give variances in"),
+        (lambda: unlike.tilt(None, vector(1e152), 1.0), r"quadratic, linear and beta = 1 must give variances in"),
+        (
+            lambda: PAIR.tilt(-9 * ONE, None, 1.0),
+            r"quadratic must leave S_k\^-1 \+ A / beta positive definite for every component of positive weight, got",
+        ),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{text}"):
+            call()
+
+
+@pytest.mark.parametrize("quadratic", [None, torch.eye(2, dtype=F64)])
+def test_a_tilt_leaves_a_component_that_is_switched_off_where_it_is(quadratic):
+    means = torch.stack([vector(0, 1), vector(5, -5), vector(2, 2)])
+    mixture = GaussianMixture(law(0.5, 0, 0.5), means, vector(1, 2, 3))
+    tilted = mixture.tilt(quadratic, vector(1, 2), 0.5).mixture
+    close(tilted.means[1], means[1])
+    close(tilted.covariances[1], 2 * torch.eye(2, dtype=F64))
