@@ -1029,3 +1029,29 @@ def test_a_tilt_leaves_a_component_that_is_switched_off_where_it_is(quadratic):
     tilted = mixture.tilt(quadratic, vector(1, 2), 0.5).mixture
     close(tilted.means[1], means[1])
     close(tilted.covariances[1], 2 * torch.eye(2, dtype=F64))
+
+
+def test_symmetry_is_measured_against_the_entries_of_the_same_matrix():
+    skew = torch.stack([vector(0, 1), vector(-1, 0)])
+    eye = torch.eye(2, dtype=F64)
+    for scale in (1e-4, 1.0, 1e4):
+        GaussianMixture(law(1), torch.zeros(1, 2, dtype=F64), scale * (eye + 1e-9 * skew)[None])
+        with pytest.raises(
+            ValueError, match="covariances must be symmetric, got entries that differ by .* component 0"
+        ):
+            GaussianMixture(law(1), torch.zeros(1, 2, dtype=F64), scale * (eye + 1e-4 * skew)[None])
+    with pytest.raises(ValueError, match="covariances must be symmetric, got entries that differ by .* in component 1"):
+        GaussianMixture(law(0.5, 0.5), torch.zeros(2, 2, dtype=F64), torch.stack([1e6 * eye, eye + 1e-4 * skew]))
+
+
+def test_float64_is_taken_as_it_is():
+    logps = law(0.2, 0.8) + 1e-9
+    assert torch.equal(GaussianMixture(logps, torch.zeros(2, 1, dtype=F64), vector(1)).priors, logps)
+
+
+def test_how_far_a_point_may_be_is_measured_from_the_means():
+    far = torch.tensor([[1e18]])
+    mixture = GaussianMixture(torch.zeros(1), far, torch.ones(1))
+    assert mixture.logps(1.5 * far).item() == pytest.approx(-0.125e36, rel=1e-6)
+    with pytest.raises(ValueError, match="x must lie within .* of the centre of the means"):
+        mixture.logps(-1.5 * far)
