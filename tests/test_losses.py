@@ -2096,3 +2096,28 @@ def test_a_temperature_per_row_is_that_of_the_row(name, rng):
         close(together[i], loss(i, beta[i].item()), 1e-14)
     close(loss(..., beta[:, :1]), loss(..., beta[:, :1].expand(2, 3)))
     close(loss(..., beta.float()), loss(..., beta.float().double()))
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_guard_against_rounding_is_as_large_as_rounding():
+    """Returns that differ by 1e-12 differ; sums of large terms that cancel do not. Each row of a batch on its own."""
+
+    def gradient(now, ref, rewards):
+        x = now.clone().requires_grad_()
+        losses.grpo(x, ref, rewards, 1.0, kl="reward").sum().backward()
+        return x.grad
+
+    even = torch.full((2, 3), -1.0, dtype=F64)
+    # log p - log pi of the two sequences: (-.5, 0, 0) twice, and (1e5, -1e5, 0), (1e5 + .1, -1e5, -.1).
+    shift = vector(0.5, 0, 0).expand(2, 3)
+    far = torch.stack([vector(0, 1e5, 0), vector(0, 1e5, 0.1)])
+    back = torch.stack([vector(1e5, 0, 0), vector(1e5 + 0.1, 0, 0)])
+    cases = [(even, even - shift, vector(1e-12, 0)), (even - back, even - far, vector(0, 0))]
+    expected = [vector(-0.5, 0.5)[:, None].expand(2, 3), torch.zeros(2, 3, dtype=F64)]
+    assert ((even - far) - (even - back)).sum(-1).unique().numel() == 2  # rounding is there
+    for case, want in zip(cases, expected, strict=True):
+        torch.testing.assert_close(gradient(*case), want, rtol=1e-9, atol=0)
+    batch = [torch.stack(parts) for parts in zip(*cases, strict=True)]
+    torch.testing.assert_close(gradient(*batch), torch.stack(expected), rtol=1e-9, atol=0)

@@ -1003,3 +1003,89 @@ def test_a_tilt_of_any_temperature(beta, rise):
     torch.testing.assert_close(tilted.means[:, 0], vector(*means), rtol=1e-15, atol=0)
     torch.testing.assert_close(tilted.prior_logps, vector(*priors), rtol=1e-13, atol=1e-13)
     assert log_z.item() == pytest.approx(float(total), rel=1e-14)
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_components_have_their_own_noise(rng):
+    # Far apart, so that each point tells its component: one narrow and one wide, both correlated.
+    covariances = torch.stack([torch.stack([vector(2, 1), vector(1, 2)]), torch.stack([vector(20, -9), vector(-9, 5)])])
+    mixture = GaussianMixture(law(0.5, 0.5), torch.stack([vector(0, 0), vector(1e6, 1e6)]), covariances)
+    x = mixture.sample(40_000, generator=rng)
+    first = x[:, 0] < 5e5
+    for k, points in enumerate((x[first], x[~first])):
+        # The relative error of a variance of n draws is sqrt(2 / n) = .01.
+        torch.testing.assert_close(points.mT.cov(), covariances[k], rtol=0.1, atol=0.1 * covariances[k].amax().item())
+
+
+def test_a_uniform_of_zero_counts_as_half_the_smallest_step(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.zeros(*size, dtype=F64))
+    x = GaussianMixture(law(1), vector(3)[None], vector(4)).sample(1, generator=torch.Generator())
+    close(x, 3 + 2 * torch.special.ndtri(vector(2.0**-54))[None], 1e-15)
+
+
+def test_refusals_name_the_argument():
+    square, huge = torch.eye(2, dtype=F64), 1e150
+    plane = GaussianMixture(law(0.5, 0.5), torch.stack([vector(0, huge), vector(0, -huge)]), vector(1e300))
+    unlike = GaussianMixture(law(0.5, 0.5), vector(0, 0)[:, None], vector(1, 4))
+    for call, text in (
+        (lambda: GaussianMixture.fit([[0.0]], torch.tensor([0]), 1.0), "x must be a floating-point"),
+        (lambda: PAIR.class_logps([0.0], torch.tensor([0, 1])), "x must be a floating-point"),
+        (lambda: PAIR.denoise_covariance([0.0], 1.0, 1.0), "xt must be a floating-point"),
+        (lambda: PAIR.project([0.0]), "direction must be a floating-point"),
+        (lambda: plane.tilt(1e200 * square, None, 1e-200), ".* must keep r / beta within the range of float64, got an"),
+        (lambda: PAIR.tilt(1e305 * ONE, None, 1.0), r"quadratic, linear and beta = 1 must give variances in"),
+        (lambda: unlike.tilt(None, vector(1e152), 1.0), r"quadratic, linear and beta = 1 must give variances in"),
+        (
+            lambda: PAIR.tilt(-9 * ONE, None, 1.0),
+            r"quadratic must leave S_k\^-1 \+ A / beta positive definite for every component of positive weight, got",
+        ),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{text}"):
+            call()
+
+
+@pytest.mark.parametrize("quadratic", [None, torch.eye(2, dtype=F64)])
+def test_a_tilt_leaves_a_component_that_is_switched_off_where_it_is(quadratic):
+    means = torch.stack([vector(0, 1), vector(5, -5), vector(2, 2)])
+    mixture = GaussianMixture(law(0.5, 0, 0.5), means, vector(1, 2, 3))
+    tilted = mixture.tilt(quadratic, vector(1, 2), 0.5).mixture
+    close(tilted.means[1], means[1])
+    close(tilted.covariances[1], 2 * torch.eye(2, dtype=F64))
+
+
+def test_symmetry_is_measured_against_the_entries_of_the_same_matrix():
+    skew = torch.stack([vector(0, 1), vector(-1, 0)])
+    eye = torch.eye(2, dtype=F64)
+    for scale in (1e-4, 1.0, 1e4):
+        GaussianMixture(law(1), torch.zeros(1, 2, dtype=F64), scale * (eye + 1e-9 * skew)[None])
+        with pytest.raises(
+            ValueError, match="covariances must be symmetric, got entries that differ by .* component 0"
+        ):
+            GaussianMixture(law(1), torch.zeros(1, 2, dtype=F64), scale * (eye + 1e-4 * skew)[None])
+    with pytest.raises(ValueError, match="covariances must be symmetric, got entries that differ by .* in component 1"):
+        GaussianMixture(law(0.5, 0.5), torch.zeros(2, 2, dtype=F64), torch.stack([1e6 * eye, eye + 1e-4 * skew]))
+
+
+def test_float64_is_taken_as_it_is():
+    logps = law(0.2, 0.8) + 1e-9
+    assert torch.equal(GaussianMixture(logps, torch.zeros(2, 1, dtype=F64), vector(1)).prior_logps, logps)
+
+
+def test_how_far_a_point_may_be_is_measured_from_the_means():
+    far = torch.tensor([[1e18]])
+    mixture = GaussianMixture(torch.zeros(1), far, torch.ones(1))
+    assert mixture.logps(1.5 * far).item() == pytest.approx(-0.125e36, rel=1e-6)
+    with pytest.raises(ValueError, match="x must lie within .* of the centre of the means"):
+        mixture.logps(-1.5 * far)
+
+
+def test_a_tilt_beyond_the_squares_of_float64():
+    """The reward of a mean overflows, that of the tilted law does not."""
+    far = GaussianMixture(law(0.25, 0.75), torch.stack([vector(0, 1e150), vector(0, -1e150)]), vector(1e300))
+    tilted, log_z = far.tilt(1e200 * torch.eye(2, dtype=F64), None, 1.0)
+    # det(I + S A / beta) = 1e1000; both means are one standard deviation away, and the new ones are 1e-500 of that.
+    assert log_z.item() == pytest.approx(-0.5 - 500 * math.log(10), rel=1e-15)
+    close(tilted.prior_logps, law(0.25, 0.75), 1e-12)  # logarithms of size 1152 cancel
+    assert tilted.means.abs().max() <= 1e-300

@@ -622,7 +622,9 @@ class GaussianMixture:
             if not bool(slope.isfinite().all() & curve.isfinite().all()):
                 raise ValueError(f"{cause} must keep r / beta within the range of float64, got an overflow")
             spectrum, basis = self._sharpened(curve)
-            tilted = self._of(self._priors, self._means, spectrum, basis, cause=cause)
+            tilted = self._of(
+                self._priors, torch.zeros_like(means), spectrum, basis, cause=cause
+            )  # for its covariances
             moved, log_z, common = self._log_gains(tilted, means, slope, curve)
         log_weights = self._priors + log_z
         log_partition = common + log_weights.logsumexp(-1)
@@ -661,7 +663,7 @@ class GaussianMixture:
         shared = len(self._spectrum) < self.components
         alive = torch.ones_like(self._spectrum[:, :1]) if shared else self._alive.double()[:, None]
         precision = 1 / self._spectrum
-        floor = precision.amax(-1) + torch.linalg.matrix_norm(curve)
+        floor = precision.amax(-1) + curve.abs().sum(-1).amax()  # the norm of rows, whose squares would overflow
         if self._basis is None and precision.shape[1] == 1:
             # Multiples of I have every eigenvector, so those of the curve serve all components.
             bends, vectors = torch.linalg.eigh(curve)
