@@ -113,7 +113,9 @@ def test_rewards():
 
 
 def test_log_weights():
-    _checks.log_weights("w", torch.stack([vector(-math.inf, 0), vector(0, -math.inf)]))
+    # Every row has a finite entry; along other dimensions there are only -inf.
+    rows = torch.tensor([[-math.inf, 0], [-math.inf, 0]])
+    _checks.log_weights("w", torch.stack([rows, rows.flip(1)]))
     message = "w must leave at least one outcome of positive mass per row, got a row that is all -inf"
     refused(ValueError, message, _checks.log_weights, "w", torch.stack([vector(0, 0), vector(-math.inf, -math.inf)]))
     refused(
@@ -311,12 +313,11 @@ def test_generator():
 
 def test_law():
     assert _checks.law("p", S0) is S0
-    rows = torch.stack([S0, law(1, 0, 0)])
+    rows = torch.stack([S0, law(1, 0, 0)]).expand(4, 2, 3)
     for dtype in (torch.float32, torch.float16):
         got = _checks.law("p", rows.to(dtype))
-        assert got.dtype == F64 and got[1].tolist() == [0, -math.inf, -math.inf]
-        assert got[0].tolist() == torch.log_softmax(S0.to(dtype).double(), -1).tolist()
-        assert abs(got[0].logsumexp(-1).item()) < 1e-15
+        assert got.dtype == F64 and got[3, 1].tolist() == [0, -math.inf, -math.inf]
+        assert got[3, 0].tolist() == torch.log_softmax(S0.to(dtype).double(), -1).tolist()
     message = "p must be log-probabilities that sum to 1 over the last dimension, got logsumexp = -0.25"
     refused(ValueError, message, _checks.law, "p", S0 - 0.25)
 
