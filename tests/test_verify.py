@@ -1088,3 +1088,15 @@ def test_checks_leave_their_inputs_alone():
     plan(target, wrong)
     for value, before in itertools.zip_longest((drawn, target, wrong), (Y, S0, HOT)):
         assert torch.equal(value, before)
+
+
+@pytest.mark.parametrize("one", [law(0.2, 0.3, 0.5), 0.25, np.array([0.25]), iter([0.25])])
+def test_declared_ones_come_in_a_list(one):
+    calls = [
+        lambda: match(torch.tensor([0, 1]), law(0.5, 0.3, 0.2), claim="a", versus=one),
+        lambda: log_e_value([1, 1, 0], law(0.5, 0.3, 0.2), one),
+        lambda: verify.mean([0.5, 0.25], 0.5, low=0, high=1, claim="a", versus=one),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match="^versus must be a list or tuple, got "):
+            call()
