@@ -2096,3 +2096,20 @@ def test_a_temperature_per_row_is_that_of_the_row(name, rng):
         close(together[i], loss(i, beta[i].item()), 1e-14)
     close(loss(..., beta[:, :1]), loss(..., beta[:, :1].expand(2, 3)))
     close(loss(..., beta.float()), loss(..., beta.float().double()))
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_items_can_be_compared():
+    table = losses.count_wins(torch.tensor([0, 1, 1]), torch.tensor([1, 0, 0]), torch.tensor([1, 1, 0]), 2)
+    assert table.tolist() == [[0, 2], [1, 0]]
+    close(losses.fit_bradley_terry(table), vector(1, -1) * math.log(2) / 2)
+    with pytest.raises(ValueError, match="^k must be an integer >= 2, got 1$"):
+        losses.count_wins(torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1), 1)
+
+
+def test_eight_items_are_all_named():
+    wins = torch.block_diag(torch.ones(8, 8), torch.ones(2, 2)).double()
+    with pytest.raises(ValueError, match=r"one group is items \[0, 1, 2, 3, 4, 5, 6, 7\]$"):
+        losses.fit_bradley_terry(wins)
