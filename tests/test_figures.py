@@ -394,7 +394,8 @@ def test_an_svg_is_one_element_that_says_what_it_shows():
     Balanced(html)
 
 
-def test_slider_as_a_reader_meets_it():
+def test_slider_as_a_reader_meets_it(monkeypatch):
+    monkeypatch.setattr(figures, "_shown", Counter())
     figs = [drawn(), drawn("#3b82c4"), drawn("#d9722e")]
     html = figures.slider((fig for fig in figs), ("N = 1", "N < 2", "N = 4"), "a & b", "below").html
     head, script = html.split("<script>")
