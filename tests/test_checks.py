@@ -113,7 +113,9 @@ def test_rewards():
 
 
 def test_log_weights():
-    _checks.log_weights("w", torch.stack([vector(-math.inf, 0), vector(0, -math.inf)]))
+    # Every row has a finite entry; along other dimensions there are only -inf.
+    rows = torch.tensor([[-math.inf, 0], [-math.inf, 0]])
+    _checks.log_weights("w", torch.stack([rows, rows.flip(1)]))
     message = "w must leave at least one outcome of positive mass per row, got a row that is all -inf"
     refused(ValueError, message, _checks.log_weights, "w", torch.stack([vector(0, 0), vector(-math.inf, -math.inf)]))
     refused(
@@ -307,3 +309,103 @@ def test_generator():
     _checks.generator("g", torch.Generator())
     refused(TypeError, "g must be a torch.Generator, got NoneType", _checks.generator, "g", None)
     refused(TypeError, "g must be a torch.Generator, got int", _checks.generator, "g", 3)
+
+
+def test_law():
+    assert _checks.law("p", S0) is S0
+    rows = torch.stack([S0, law(1, 0, 0)]).expand(4, 2, 3)
+    for dtype in (torch.float32, torch.float16):
+        got = _checks.law("p", rows.to(dtype))
+        assert got.dtype == F64 and got[3, 1].tolist() == [0, -math.inf, -math.inf]
+        assert got[3, 0].tolist() == torch.log_softmax(S0.to(dtype).double(), -1).tolist()
+    message = "p must be log-probabilities that sum to 1 over the last dimension, got logsumexp = -0.25"
+    refused(ValueError, message, _checks.law, "p", S0 - 0.25)
+
+
+def test_symbol():
+    for value in (0, 3, np.int64(2)):
+        _checks.symbol("end", value)
+        _checks.symbol("end", value, 4)
+    _checks.symbol("end", 10**9)
+    _checks.symbol("end", 0, 1)
+    for value in (-1, 4):
+        refused(ValueError, f"end must lie in 0..3, got {value}", _checks.symbol, "end", value, 4)
+    for value, got in ((1.0, "float"), (True, "bool"), (torch.tensor(1), "a torch.int64 tensor"), (None, "NoneType")):
+        refused(TypeError, f"end must be an int, got {got}", _checks.symbol, "end", value)
+
+
+def test_instance():
+    _checks.instance("x", True, int)
+    refused(TypeError, "x must be a dict, got list", _checks.instance, "x", [], dict)
+    message = "x must be a Generator, from torch, got a torch.float64 tensor"
+    refused(TypeError, message, _checks.instance, "x", S0, torch.Generator, "torch")
+
+
+def test_squarable_and_level():
+    for check in (_checks.squarable, _checks.level):
+        for value in (1e150, 3, np.float32(0.5), 5e-324):
+            got = check("s", value)
+            assert type(got) is float and got == value
+        above = math.nextafter(1e150, math.inf)
+        refused(ValueError, f"s must be at most 1e+150, got {above!r}", check, "s", above)
+    assert _checks.squarable("s", 0) == 0
+    refused(ValueError, "s must be finite and > 0, got 0", _checks.level, "s", 0)
+    refused(TypeError, "s must be a number, got a torch.float64 tensor", _checks.level, "s", vector(1))
+
+
+def test_levels():
+    for numbers in ([1e150, 0.0], [3.0, 2.0, 1.0], [5e-324, 0.0]):
+        assert _checks.levels("s", vector(*numbers)) == numbers
+    assert _checks.levels("s", vector(2, 1).half()) == [2.0, 1.0]
+    for value in (vector(1), torch.ones(3, 1), torch.tensor(1.0)):
+        message = f"s must have shape (n + 1,) with n >= 1 steps, got {tuple(value.shape)}"
+        refused(ValueError, message, _checks.levels, "s", value)
+    refused(ValueError, "s must be >= 0, got -5e-324", _checks.levels, "s", vector(3, 4, -5e-324))
+    message = "s must decrease strictly, got 2.0 after 2.0 at step 1"
+    refused(ValueError, message, _checks.levels, "s", vector(3, 2, 2, 5, 0))
+    refused(ValueError, "s must decrease strictly, got 4.0 after 3.0 at step 0", _checks.levels, "s", vector(3, 4, 1))
+    refused(ValueError, "s must be at most 1e+150, got 2e+150", _checks.levels, "s", vector(2e150, 1))
+    refused(
+        ValueError, "s must be finite, got 1 of 2 entries NaN or infinite", _checks.levels, "s", vector(1, math.nan)
+    )
+    refused(TypeError, "s must be a floating-point torch.Tensor, got list", _checks.levels, "s", [1.0, 0.0])
+
+
+def test_symmetric():
+    def skew(gap: float, scale: float = 1.0) -> torch.Tensor:
+        return scale * torch.tensor([[0.0, 0.0, gap], [0.0, 1.0, 0.5], [0.0, 0.5, -1.0]], dtype=F64)
+
+    for matrix in (skew(0), skew(EPS), skew(EPS / 2, 1e30), torch.zeros(2, 2), vector(3)[None], skew(3e-4).float()):
+        _checks.symmetric("A", matrix)
+    _checks.symmetric("A", torch.stack([skew(EPS), skew(0)]))
+    for gap, scale in ((1.01 * EPS, 1.0), (-1.01 * EPS, 1.0), (0.25, 1e-200), (3.0, 1.0)):
+        matrix = skew(gap, scale)
+        message = f"A must be symmetric, got entries that differ by {abs(gap * scale):g}"
+        refused(ValueError, message, _checks.symmetric, "A", matrix)
+    refused(
+        ValueError, "A must be symmetric, got entries that differ by 0.000976562", _checks.symmetric, "A", skew(2**-10)
+    )
+    # Each matrix is measured by its own entries; the first that is not symmetric is named.
+    message = "A must be symmetric, got entries that differ by 2.5e-21 in component 1"
+    refused(ValueError, message, _checks.symmetric, "A", torch.stack([skew(0, 1e9), skew(0.25, 1e-20), skew(0.5)]))
+
+
+def test_value_per_context():
+    for steps in (1, 3):
+        assert _checks.value_per_context("v", torch.full((steps + 1, 2), -math.inf), 2) == steps
+    for shape in ((1, 2), (2,), (2, 2, 2), (2, 3)):
+        message = f"v must have shape (L + 1, 2), got {shape}"
+        refused(ValueError, message, _checks.value_per_context, "v", torch.ones(shape), 2)
+    message = "v must be finite or -inf (excluded), got NaN or +inf"
+    refused(ValueError, message, _checks.value_per_context, "v", torch.full((2, 2), math.inf), 2)
+
+
+def test_finite_where():
+    values = torch.zeros(3, 2, dtype=F64)
+    values[0, 0] = values[1, 1] = values[2, 0] = -math.inf
+    reached = torch.tensor([[False, True], [True, False], [False, True]])
+    _checks.finite_where("v", values, reached, "where it can go")
+    for step, context in ((2, 0), (1, 1)):  # the first one is named
+        reached[step, context] = True
+        message = f"v must be finite where it can go, got -inf at step {step} in context {context}"
+        refused(ValueError, message, _checks.finite_where, "v", values, reached, "where it can go")

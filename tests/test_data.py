@@ -1,5 +1,6 @@
 import builtins
 import math
+import re
 
 import pytest
 import torch
@@ -93,3 +94,12 @@ def test_a_missing_package_is_named(module, package, call, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=f"needs the {package} package: pip install {package}"):
         call()
+
+
+def test_as_many_words_as_the_list_holds():
+    with pytest.raises(ValueError, match="^n must be at most ") as refused:
+        data.english_words(10**9)
+    most = int(re.search(r"at most (\d+),", str(refused.value))[1])
+    assert len(data.english_words(most)[0]) == most
+    with pytest.raises(ValueError, match=rf"^n must be at most {most}, .*, got {most + 1}$"):
+        data.english_words(most + 1)

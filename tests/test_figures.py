@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -311,3 +312,160 @@ def test_progress_rests_also_when_the_loop_is_left(notebook, slow):
 def test_progress_needs_a_label():
     with pytest.raises(ValueError, match="label must not be empty, got ''"):
         figures.progress([1], "")  # at once, before the first item
+
+
+# --- what a reader meets ---------------------------------------------------------------------------------------------
+
+
+def test_a_plain_figure_is_as_wide_as_the_text():
+    fig, _ = figures.figure()
+    assert fig.get_size_inches().tolist() == pytest.approx([7 * figures.SCALE, 3.2 * figures.SCALE])
+    svg = figures.show(fig, "a").html
+    assert 'style="width:100%;max-width:672px;height:auto"' in svg
+    for size in ({"width": 0.5}, {"height": 0.5}):
+        figures.figure(**size)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("width", float("inf")), ("height", float("nan")), ("width", -1)])
+def test_sizes_are_positive_and_finite(argument, value):
+    with pytest.raises(ValueError, match=f"^{argument} must be positive and finite, got {value}$"):
+        figures.figure(**{argument: value})
+
+
+def test_axes_are_black_whatever_the_style_in_force():
+    import matplotlib
+
+    parts = [f"{axis}.{part}" for axis in ("xtick", "ytick") for part in ("color", "labelcolor")]
+    with matplotlib.rc_context({name: "#ff0000" for name in ("axes.edgecolor", "grid.color", *parts)}):
+        svg = figures.show(figures.figure()[0], "a").html
+    assert "#ff0000" not in svg and "stroke: currentColor" in svg
+
+
+def test_axes_have_two_sides_and_level_lines_behind_the_data():
+    fig, axes = figures.figure(2, 1)
+    for ax in axes:
+        assert [side for side, spine in ax.spines.items() if spine.get_visible()] == ["left", "bottom"]
+        assert [axis.get_gridlines()[0].get_visible() for axis in (ax.xaxis, ax.yaxis)] == [False, True]
+        bar = ax.bar([1], [1])[0]
+        assert ax.yaxis.get_zorder() < bar.get_zorder()
+
+
+def test_nothing_is_cut_off_at_the_edge():
+    fig, ax = figures.figure(height=2)
+    ax.set_xlabel("one\ntwo\nthree")
+    ax.set_ylabel("one\ntwo\nthree")
+    fig.draw_without_rendering()
+    box, paper = fig.get_tightbbox(), fig.bbox_inches
+    assert paper.x0 <= box.x0 and paper.y0 <= box.y0 and box.x1 <= paper.x1 and box.y1 <= paper.y1
+
+
+def test_a_page_that_asks_for_fonts_gets_outlines():
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        assert "<text" not in figures.show(drawn(), "a").html
+
+
+def test_a_legend_of_another_source_loses_its_box():
+    fig = drawn()
+    figures.show(fig, "a")
+    assert fig.axes[0].get_legend().get_frame_on() is False
+    figures.show(figures.figure()[0], "no legend at all")
+
+
+def test_one_picture_many_times(monkeypatch):
+    monkeypatch.setattr(figures, "_shown", Counter())
+    fig = drawn()
+    first, *more = (re.search(r' id="(bk[0-9a-f]{10}(?:-\d)?)-0"', figures.show(fig, "a").html)[1] for _ in range(4))
+    assert more == [f"{first}-{k}" for k in (2, 3, 4)]
+
+
+def test_an_svg_is_one_element_that_says_what_it_shows():
+    html = figures.show(drawn(), "a & b").html
+    head, body = re.fullmatch(r'<figure class="bk-fig">(<svg [^>]*>)(.*)</svg></figure>', html, re.DOTALL).groups()
+    assert re.fullmatch(
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        r'viewBox="0 0 [\d.]+ [\d.]+" role="img" aria-label="a &amp; b" fill="currentColor" stroke-linejoin="round" '
+        'stroke-linecap="butt" style="width:100%;max-width:672px;height:auto">',
+        head,
+    )
+    assert body[0] == "<" and not re.search(r"\n\s|\s\n", body)  # not one byte of layout
+    assert re.findall(r' id="[^"]*-(\d+)"', body) == [str(k) for k in range(len(ids(body)))]
+    Balanced(html)
+
+
+def test_slider_as_a_reader_meets_it(monkeypatch):
+    monkeypatch.setattr(figures, "_shown", Counter())
+    figs = [drawn(), drawn("#3b82c4"), drawn("#d9722e")]
+    html = figures.slider((fig for fig in figs), ("N = 1", "N < 2", "N = 4"), "a & b", "below").html
+    head, script = html.split("<script>")
+    name = re.match(r'<figure class="bk-fig bk-slider" id="(bk[0-9a-f]{10})">', head)[1]
+    assert name in script and script.endswith("</script></figure>")
+    frames = re.findall(r'<div class="bk-frame"( hidden)?><svg [^>]*aria-label="([^"]*)"', head)
+    labels = ["a &amp; b (N = 1)", "a &amp; b (N &lt; 2)", "a &amp; b (N = 4)"]
+    assert frames == list(zip(["", " hidden", " hidden"], labels, strict=True))
+    assert head.count("</svg></div><div") == 2
+    assert head.endswith(
+        '</svg></div>\n<p class="bk-control"><input type="range" min="0" max="2" step="1" value="0" '
+        'autocomplete="off"\n'
+        ' aria-label="a &amp; b" aria-valuetext="N = 1"> <output>N = 1</output></p><figcaption>below</figcaption>\n'
+    )
+    listed = re.search(r"labels = (\[.*\]);", script)[1]
+    assert json.loads(listed) == ["N = 1", "N < 2", "N = 4"] and "<" not in listed
+    assert "<figcaption>" not in figures.slider(figs[:1], ["a"], "no caption").html
+    Balanced(html)
+
+
+def test_a_slider_of_the_most_frames():
+    fig, _ = figures.figure()
+    html = figures.slider([fig] * 15, [str(k) for k in range(15)], "a").html
+    assert html.count("<svg") == 15 and 'max="14"' in html
+
+
+def test_explorable_as_a_page_without_scripts_shows_it():
+    html = figures.explorable("a<b", "a & b", second=[1], first="x").html
+    assert html == figures.explorable("a<b", "a & b", first="x", second=[1]).html  # in any order
+    assert html == (
+        '<div class="bk-explorable" role="group" aria-label="a &amp; b" data-name="a&lt;b" '
+        'data-options="{&quot;first&quot;: &quot;x&quot;, &quot;second&quot;: [1]}"><p><em>a &amp; b (Interactive in '
+        "the online book, with scripts on.)</em></p></div>"
+    )
+
+
+def test_samples_and_tables_to_the_letter():
+    shown = figures.samples({"<x>": ["ab", "ba"], "y": ["c"]}, "a", "a & b")
+    assert shown.html == (
+        '<figure class="bk-samples" aria-label="a &amp; b"><div><strong>&lt;x&gt;</strong><ul>'
+        "<li><code><u><b>a</b></u>b</code></li><li><code>b<u><b>a</b></u></code></li></ul></div>"
+        "<div><strong>y</strong><ul><li><code>c</code></li></ul></div></figure>"
+    )
+    assert "<code>ab</code>" in figures.samples({"x": ["ab"]}, "", "nothing is marked").html
+    shown = figures.table({"x": ["a<", "ba"], "wide": ["c", "d"]}, "a & b")
+    assert shown.html == (
+        '<div class="bk-table"><table class="table" aria-label="a &amp; b"><thead><tr><th scope="col">x</th>'
+        '<th scope="col">wide</th></tr></thead><tbody><tr><td>a&lt;</td><td>c</td></tr>'
+        "<tr><td>ba</td><td>d</td></tr></tbody></table></div>"
+    )
+    assert shown.text == "[table] a & b\nx   wide\na<  c\nba  d"
+
+
+def test_progress_shows_paragraphs(notebook, slow):
+    list(figures.progress(range(3), "a < b"))
+    assert [x.html for x in notebook.shown] == [
+        f'<p class="bk-progress">a &lt; b{text}</p>' for text in ("", ": 2 of 3", "")
+    ]
+
+
+def test_progress_waits_for_half_a_second(notebook, monkeypatch):
+    ticks = iter([0, 0.5, 0.75, 0.75, 1.25, 1.5, 1.5])  # at the start, before each item, and when something was shown
+    monkeypatch.setattr(figures.time, "monotonic", lambda: next(ticks))
+    list(figures.progress("abcd", "a"))
+    assert [x.text for x in notebook.shown[1:-1]] == ["a: 1 of 4", "a: 3 of 4"]
+
+
+def test_blank_labels_and_names():
+    with pytest.raises(ValueError, match="^label must not be empty, got ' '$"):
+        figures.progress([1], " ")
+    for alt in ("", "\n"):
+        with pytest.raises(ValueError, match=f"got {alt!r}$".replace("\\", r"\\")):
+            figures.show(drawn(), alt)

@@ -2121,3 +2121,17 @@ def test_the_guard_against_rounding_is_as_large_as_rounding():
         torch.testing.assert_close(gradient(*case), want, rtol=1e-9, atol=0)
     batch = [torch.stack(parts) for parts in zip(*cases, strict=True)]
     torch.testing.assert_close(gradient(*batch), torch.stack(expected), rtol=1e-9, atol=0)
+
+
+def test_two_items_can_be_compared():
+    table = losses.count_wins(torch.tensor([0, 1, 1]), torch.tensor([1, 0, 0]), torch.tensor([1, 1, 0]), 2)
+    assert table.tolist() == [[0, 2], [1, 0]]
+    close(losses.fit_bradley_terry(table), vector(1, -1) * math.log(2) / 2)
+    with pytest.raises(ValueError, match="^k must be an integer >= 2, got 1$"):
+        losses.count_wins(torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1), 1)
+
+
+def test_eight_items_are_all_named():
+    wins = torch.block_diag(torch.ones(8, 8), torch.ones(2, 2)).double()
+    with pytest.raises(ValueError, match=r"one group is items \[0, 1, 2, 3, 4, 5, 6, 7\]$"):
+        losses.fit_bradley_terry(wins)

@@ -4,7 +4,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from helpers import F64, law, vector
+from helpers import F64, assert_same_under_default_dtype, law, vector
 from scipy.stats import norm
 
 from tiltlib import _numerics
@@ -46,6 +46,11 @@ def test_normal_numbers_invert_their_cdf(monkeypatch):
 def test_normal_numbers_come_from_the_generator():
     draw = lambda seed: _numerics.normal(torch.zeros(3), torch.Generator().manual_seed(seed))  # noqa: E731
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert_same_under_default_dtype(lambda: [draw(1)], F64)
+
+
+def test_normal_numbers_lie_where_the_tensor_does():
+    assert _numerics.normal(torch.zeros(3, device="meta"), torch.Generator()).device.type == "meta"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, F64])

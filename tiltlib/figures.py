@@ -366,9 +366,7 @@ def _svg(fig: Figure, alt: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     # Metadata holds the date, and a <style> inside an SVG would apply to the whole page.
-    svg = re.sub(
-        r"<metadata>.*?</metadata>|<style[ >].*?</style>|<!--.*?-->|<defs>\s*</defs>", "", svg, flags=re.DOTALL
-    )
+    svg = re.sub(r"<metadata>.*?</metadata>|<style[ >].*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = svg.replace("#000000", "currentColor")
 
     # Only ids that something refers to are kept, numbered in order: matplotlib's own are random.

@@ -109,7 +109,7 @@ def _returns(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float | Te
     _draws(logps=logps, ref_logps=ref_logps)
     _checks.finite("rewards", rewards)
     _checks.same_shape(logps=logps, rewards=rewards)
-    beta = _temperature(beta, logps.shape[: max(logps.ndim - dims, 0)], dims)
+    beta = _temperature(beta, logps.shape[: logps.ndim - dims], dims)
     return rewards.double() - beta * (logps.double() - ref_logps.double())
 
 
@@ -201,7 +201,7 @@ def _centred(values: Tensor, counted: Tensor | None = None) -> Tensor:
     """Subtract the mean of the row, or of the entries that count; the others become 0."""
     if counted is None:
         counted = torch.ones_like(values, dtype=torch.bool)
-    n = counted.sum(-1, keepdim=True).clamp(min=1)
+    n = counted.sum(-1, keepdim=True)
     # A common level goes first: then the mean is rounded as the differences are, and equal values are exactly 0.
     level = values.gather(-1, counted.int().argmax(-1, keepdim=True))
     values = torch.where(counted, values - level, 0)
