@@ -869,3 +869,71 @@ def test_sample_inverts_the_cdf_with_float64_uniforms(n, rng):
         u = torch.rand(n, 1, generator=rng, dtype=F64)
         context = (chain.table(t)[context].exp().cumsum(-1) <= u).sum(-1)
         assert torch.equal(drawn[:, t], context)
+
+
+# --- the smallest temperatures, edges of ranges ----------------------------------------------------------------------
+
+
+def test_dead_ends_and_unwritten_symbols_at_the_smallest_beta():
+    """b is never written and nothing may follow a: of the strings with most reward, 2222 has .6 and 2220 has .4."""
+    table = torch.stack([law(0.5, 0, 0.5), law(0.2, 0.3, 0.5), law(0.4, 0, 0.6)])
+    rewards = torch.stack([vector(-math.inf, 5, -math.inf), vector(0, 9, 1), vector(1, 7, 1)])
+    slope = torch.stack([vector(0, 0, 0), vector(0, 0, 0), vector(-0.4, 0, 0.4)])
+    for beta in (1e-320, 1e-300, 0.5):
+        x, logps = rewards.clone().requires_grad_(), table.clone().requires_grad_()
+        tilted = MarkovChain(logps, "ab ").tilt(x, beta, 4)
+        close(tilted.logps(torch.tensor([[2, 2, 2, 2], [2, 2, 2, 0], [2, 2, 1, 2]])).exp(), vector(0.6, 0.4, 0))
+        values = MarkovChain(table, "ab ").soft_values(rewards, beta, 4)
+        assert torch.equal(values == -math.inf, torch.tensor([[True, False, False]] * 4 + [[False] * 3]))
+        for t in range(4):
+            close(tilted.table(t).logsumexp(-1), torch.zeros(3, dtype=F64))
+            assert torch.equal(tilted.table(t)[0], table[0])  # no string goes on from a
+        by_rewards, by_table = torch.autograd.grad(tilted.logps(torch.tensor([2, 2, 2, 2])), (x, logps))
+        close(by_table, slope)
+        if beta > 1e-308:  # 1 / beta is a number
+            close(by_rewards * beta, slope)
+
+
+def test_totals_of_rewards_may_differ_by_the_largest_number(rng):
+    chain = random_chain(3, 1, rng)
+    largest = torch.finfo(F64).max / 4  # 2 symbols, and the difference of two totals
+    assert chain.reward_table(vector(largest, -largest, -math.inf), 2).shape == (3, 3)
+    with pytest.raises(ValueError, match="totals of 3 symbols differ by less than 1.8e308, got 4.49423e"):
+        chain.reward_table(vector(largest, -largest, -math.inf), 3)
+
+
+def test_rewards_without_a_length_are_those_of_one_symbol(rng):
+    chain, largest = random_chain(2, 1, rng), torch.finfo(F64).max / 2
+    assert torch.equal(chain.reward_table(vector(-largest, largest)), vector(-largest, largest).expand(2, 2))
+
+
+def test_the_law_of_the_reward_sums_to_1_whatever_is_accepted_as_a_row(rng):
+    """A float64 table is taken as it is: each row may be off by 1e-8, and a string by as many of these as symbols."""
+    table = torch.stack([random_law(3, rng) for _ in range(3)]) + 1e-8
+    logps = MarkovChain(table, "ab ").reward_law(vector(0, 1, 1), 50).logps
+    close(logps.logsumexp(0), torch.zeros((), dtype=F64), 1e-14)
+
+
+def test_the_smallest_weights_of_words():
+    least = torch.full((3,), 5e-324, dtype=F64)
+    expected = MarkovChain.fit(["ab", "b", "ba"], torch.ones_like(least), 2, alphabet="ab ")
+    assert torch.equal(MarkovChain.fit(["ab", "b", "ba"], least, 2, alphabet="ab ").table(0), expected.table(0))
+
+
+def test_gradients_of_what_is_fitted_where_a_context_is_not_seen(rng):
+    """d log p / d w: what the string adds, less what every string adds to the weight of its contexts."""
+    weights = vector(2, 1, 1).requires_grad_()
+    chain = MarkovChain.fit(["ab", "b", "ba"], weights, 2, alphabet="ab ")
+    (gradient,) = torch.autograd.grad(chain.logps(chain.encode(["ab "])).sum(), weights)
+    close(gradient, vector(1 / 2 - 1 / 4, -1 / 4, -1 / 4))
+    log_weights = vector(3, 1).log().requires_grad_()
+    for per_step in (True, False):
+        refit = chain.refit(torch.tensor([[0, 1], [0, 2]]), log_weights, per_step=per_step)
+        (gradient,) = torch.autograd.grad(refit.logps(torch.tensor([0, 1])), log_weights)
+        close(gradient, vector(1 / 4, -1 / 4))
+
+
+def test_strings_of_one_symbol_and_of_several_lengths():
+    assert CHAIN.encode(["b", " "]).tolist() == [[1], [2]] and CHAIN.decode(torch.tensor([[1], [2]])) == ["b", " "]
+    with pytest.raises(ValueError, match=r"got lengths \[1, 3\]$"):
+        CHAIN.encode(["aba", "a", "b"])

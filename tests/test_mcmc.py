@@ -418,3 +418,34 @@ def test_bad_proposals(proposal, error, text, rng):
 def test_no_strings_with_another_law(rng):
     out = mcmc.power_mh(WORDS, torch.zeros(0, 3).long(), 2.0, 2, generator=rng, end=END, proposal=OTHER_WORDS)
     assert out.tokens.shape == (0, 3) and out.acceptance.shape == (0,)
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_string_that_p_excludes_is_not_accepted_even_by_the_uniform_number_0(monkeypatch):
+    never_a = markov.MarkovChain(law(0, 0.5, 0.5).expand(3, 3), "ab|")
+    often_a = markov.MarkovChain(law(0.5, 0.25, 0.25).expand(3, 3), "ab|")
+    monkeypatch.setattr(
+        torch, "rand", lambda *size, **kwargs: torch.zeros(size[0] if len(size) == 1 else size, dtype=F64)
+    )
+    start = torch.tensor([[1, 2, 1]])
+    out = mcmc.power_mh(never_a, start, 2.0, 3, generator=torch.Generator(), proposal=often_a)
+    assert torch.equal(out.tokens, start) and out.acceptance.item() == 0
+    assert mcmc.power_mh(often_a, start, 2.0, 3, generator=torch.Generator()).tokens.tolist() == [[0, 0, 0]]
+
+
+def test_every_broken_string_is_counted():
+    with pytest.raises(ValueError, match="got 2 strings with other symbols"):
+        mcmc.lengths(torch.tensor([[2, 0, 2], [0, 2, 2], [2, 2, 1]]), 2)
+
+
+def test_no_argument_may_have_a_shape_of_its_own():
+    p, size = ("logps", "new_logps"), ("sizes", "new_sizes")
+    q = ("proposal_logps", "new_proposal_logps")
+    cases = [((*p, *size), (name,)) for name in (*p, *size)] + [((*p, *size, *q), other) for other in (q, q[:1], q[1:])]
+    for names, other in cases:
+        values = {name: ONE if name in size else vector(0) for name in names}
+        values |= {name: torch.cat([values[name], values[name]]) for name in other}
+        with pytest.raises(ValueError, match=r"must have one shape, got .*\(2,\)"):
+            mcmc.log_accept(power=2.0, **values)

@@ -1063,3 +1063,15 @@ def test_symbolwise_selection_with_one_table_per_step(rng):
         scores = rewards[context] / 0.7 + values[t + 1]
         expected = enumerated_soft_law(tables[t, context], scores, 3, 1.0) if t or context == 2 else tables[t, context]
         close(out.table(t)[context], expected)
+
+
+def test_weights_may_span_600_and_no_more():
+    half, zeros = law(0.5, 0.5), torch.zeros(3, 3, dtype=F64)
+    close(soft_best_of_n_law(half, vector(0, 600), 1.0, 2).exp(), vector(0.25, 0.75))
+    with pytest.raises(ValueError, match=r"got 1.0 for a range of 600\.5"):
+        soft_best_of_n_law(half, vector(0, 600.5), 1.0, 2)
+    chain = selection.soft_best_of_n_chain(STEPS, vector(0, 600, 0), 1.0, zeros, 2)
+    close(chain.table(0)[2].exp(), vector(0.36, 0.64, 0))
+    later = torch.stack([vector(0, 0, 0), vector(0, 0, 0), vector(0, 600.5, 0)])  # by the value of what comes next
+    with pytest.raises(ValueError, match=r"in each context, got 600\.5 at step 1; beta must be larger"):
+        selection.soft_best_of_n_chain(STEPS, vector(0, 0, 0), 1.0, later, 2)

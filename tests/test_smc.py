@@ -394,3 +394,22 @@ def test_z_counts_the_mean_weight_of_every_resampling(scheme, rng):
     assert len(spent) > 1 and resampled.max() > 2 and resampled.unique().numel() > 1
     expected = twists[0, 2] + sum(w.exp().mean(-1).log() for w in spent) + out.log_weights.exp().mean(-1).log()
     close(out.log_partition, expected, 1e-10)
+
+
+# --- the largest reward that counts ----------------------------------------------------------------------------------
+
+
+def test_a_reward_that_no_string_can_collect_does_not_count():
+    """At small beta the proposal takes the best symbol of those that lead somewhere, with no better one in the way."""
+    never_b = law(0.5, 0, 0.5).expand(3, 3)
+    dead_a = torch.stack([torch.full((3,), -math.inf, dtype=F64), vector(0, 1, 0), vector(0, 0, 0)])
+    lost_a = NONE.clone()
+    lost_a[:2, 0] = -math.inf
+    for table, rewards, twists, best in (
+        (never_b, vector(0, 5, 1), NONE, [2, 2, 2]),
+        (REF.table(0), dead_a + vector(9, 0, 0), lost_a, [None, 1, 1]),
+    ):
+        chosen = smc.twisted_proposal(markov.MarkovChain(table, "ab|"), rewards, 1e-320, twists).table(0)
+        for context, symbol in enumerate(best):
+            expected = table[context] if symbol is None else law(*(float(a == symbol) for a in range(3)))
+            assert torch.equal(chosen[context], expected)

@@ -143,7 +143,7 @@ class MarkovChain:
             counts = counts.index_add(0, cells, mass).view(-1, v)
             total = counts.sum(-1, keepdim=True)
             # Contexts of length m are m-digit numbers; dropping the oldest symbol repeats the shorter table V times.
-            shorter = table.repeat(max(1, len(counts) // len(table)), 1)
+            shorter = table.repeat(len(counts) // len(table), 1)
             table = torch.where(total > 0, counts / torch.where(total > 0, total, 1.0), shorter)
         return cls(_log(table), alphabet)
 
@@ -620,9 +620,8 @@ class MarkovChain:
             logps = self.table(t)
             ahead = torch.where(logps > -math.inf, table + self.lookahead(best[-1]), -math.inf)
             top = ahead.detach().amax(-1)
-            open_ = top > -math.inf
             # Shift before dividing: the differences may only underflow. Where nothing is left, 0 stands in for -inf.
-            shifted = torch.where(open_[:, None], ahead - torch.where(open_, top, 0.0)[:, None], 0.0)
+            shifted = torch.where(top[:, None] > -math.inf, ahead - top[:, None], 0.0)
             rest.append(torch.logsumexp(logps + shifted / float(beta) + self.lookahead(rest[-1]), -1))
             best.append(top)
         _checks.some_left("rewards", best[-1][self.start])
@@ -741,10 +740,9 @@ class TiltedChain(MarkovChain):
         following = self.append(contexts[..., None], torch.arange(self._v, device=contexts.device))
         ref = self.ref.rows(step, contexts)
         best, rest = self._best[step, contexts].unsqueeze(-1), self._rest[step, contexts].unsqueeze(-1)
-        open_ = best > -math.inf
-        gain = self._rewards[contexts] + self._best[step + 1, following] - torch.where(open_, best, 0.0)
+        gain = self._rewards[contexts] + self._best[step + 1, following] - best
         # A symbol that the reference never writes was left out of the largest total, and may lie above it.
         gain = torch.where(ref > -math.inf, gain, 0.0)
         tilted = ref + gain / self._beta + self._rest[step + 1, following] - rest
         # A context from which every continuation is excluded is never reached; it keeps the row of the reference.
-        return torch.where(open_, tilted, ref)
+        return torch.where(best > -math.inf, tilted, ref)

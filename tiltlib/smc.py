@@ -104,8 +104,7 @@ def twisted_proposal(ref: MarkovChain, rewards: Tensor, beta: float, log_values:
     somewhere = possible.any(-1, keepdim=True)
     # Shift before dividing: r / beta may overflow, (r - max r) / beta only goes to weight 0.
     top = torch.where(possible, gain, -math.inf).detach().amax(-1, keepdim=True)
-    shifted = torch.where(possible, gain, 0.0) - torch.where(somewhere, top, 0.0)
-    joint = torch.where(possible, tables + shifted / float(beta) + ahead, -math.inf)
+    joint = torch.where(possible, tables + (gain - top) / float(beta) + ahead, -math.inf)
     # The softmax of a context that leads nowhere would be NaN, in the gradient even where it is masked.
     rows = torch.log_softmax(torch.where(somewhere, joint, 0.0), -1)
     return MarkovChain(torch.where(somewhere, rows, tables), ref.alphabet)
