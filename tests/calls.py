@@ -562,6 +562,31 @@ example(
 )
 example("losses.bradley_terry", lambda m, call: call(m(numbers(5), rows=True), m(numbers(5) ** 2, rows=True)))
 example("losses.dpo", lambda m, call: call(*(likelihoods(m, 5) for _ in range(4)), 0.7))
+POSITIVE = numbers(3).exp()
+example(
+    "losses.dpo beta",
+    lambda m, call: call(*(likelihoods(m, 3) for _ in range(4)), m(POSITIVE, rows=True)),
+)
+example(
+    "losses.rloo beta",
+    lambda m, call: call(
+        likelihoods(m, 3, 4), likelihoods(m, 3, 4), m(numbers(3, 4), rows=True), m(POSITIVE, rows=True)
+    ),
+)
+example(
+    "losses.policy_gradient beta",
+    lambda m, call: call(likelihoods(m, 3), likelihoods(m, 3), m(numbers(3), rows=True), m(POSITIVE, rows=True)),
+)
+example(
+    "losses.grpo beta",
+    lambda m, call: call(
+        likelihoods(m, 3, 3, 4), likelihoods(m, 3, 3, 4), m(numbers(3, 3), rows=True), m(POSITIVE, rows=True)
+    ),
+)
+example(
+    "resampling.rejection beta",
+    lambda m, call: call(m(numbers(3, 4), rows=True), m(POSITIVE[:, None], rows=True), 0.5, generator=m.generator()),
+)
 for kind, labels in {"number": lambda m: 0.8, "tensor": lambda m: m(numbers(5).abs(), rows=True)}.items():
     example(
         f"losses.bradley_terry labels-{kind}",

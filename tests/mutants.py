@@ -1,6 +1,6 @@
 """Change the library in one place at a time, and see that a test notices each change.
 
-`make mutants` runs mutmut on every module with the tests of TESTS, `make mutants MODULE=weights` on one. A mutant that
+`make mutants` runs mutmut on every module, `make mutants MODULE=weights` on one. A mutant that
 no test notices is a survivor. It gets a test, or an entry in tests/survivors/<module>.toml that says why it needs none:
 
     [[beta_for_ess]]                    the function, or "Class.method"
@@ -30,13 +30,17 @@ ROOT = Path(__file__).parent.parent
 LISTS = ROOT / "tests/survivors"
 WORK = ROOT / "_build/mutants"
 
-# Modules by the tests that judge them: their own, and for those that work with tensors the rules of every call.
-_RULES = ["tests/test_devices.py", "tests/test_every_call.py"]
-_APART = ["_checks", "_numerics", "data", "figures"]
-_TOGETHER = """categorical diffusion guidance losses markov mcmc mixtures policies resampling selection smc verify
-weights""".split()
-TESTS = {name: [f"tests/test_{name.lstrip('_')}.py"] for name in _APART}
-TESTS |= {name: [f"tests/test_{name}.py", *_RULES] for name in _TOGETHER}
+# Each module is judged by its own tests, and a mutant that survives them by the rules that every call keeps: these are
+# many, and collecting them for each mutant would take longer than everything else.
+MODULES = """_checks _numerics categorical data diffusion figures guidance losses markov mcmc mixtures policies
+resampling selection smc verify weights""".split()
+RULES = ["tests/test_devices.py", "tests/test_every_call.py"]
+NO_RULES = {"data", "figures"}  # they work on the CPU by contract
+
+
+def own_tests(module: str) -> list[str]:
+    return [f"tests/test_{module.lstrip('_')}.py"]
+
 
 REASONS = {
     "equivalent": "no caller can tell it from the original: say why",
@@ -179,30 +183,46 @@ def run(module: str) -> Path:
         shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__", "survivors"))
     for name in ("conftest.py", "pyproject.toml", "_toc.yml", "_config.yml"):
         shutil.copy2(ROOT / name, work)
+    mutated = work / "mutants/tiltlib" / f"{module}.py"
+    judge(work, module, own_tests(module))
+    survivors = [key for key, exit_code in exit_codes(mutated).items() if exit_code not in KILLED | STOPPED]
+    if survivors and module not in NO_RULES:
+        # Which test runs which function is another question now.
+        (work / "mutants/mutmut-stats.json").unlink(missing_ok=True)
+        judge(work, module, RULES, survivors)
+    return mutated
+
+
+def judge(work: Path, module: str, tests: list[str], mutants: list[str] = []) -> None:  # noqa: B006
+    """Run some tests on some mutants of a module, by default all."""
     settings = {
         "source_paths": ["tiltlib"],
         "only_mutate": [f"tiltlib/{module}.py"],
         "also_copy": ["book", "conftest.py", "_toc.yml", "_config.yml"],
-        "pytest_add_cli_args_test_selection": TESTS[module],
+        "pytest_add_cli_args_test_selection": tests,
     }
     lines = [f"{key} =\n" + "".join(f"    {value}\n" for value in values) for key, values in settings.items()]
-    (work / "setup.cfg").write_text("[mutmut]\n" + "".join(lines), encoding="utf-8")
+    for folder in (work, work / "mutants"):
+        (folder / "setup.cfg").write_text("[mutmut]\n" + "".join(lines), encoding="utf-8")
     # One thread: mutmut forks, and a pool of threads does not survive that.
     env = {**os.environ, "PYTHONPATH": str(work / "mutants"), "OMP_NUM_THREADS": "1"}
-    with (work / "log").open("w") as log:
+    with (work / "log").open("a") as log:
         mutmut = Path(sys.executable).parent / "mutmut"
-        exit_code = subprocess.run([mutmut, "run"], cwd=work, env=env, stdout=log, stderr=log).returncode
+        exit_code = subprocess.run([mutmut, "run", *mutants], cwd=work, env=env, stdout=log, stderr=log).returncode
     if exit_code:
         sys.exit((work / "log").read_text().replace("\r", "\n"))
-    return work / "mutants/tiltlib" / f"{module}.py"
+
+
+def exit_codes(mutated: Path) -> dict[str, int]:
+    codes: dict[str, int] = json.loads(mutated.with_suffix(".py.meta").read_text("utf-8"))["exit_code_by_key"]
+    return codes
 
 
 def outcome(mutated: Path) -> Outcome:
     """Read what mutmut left: a file that holds each function as it was (`_orig`) and each of its mutants."""
     code = {node.name: node for _, node in functions(mutated.read_text(encoding="utf-8"))}
-    exits = json.loads(mutated.with_suffix(".py.meta").read_text(encoding="utf-8"))["exit_code_by_key"]
     found = Outcome(0, [], 0, [])
-    for key, exit_code in exits.items():
+    for key, exit_code in exit_codes(mutated).items():
         mutant = key.rpartition(".")[2]  # x_f__mutmut_12, or xǁClassǁmethod__mutmut_12
         mangled, _, _ = mutant.partition("__mutmut_")
         old, new = code[f"{mangled}__mutmut_orig"], code[mutant]
@@ -244,9 +264,9 @@ def report(module: str, found: Outcome) -> bool:
 
 
 def main(modules: list[str]) -> int:
-    if unknown := sorted(set(modules) - TESTS.keys()):
-        sys.exit(f"no such module: {', '.join(unknown)}; there are {', '.join(TESTS)}")
-    outcomes = {module: outcome(run(module)) for module in modules or TESTS}
+    if unknown := sorted(set(modules) - set(MODULES)):
+        sys.exit(f"no such module: {', '.join(unknown)}; there are {', '.join(MODULES)}")
+    outcomes = {module: outcome(run(module)) for module in modules or MODULES}
     return int(not all([report(module, found) for module, found in outcomes.items()]))
 
 

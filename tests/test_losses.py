@@ -1398,16 +1398,20 @@ def test_bad_log_probabilities(call, swap, bad, error, text):
 def test_bad_temperatures(call, beta):
     with pytest.raises(ValueError, match="^beta must be finite and > 0, got"):
         call(beta)
-    with pytest.raises(TypeError, match=r"^beta must be a number, got a torch.float64 tensor"):
-        call(torch.tensor(0.5, dtype=F64))
+    with pytest.raises(ValueError, match=r"^beta must broadcast .* got shape \(2,\)"):
+        call(vector(0.5, 0.5))
+    with pytest.raises(TypeError, match=r"^beta must be a number or a tensor of real numbers, got a torch.bool tensor"):
+        call(torch.tensor(True))
 
 
 @pytest.mark.parametrize("beta", [-1.0, math.inf, math.nan, "1", True])
 def test_bad_temperatures_of_grpo(beta):
     with pytest.raises(ValueError, match="^beta must be finite and >= 0, got"):
         losses.grpo(TOKENS, TOKENS, R3, beta)
-    with pytest.raises(TypeError, match=r"^beta must be a number, got a torch.float64 tensor"):
-        losses.grpo(TOKENS, TOKENS, R3, torch.tensor(0.5, dtype=F64))
+    with pytest.raises(ValueError, match="^beta must be finite and > 0, got"):
+        losses.grpo(TOKENS, TOKENS, R3, torch.tensor(0.0, dtype=F64))
+    with pytest.raises(ValueError, match=r"^beta must broadcast .* got shape \(2,\)"):
+        losses.grpo(TOKENS, TOKENS, R3, vector(0.5, 0.5))
     with pytest.raises(TypeError, match=r"^clip must be a number, got a torch.float64 tensor"):
         losses.grpo(TOKENS, TOKENS, R3, 1.0, clip=torch.tensor(0.5, dtype=F64))
 
@@ -1701,7 +1705,8 @@ def test_ridge_makes_every_table_a_fit():
     close(rewards[:3], losses.fit_bradley_terry(winless, ridge=0.3))
     assert rewards[3] == 0
     close(rewards[4:], losses.fit_bradley_terry(vector(0, 3, 1, 0).view(2, 2), ridge=0.3))
-    assert not bool(losses.fit_bradley_terry(torch.zeros(3, 3), ridge=1.0).any())
+    for ridge in (5e-324, 1.0, 1.7e308):
+        assert not bool(losses.fit_bradley_terry(torch.zeros(3, 3), ridge=ridge).any())
 
 
 def test_ridge_between_maximum_likelihood_and_nothing(rng):
@@ -1804,7 +1809,8 @@ def test_grpo_with_options_equals_its_definition(kl, clip, length_norm, rng):
     for junk in (math.nan, math.inf, -math.inf, 1.0):
         valid = torch.tensor([False, True, True, False, True])
         rows = [torch.where(valid[:, None], x.detach(), junk).requires_grad_() for x in (logps, ref, old)]
-        dirty = {**flags, "mask": mask & valid[:, None], "old_logps": rows[2]}
+        padded = mask & valid[:, None] if junk == 1 else mask | ~valid[:, None]
+        dirty = {**flags, "mask": padded, "old_logps": rows[2]}
         out = losses.grpo(*rows[:2], torch.where(valid, rewards, junk), 0.6, **dirty, valid=valid)
         kept = {**flags, "mask": mask[valid], "old_logps": old[valid]}
         close(out, losses.grpo(logps[valid], ref[valid], rewards[valid], 0.6, **kept))
@@ -1826,6 +1832,9 @@ def test_each_group_has_its_own_valid_draws(scale, baseline, rng):
     valid = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
     for kl in ("reward", "k1", "k2", "k3"):
         flags = {"kl": kl, "scale": scale, "baseline": baseline}
+        for length_norm in ("sequence", "group"):  # all lengths are 2
+            normed = losses.grpo(logps, ref, rewards, 0.6, valid=valid, length_norm=length_norm, **flags)
+            close(2 * normed, losses.grpo(logps, ref, rewards, 0.6, valid=valid, **flags))
         out = losses.grpo(logps, ref, rewards, 0.6, valid=valid, **flags)
         gradient = torch.autograd.grad(out.sum(), logps)[0]
         for i, keep in enumerate(valid):
@@ -1988,18 +1997,38 @@ def test_what_abstaining_does_with_k2_in_the_loss(counts, size):
     assert is_zero(found) if bool((counts == counts[0]).all()) else not is_zero(found, FAR)
 
 
-@pytest.mark.parametrize("reward", [-2.0, -2e-5, -2e9])
-@pytest.mark.parametrize(
-    ("past", "ahead", "sign"), [(1500, 1000, 1), (1000, 1500, -1), (1000, 900, 1), (900, 1000, -1)]
-)
-def test_where_neither_ratio_nor_k3_fits_the_larger_has_the_gradient(past, ahead, sign, reward):
+# How far the ratio and rho are, the advantage A, beta, and the sign of -(A e^past + beta e^ahead).
+OVERFLOWS = [
+    (1500, 1000, -1.0, 0.5, 1),
+    (1000, 1500, -1.0, 0.5, -1),
+    (1000, 1001, -1e9, 0.5, 1),
+    (1001, 1000, -1e-9, 0.5, -1),
+    (1000, 1000.2, -1.0, 0.5, 1),
+    (1000.2, 1000, -1.0, 2.0, -1),
+    (1000, 700, -1.0, 1e10, 1),  # rho fits, beta rho does not
+    (700, 1000, -1e10, 1.0, -1),
+]
+
+
+@pytest.mark.parametrize(("past", "ahead", "advantage", "beta", "sign"), OVERFLOWS)
+def test_where_neither_ratio_nor_k3_fits_the_larger_has_the_gradient(past, ahead, advantage, beta, sign):
     """The ratio pulls the log-probability down and k3 up, each beyond float64; together they are no NaN."""
     logps = vector(-2000, -1)[:, None].requires_grad_()
     old, ref = vector(-2000 - past, -1)[:, None], vector(-2000 + ahead, -1)[:, None].requires_grad_()
-    out = losses.grpo(logps, ref, vector(reward, 0), 0.5, scale="none", old_logps=old)
+    out = losses.grpo(logps, ref, vector(2 * advantage, 0), beta, scale="none", old_logps=old)
     found, of_ref = torch.autograd.grad(out, (logps, ref))
     assert out.item() == math.inf and found[0].item() == sign * math.inf and bool(found[1].isfinite())
-    assert of_ref[0].item() == math.inf  # nothing pulls the reference the other way
+    assert of_ref[0].item() == math.inf or ahead < 709  # nothing pulls the reference the other way
+
+
+def test_equal_rewards_of_valid_draws_have_no_advantage():
+    valid = torch.tensor([False, True, True, False, True, True, True, True, True])
+    for reward in (0.1, 1e6 + 0.1, -1 / 3):
+        logps = torch.full((9, 1), -1.0, dtype=F64, requires_grad=True)
+        rewards = torch.where(valid, torch.full((9,), reward, dtype=F64), 7.0)
+        for scale in ("group", "none"):
+            out = losses.grpo(logps, logps.detach(), rewards, 1.0, valid=valid, scale=scale)
+            assert not bool(torch.autograd.grad(out, logps)[0].any())
 
 
 @pytest.mark.parametrize(
@@ -2039,3 +2068,31 @@ def test_what_counts_is_still_looked_at():
             losses.grpo(TOKENS + vector(0, bad, 1)[:, None], TOKENS, R3, 1.0, valid=valid)
     with pytest.raises(TypeError, match="^rewards must be a floating-point torch.Tensor, got list"):
         losses.grpo(TOKENS, TOKENS, [0.0, 1.0, 2.0], 1.0, valid=valid)
+
+
+@pytest.mark.parametrize(
+    "name", ["policy_gradient", "rloo", "dpo", *(f"grpo-{kl}" for kl in ("reward", "k1", "k2", "k3"))]
+)
+def test_a_temperature_per_row_is_that_of_the_row(name, rng):
+    shape = (2, 3, 4, 5)  # batch, batch, draws, tokens
+    logps, ref, more, other = (-torch.rand(shape, generator=rng, dtype=F64) for _ in range(4))
+    rewards, beta = (
+        torch.randn(shape[:3], generator=rng, dtype=F64),
+        vector(0.3, 1.0, 4.0) + torch.rand(2, 1, generator=rng, dtype=F64),
+    )
+    function, _, kl = name.partition("-")
+
+    def loss(i, b):
+        if function == "grpo":
+            return losses.grpo(logps[i], ref[i], rewards[i], b, kl=kl)
+        if function == "dpo":
+            return losses.dpo(logps[i], more[i], ref[i], other[i], b if isinstance(b, float) else b[..., None, None])
+        b = b[..., None] if function == "policy_gradient" and isinstance(b, torch.Tensor) else b
+        return getattr(losses, function)(logps[i].sum(-1), ref[i].sum(-1), rewards[i], b)
+
+    together = loss(..., beta)
+    assert together.dtype == F64
+    for i in itertools.product(range(2), range(3)):
+        close(together[i], loss(i, beta[i].item()), 1e-14)
+    close(loss(..., beta[:, :1]), loss(..., beta[:, :1].expand(2, 3)))
+    close(loss(..., beta.float()), loss(..., beta.float().double()))

@@ -775,3 +775,39 @@ def test_a_tilted_reference_must_be_long_enough(rng):
     chain = MarkovChain(law(0.4, 0.3, 0.3).expand(3, 3), "ab ").tilt(vector(0, 1, 0), 1.0, 3)
     with pytest.raises(ValueError, match="length must be at most 3, the length of the reference, got 4"):
         TransformerPolicy(chain, 4, generator=rng, width=8, heads=2)
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_block_is_the_pre_norm_layer_of_pytorch(rng):
+    ours = policies._Block(12, 3, torch.device("cpu"), rng)
+    theirs = torch.nn.TransformerEncoderLayer(
+        12, 3, 48, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    same = {
+        "self_attn.in_proj": ours.qkv,
+        "self_attn.out_proj": ours.out,
+        "linear1": ours.up,
+        "linear2": ours.down,
+        "norm1": ours.before_attention,
+        "norm2": ours.before_mlp,
+    }
+    with torch.no_grad():
+        for name, layer in same.items():
+            for kind in ("weight", "bias"):
+                value = getattr(layer, kind)
+                value += 0.3 * torch.randn(value.shape, generator=rng)
+                joint = "_" if "in_proj" in name else "."
+                theirs.get_parameter(f"{name}{joint}{kind}").copy_(value)
+        x = torch.randn(2, 5, 12, generator=rng)
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(5)
+        torch.testing.assert_close(ours(x, None)[0], theirs(x, src_mask=mask, is_causal=True), rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_start_at_unit_length(rng):
+    chain, state = random_chain(3, 1, rng), rng.get_state()
+    policy = TransformerPolicy(chain, 3, generator=rng, width=16)
+    rng.set_state(state)
+    for entries in (policy.symbols, policy.places):
+        assert torch.equal(entries, torch.randn(entries.shape, generator=rng, dtype=torch.float32) / 4)

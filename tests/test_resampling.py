@@ -457,3 +457,16 @@ def test_top_k_needs_enough_in_every_row(rng):
 def test_the_bound_of_rejection_is_finite(max_reward, rng):
     with pytest.raises(ValueError, match=f"max_reward must be finite, got {max_reward}"):
         resampling.rejection(vector(-1.0, -math.inf), 1.0, max_reward, generator=rng)
+
+
+def test_rejection_takes_a_temperature_per_sample(monkeypatch):
+    rewards, beta = vector(0, -1, -2)[:, None].expand(3, 2), vector(0.5, 2)
+    for u in (0.1, 0.3, 0.5, 0.9):
+        monkeypatch.setattr(torch, "rand", lambda size, u=u, **kwargs: torch.full(size, u, dtype=F64))
+        both = resampling.rejection(rewards, beta, 0.0, generator=torch.Generator())
+        each = [
+            resampling.rejection(rewards[:, i], b, 0.0, generator=torch.Generator()) for i, b in enumerate((0.5, 2))
+        ]
+        assert torch.equal(both, torch.stack(each, -1))
+    with pytest.raises(ValueError, match=r"^beta must broadcast .* got"):
+        resampling.rejection(rewards[:, 0], beta, 0.0, generator=torch.Generator())

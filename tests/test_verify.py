@@ -2,10 +2,14 @@ import hashlib
 import itertools
 import math
 import sys
+from contextlib import nullcontext
+from fractions import Fraction
+from types import SimpleNamespace
 
 import mpmath
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.special
 import scipy.stats
 import torch
@@ -1088,3 +1092,312 @@ def test_checks_leave_their_inputs_alone():
     plan(target, wrong)
     for value, before in itertools.zip_longest((drawn, target, wrong), (Y, S0, HOT)):
         assert torch.equal(value, before)
+
+
+@pytest.mark.parametrize("one", [law(0.2, 0.3, 0.5), 0.25, np.array([0.25]), iter([0.25])])
+def test_declared_ones_come_in_a_list(one):
+    calls = [
+        lambda: match(torch.tensor([0, 1]), law(0.5, 0.3, 0.2), claim="a", versus=one),
+        lambda: log_e_value([1, 1, 0], law(0.5, 0.3, 0.2), one),
+        lambda: verify.mean([0.5, 0.25], 0.5, low=0, high=1, claim="a", versus=one),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match="^versus must be a list or tuple, got "):
+            call()
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+LEVELS = {"alpha": 1e-3, "miss": 1e-2}
+
+
+def test_every_field_of_every_verdict():
+    samples, other = torch.tensor([0, 0, 1, 2, 0, 1]), law(0.1, 0.6, 0.3)
+    log10_e = log_e_value([3, 2, 1], S0, [HOT, other]) / math.log(10)
+    need = max(plan(S0, q, **LEVELS, declared=2) for q in (HOT, other))
+    fields = {"plan": need, "declared": 2, **LEVELS, "log10_e": log10_e, "method": "e-value"}
+    got = match(samples, S0, claim="c", versus=[HOT, other], **LEVELS)
+    assert got == Verdict("c", "match", "INCONCLUSIVE", 6, **fields)
+
+    ends = {"low": -1.0, "high": 4.0}
+    got = verify.mean([0.0, 1.0, 2.0, 2.5], 1.5, **ends, claim="c", versus=[1.0, 2.5], **LEVELS)
+    fields["plan"] = max(verify.plan_mean(1.5, q, **ends, **LEVELS, declared=2) for q in (1.0, 2.5))
+    assert got == Verdict("c", "mean", "INCONCLUSIVE", 4, **{**fields, "log10_e": got.log10_e})
+
+    computed = {"error": 0.5, "method": "computed"}
+    assert exact([1, 1.5], 1.0, 0.25, claim="c") == Verdict("c", "exact", "REJECT", 2, eps=0.25, **computed)
+    assert bound([1, 3], [2, 2.5], claim="c", delta=1e-9) == Verdict("c", "bound", "REJECT", 2, delta=1e-9, **computed)
+    seen = Verdict("c", "observed", "REJECT", 2, eps=2.5, error=0.5, method="observed")
+    assert verify.observed([1, 3], 2.5, claim="c") == seen
+
+
+@pytest.mark.parametrize("tier", ["ratio", "counts", "cells(2)"])
+def test_every_field_of_a_distance(tier, rng):
+    q, eps, delta = law(0.4, 0.4, 0.2), 0.9, 1e-3
+    draws = sample(q, 3000, generator=rng)
+    x = (1 - (S0 - q).exp()).clamp(min=0)[draws]
+    options = {"ratio": {"log_q": q}, "counts": {}, "cells(2)": {"cells": torch.tensor([0, 1, 1])}}[tier]
+    got = within(draws, S0, eps, claim="c", delta=delta, **options)
+    if tier == "ratio":
+        ends = {"tv_lo": 1 - verify.tv_upper_bound(1 - x, delta=delta), "tv_hi": verify.tv_upper_bound(x, delta=delta)}
+        need = math.ceil(-2 * math.log(delta) / (0.75 * eps))
+    else:
+        k = 3 if tier == "counts" else 2
+        laws, indices = (S0.exp(), draws) if k == 3 else (vector(0.5, 0.5), draws.clamp(max=1))
+        counts = torch.bincount(indices, minlength=k).double()
+        radius = weissman_and_mcdiarmid(k, 3000, delta)
+        ends = {"tv_hi": (counts / 3000 - laws).abs().sum().item() / 2 + radius, "tv_lo": got.tv_lo}
+        need = next(m for m in itertools.count(1) if weissman_and_mcdiarmid(k, m, delta) <= eps / 2)
+        assert got.tv_hi == pytest.approx(ends["tv_hi"], rel=1e-12)
+        ends["tv_hi"] = got.tv_hi
+    assert got == Verdict("c", "within", "PASS", 3000, plan=need, eps=eps, delta=delta, method=tier, **ends)
+    # The ends are included: eps = tv_hi passes, eps = tv_lo is not rejected.
+    assert 0 < got.tv_lo < got.tv_hi < 1
+    assert within(draws, S0, got.tv_hi, claim="c", delta=delta, **options).decision == "PASS"
+    assert within(draws, S0, got.tv_lo, claim="c", delta=delta, **options).decision == "INCONCLUSIVE"
+
+
+def weissman_and_mcdiarmid(k, n, delta):
+    weissman = math.sqrt((math.log(2**k - 2) - math.log(delta)) / (2 * n))
+    return min(weissman, math.sqrt((k - 1) / n) / 2 + math.sqrt(-math.log(delta) / (2 * n)))
+
+
+def test_within_plans_the_fewest_samples():
+    assert within(torch.zeros(3).long(), law(1), 0.5, claim="c").plan == 1  # one outcome: nothing to learn
+    need = within(torch.tensor([0, 1]), law(0.5, 0.5), 0.9, claim="c", delta=0.9).plan
+    assert weissman_and_mcdiarmid(2, need, 0.9) <= 0.45 < weissman_and_mcdiarmid(2, need - 1, 0.9) and need == 2
+    assert within(torch.tensor([0]), law(0.5, 0.5), 0.9, claim="c").tv_hi == 1  # no distance is larger
+
+
+def test_within_takes_1024_outcomes():
+    even = torch.full((1025,), -math.log(1025), dtype=F64)
+    with pytest.raises(ValueError, match="target must have at most 1024 outcomes without log_q or cells, got 1025"):
+        within(torch.tensor([0]), even, 0.5, claim="c")
+    within(torch.tensor([0]), torch.log_softmax(even[:1024], -1), 0.5, claim="c")
+
+
+@pytest.mark.parametrize(
+    ("samples", "probs", "delta", "hits", "trials", "expected"),
+    [
+        # First half all 1, so the event is {1}: 5 of 5 in the second half, and the tail of the binomial is x^5.
+        ([1] * 10, (0.9, 0.1), 0.01, 5, 5, 0.1),
+        ([1] * 11, (0.9, 0.1), 0.01, 6, 6, 0.1),
+        ([1, 1, 0], (0.99, 0.01), 0.5, 1, 2, 0.01),
+        # Outcome 1 is as frequent as it should be, which says nothing: the event is {2}.
+        ([0, 1, 2, 2, 2, 2, 1, 0], (0.5, 0.25, 0.25), 0.5, 2, 4, 0.25),
+        ([0, 0, 0, 1], (0.9, 0.1), 0.5, 1, 2, 0.9),
+    ],
+)
+def test_the_lower_bound_by_hand(samples, probs, delta, hits, trials, expected):
+    # Clopper-Pearson: the p at which `hits` or more of `trials` have probability delta.
+    lowest = scipy.optimize.brentq(lambda p: scipy.stats.binom.sf(hits - 1, trials, p) - delta, 1e-12, 1, xtol=1e-14)
+    got = within(torch.tensor(samples), law(*probs), 0.99, claim="c", delta=delta).tv_lo
+    assert got == pytest.approx(max(0, lowest - expected), abs=1e-9)
+
+
+@pytest.mark.parametrize("delta", [1e-8, 0.3])
+def test_tv_upper_bound_bets_by_what_it_has_seen(delta, rng):
+    """The predictable plug-in bets of the source, value by value: a prior value of 1/2 and a prior variance of 1/4."""
+    x = torch.rand(40, generator=rng, dtype=F64).tolist()
+
+    def log_wealth(m):
+        total, seen, squares, variance = 0.0, 0.0, 0.0, 0.25
+        for t, value in enumerate(x, 1):
+            bet = min(math.sqrt(-2 * math.log(delta) / (len(x) * variance)), 0.75 / (1 - m))
+            total += math.log1p(-bet * (value - m))
+            seen += value
+            squares += (value - (0.5 + seen) / (t + 1)) ** 2
+            variance = (0.25 + squares) / (t + 1)
+        return total
+
+    edge = scipy.optimize.brentq(lambda m: log_wealth(m) + math.log(delta), sum(x) / len(x), 1 - 1e-12, xtol=1e-15)
+    assert verify.tv_upper_bound(x, delta=delta) == pytest.approx(edge, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [2**30, 2**31 - 1, 10**12, 10**15])
+def test_counts_in_excess_keep_their_digits(n, rng):
+    """c - n p to a part in 10^18 of n: in double precision it would be one in 10^16."""
+    target = random_law(7, rng)
+    counts = np.floor(n * target.exp().numpy())
+    counts[0] += n - counts.sum()
+    got = verify._excess_counts(counts, verify._law("target", target))
+    assert got.dtype == np.float64
+    with mpmath.workdps(40):
+        wanted = [float(c - n * mpmath.exp(x)) for c, x in zip(map(int, counts), log_law(target), strict=True)]
+    assert np.abs(got - wanted).max() <= n * (1e-18 if np.finfo(np.longdouble).eps < 1e-18 else 1e-15)
+
+
+def test_counts_up_to_2_to_the_53():
+    even = law(0.5, 0.5)
+    with mpmath.workdps(60):
+        assert relative_error(log_e_value([2**53, 2**53], even), reference([2**53, 2**53], even)) <= PRECISION
+    with pytest.raises(ValueError, match=r"counts must be 2 whole numbers .* none above 2\^53"):
+        log_e_value([2**53 + 2, 0], even)
+
+
+def test_series_next_to_what_they_replace():
+    with mpmath.workdps(50):
+        for x in (16.0, 17.5, 30.0, 1e3, 1e9):
+            z = mpmath.mpf(x)
+            remainder = mpmath.loggamma(z) - (z - 0.5) * mpmath.log(z) + z - mpmath.log(2 * mpmath.pi) / 2
+            assert verify._stirling_series(x) == pytest.approx(float(remainder), rel=1e-13, abs=0)
+        for size in (1e-300, 1e-12, 1e-6, 1e-3, 0.009, 0.01, 0.0101, 0.02, 0.3, 0.5, 3.0):
+            for x in (size, -size):
+                tail = float(mpmath.expm1(mpmath.mpf(x)) - mpmath.mpf(x)) if size > 1e-100 else 0.0
+                digits = 1e-15 if size <= 0.01 else 1e-13  # beyond it exp(x) - 1 and x cancel in two digits
+                assert float(verify._exp_tail(np.float64(x))) == pytest.approx(tail, rel=digits, abs=0)
+                if size > 1e-100 and x > -1:
+                    z = mpmath.mpf(x)
+                    tail = float((1 + z) * mpmath.log1p(z) - z)
+                    assert float(verify._log_tail(np.float64(x))) == pytest.approx(tail, rel=digits, abs=0)
+
+
+def test_laws_that_are_not_quite_normalised_mean_what_they_are_after_it():
+    counts, far = [100, 150, 750], law(0.1, 0.1, 0.8)  # so that the directed half of E counts
+    expected = log_e_value(counts, S0, [far])
+    assert log_e_value(counts, S0 + 1e-9, [far - 1e-9]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [1e-8, 0.05])
+def test_an_e_value_of_exactly_one_over_alpha_rejects(alpha):
+    edge = -math.log(alpha)
+    for log_e, decision in ((edge, "REJECT"), (math.nextafter(edge, 0), "PASS")):
+        assert verify._e_verdict("c", "match", 5, log_e, None, 0, alpha, 0.1).decision == decision
+
+
+@pytest.mark.parametrize("noncentrality", [0.011, 0.5, 30.1])
+def test_plan_for_an_undeclared_law_at_every_level(noncentrality):
+    # Outcome 0 is equally likely under both. The noncentrality n chi2 brings the power at the cut to 1 - miss.
+    p, q, alpha = law(0.5, 0.4, 0.1), law(0.5, 0.395, 0.105), 0.99
+    chi2 = ((q.exp() - p.exp()) ** 2 / p.exp()).sum().item()
+    cut = min((1 + g) * (2 * math.log(8 / alpha) + 2 * math.log1p(1 / g)) for g in (4.0**j for j in range(-3, 5)))
+    miss = float(scipy.stats.ncx2.cdf(cut, 2, noncentrality))
+    try:
+        n = plan(p, q, alpha=alpha, miss=miss, declared=None)
+    except ValueError as error:  # too few for chi-square, but this many
+        n = int(str(error).split("n = ")[1].split()[0])
+    assert n == math.ceil(noncentrality / chi2)
+
+
+def test_an_outcome_as_likely_under_both_says_nothing_about_the_plan():
+    n = plan(law(0.5, 0.4, 0.1), law(0.5, 0.1, 0.4), declared=None)  # log(q / p) is exactly 0 there: no warning
+    assert n > 0
+
+
+def test_plan_for_an_undeclared_law_expects_five_of_the_rarest():
+    expected = []
+    for change in np.linspace(0.05, 0.44, 70):
+        target, wrong = law(0.5, 0.45, 0.05), law(0.5 + change, 0.45 - change, 0.05)
+        try:
+            expected.append(plan(target, wrong, alpha=0.3, miss=0.3, declared=None) * 0.05)
+        except ValueError as error:
+            assert "below the 5 that the chi-square approximation needs" in str(error)
+    assert 0 < len(expected) < 70 and 5 <= min(expected) < 6
+
+
+@pytest.mark.parametrize("change", [1e-13, 1e-9, 1e-3, 0.2])
+@pytest.mark.parametrize(("low", "high", "position"), [(0.0, 1.0, 0.3), (-3.0, 5.0, 0.3), (2.0, 2.5, 0.9)])
+def test_plan_of_a_mean_is_that_of_two_outcomes(low, high, position, change):
+    expected = low + (high - low) * position
+    wrong = expected + change * (high - low) * (1 - position)
+    gap, left, right = (
+        Fraction(wrong) - Fraction(expected),
+        Fraction(expected) - Fraction(low),
+        Fraction(high) - Fraction(expected),
+    )
+    with mpmath.workdps(50):
+        a, b = mpmath.mpf(left.numerator) / left.denominator, mpmath.mpf(right.numerator) / right.denominator
+        d = mpmath.mpf(gap.numerator) / gap.denominator
+        p, q = (a / (a + b), b / (a + b)), ((a + d) / (a + b), (b - d) / (a + b))
+
+        def samples_at(s):
+            affinity = mpmath.fsum(x**s * y ** (1 - s) for x, y in zip(p, q, strict=True))
+            return (mpmath.log(1e2) + s * mpmath.log(2e3)) / -mpmath.log(affinity)
+
+        least = min(samples_at(mpmath.mpf(i) / 1000) for i in range(1, 1000))
+    got = verify.plan_mean(expected, wrong, low=low, high=high, **LEVELS)
+    # Close laws get a margin of twice the largest log-ratio.
+    margin = float(2 * max(abs(mpmath.log(y / x)) for x, y in zip(p, q, strict=True))) if change <= 1e-3 else 0
+    assert got == pytest.approx(math.ceil(float(least) * (1 + margin)), rel=1e-5, abs=1)
+    assert got == verify.plan_mean(expected, wrong, low=low, high=high, **LEVELS, declared=1)
+
+
+def test_errors_name_the_argument_first():
+    ends = {"low": 0.0, "high": 1.0}
+    for call, text in (
+        (lambda: verify.plan_mean(0.5, 0.6, **ends, alpha=2), "alpha must lie"),
+        (lambda: verify.plan_mean(2.0, 0.6, **ends), "expected must lie"),
+        (lambda: verify.plan_mean(0.5, 0.6, low="0", high=1.0), "low must be a number"),
+        (lambda: verify.plan_mean(0.5, 0.6, low=0.0, high="1"), "high must be a number"),
+        (lambda: verify.plan_mean(0.5, 0.5, low=0.5, high=0.5), "low and high must be finite with low < high"),
+        (lambda: verify.plan_mean(0.5, 0.6, low=-1.7e308, high=1.7e308), "low and high must be finite"),
+        (lambda: verify.plan_mean(0.5, 0.6, **ends, declared=0), "declared must be an integer"),
+        (lambda: verify.tv_upper_bound("x"), "x must hold numbers"),
+        (
+            lambda: verify.tv_upper_bound([0.5, 2]),
+            "x must hold at least one value, each in .0, 1., got values from 0.5 to 2",
+        ),
+        (lambda: within(torch.tensor([0]), vector(0, 0), 0.5, claim="c", log_q=law(1, 0)), "target must be log-prob"),
+        (lambda: within([0], lambda s: ["x"], 0.5, claim="c", log_q=lambda s: [0.0]), "target must hold numbers"),
+        (lambda: within([], lambda s: [], 0.5, claim="c", log_q=lambda s: []), "samples must have finite log_q"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{text}"):
+            call()
+
+
+def test_one_sample_has_a_density_ratio():
+    got = within(torch.tensor([1]), S0, 0.5, claim="c", log_q=law(0.2, 0.6, 0.2))
+    assert got.n == 1 and got.tv_hi == verify.tv_upper_bound([0.5])
+
+
+def test_distances_of_integers_of_any_size():
+    assert exact(10**30, 0, claim="c").error == 1e30
+    assert exact(10**400, 0, claim="c").error == 1e300  # a float holds no more
+    with pytest.raises(ValueError, match="value and expected must both be integers where one needs more than 53 bits"):
+        exact(10**30 + 1, 0.5, claim="c")
+
+
+def test_the_slack_of_each_comparison_is_attained():
+    assert exact(1.25, 1.0, 0.25, claim="c") and not exact(math.nextafter(1.25, 2), 1.0, 0.25, claim="c")
+    assert bound(1e-12, 0.0, claim="c") and not bound(1.5e-12, 0.0, claim="c")
+    assert bound(-3.0 + 2e-12, -3.0, claim="c") and not bound(-3.0 + 4e-12, -3.0, claim="c")
+    for check in (exact, bound):
+        got = check([1.0, math.nan], [1.0, 2.0], claim="c")
+        assert got.decision == "REJECT" and got.error == math.inf
+    eps = 2.0**-20
+    falsify(lambda x: exact(x, 1.0, eps, claim="c"), 1 + 100 * eps, claim="c!just")
+
+
+def test_a_falsifier_id_begins_with_the_claim():
+    with pytest.raises(ValueError, match="claim must be of the form id!name, got '!a!b'"):
+        falsify(lambda x: exact(x, 1.0, claim="c"), 2.0, claim="!a!b")
+
+
+def test_only_a_rejected_falsifier_was_expected():
+    assert exact(1.0, 2.0, claim="c").line().endswith("eps=1e-12")
+    assert exact(1.0, 1.0, claim="c!x").line().endswith("eps=1e-12")
+    assert exact(1.0, 2.0, claim="c!x").line().endswith("eps=1e-12  [falsifier, expected]")
+    unseen = Verdict("c!x", "within", "INCONCLUSIVE", 1, tv_lo=0.0, tv_hi=1.0, eps=0.5, delta=1e-8, method="counts")
+    assert unseen.line() == "INCONCLUSIVE within  c!x  n=1  tv_lo=0  eps=0.5  delta=1e-08  tier=counts"
+
+
+class Shell:
+    execution_count = 7
+
+
+@pytest.mark.parametrize(("shell", "run"), [(Shell(), 7), (None, None)])
+def test_the_run_of_a_cell_is_that_of_the_shell(shell, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert verify._cell_run() == run
+    monkeypatch.delitem(sys.modules, "IPython")
+    assert verify._cell_run() is None
+
+
+def test_the_place_of_a_claim_is_where_it_is_reported(monkeypatch):
+    monkeypatch.setattr(sys, "_getframe", lambda depth, now=sys._getframe: list(own_frames(now(1)))[depth])
+    # All cells are started from this one line; each is a file of its own.
+    for run, (file, fresh) in enumerate([("<cell 1>", True), ("<cell 1>", True), ("<cell 2>", False)]):
+        monkeypatch.setattr(verify, "_cell_run", lambda run=run: run)
+        program = compile("verify.report(verify.exact(1, 1, claim='cell'))", file, "exec")
+        with nullcontext() if fresh else pytest.raises(ValueError, match="claim must be a new id, got 'cell'"):
+            exec(program)

@@ -94,13 +94,23 @@ def _draws(**logps: Tensor) -> None:
     _checks.same_shape(**logps)
 
 
-def _returns(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """Check the arguments and compute r - beta log(pi / p), in float64."""
+def _temperature(beta: float | Tensor, batch: torch.Size, dims: int = 0) -> float | Tensor:
+    """Check a temperature, or one per row of a batch; append dimensions that run within a row."""
+    _checks.positive_per_row("beta", beta, batch)
+    if not isinstance(beta, Tensor):
+        return float(beta)
+    if torch.broadcast_shapes(beta.shape, batch) != batch:
+        raise ValueError(f"beta must broadcast to the batch dimensions {tuple(batch)}, got shape {tuple(beta.shape)}")
+    return beta.double()[(..., *[None] * dims)]
+
+
+def _returns(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float | Tensor, dims: int = 0) -> Tensor:
+    """Check the arguments and compute r - beta log(pi / p), in float64; the last `dims` dimensions lie within a row."""
     _draws(logps=logps, ref_logps=ref_logps)
     _checks.finite("rewards", rewards)
     _checks.same_shape(logps=logps, rewards=rewards)
-    _checks.positive("beta", beta)
-    return rewards.double() - float(beta) * (logps.double() - ref_logps.double())
+    beta = _temperature(beta, logps.shape[: max(logps.ndim - dims, 0)], dims)
+    return rewards.double() - beta * (logps.double() - ref_logps.double())
 
 
 def _constant(advantages: Tensor) -> Tensor:
@@ -119,7 +129,7 @@ def _as_tensor(name: str, value: object, like: Tensor) -> Tensor:
 
 
 def policy_gradient(
-    logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float, *, baseline: float | Tensor = 0.0
+    logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float | Tensor, *, baseline: float | Tensor = 0.0
 ) -> Tensor:
     """Compute the REINFORCE loss of E r - beta KL(pi || p), at draws of the policy.
 
@@ -133,7 +143,7 @@ def policy_gradient(
         logps: log pi(y) of fresh draws, any shape; for sequences the sum over tokens.
         ref_logps: log p(y) of the same draws, same shape.
         rewards: r(y), same shape, finite.
-        beta: KL coefficient in reward units, > 0.
+        beta: KL coefficient in reward units, > 0: a number, or a tensor that broadcasts against `rewards`.
         baseline: Number or tensor that broadcasts against `rewards`; not a function of the same draw.
 
     Returns:
@@ -153,7 +163,7 @@ def policy_gradient(
     return (-logps.double() * _constant(returns - level)).to(logps.dtype)
 
 
-def rloo(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+def rloo(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> Tensor:
     """Compute the leave-one-out policy gradient loss of E r - beta KL(pi || p), at groups of draws.
 
         loss = -(1/G) sum_i log pi(y_i) sg[R_i - (1/(G-1)) sum_{j != i} R_j],    R = r - beta log(pi / p)
@@ -165,7 +175,8 @@ def rloo(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tens
         logps: log pi(y) of fresh draws, shape (..., G), G >= 2; for sequences the sum over tokens.
         ref_logps: log p(y) of the same draws, same shape.
         rewards: r(y), same shape, finite.
-        beta: KL coefficient in reward units, > 0.
+        beta: KL coefficient in reward units, > 0: a number, or a tensor that broadcasts against the batch dimensions,
+            one per group.
 
     Returns:
         Loss per group, shape (...), dtype of `logps`.
@@ -176,7 +187,7 @@ def rloo(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tens
 
     Source: [kool2019], [ahmadian2024]; book, `policy-gradient-tilt`.
     """
-    returns = _returns(logps, ref_logps, rewards, beta)
+    returns = _returns(logps, ref_logps, rewards, beta, dims=1)
     _group("logps", logps, -1)
     return -(logps.double() * _constant(_leave_one_out(_centred(returns), returns.shape[-1]))).mean(-1).to(logps.dtype)
 
@@ -206,7 +217,7 @@ def grpo(
     logps: Tensor,
     ref_logps: Tensor | None,
     rewards: Tensor,
-    beta: float,
+    beta: float | Tensor,
     *,
     kl: Literal["reward", "k1", "k2", "k3"] = "k3",
     baseline: Literal["group", "leave-one-out"] = "group",
@@ -250,7 +261,8 @@ def grpo(
         logps: log pi of each token, shape (..., G, L), G >= 2, L >= 1.
         ref_logps: log p of each token, same shape; None only with `beta` = 0.
         rewards: Reward of each sequence, shape (..., G), finite.
-        beta: KL coefficient in reward units, >= 0; at 0 the reference plays no part.
+        beta: KL coefficient in reward units, >= 0: a number, at 0 the reference plays no part; or a tensor of numbers
+            > 0 that broadcasts against the batch dimensions, one per group.
         kl: Where KL enters. "k1", "k2", "k3": that term in the loss, differentiated. "reward": -beta log(pi / p) of the
             sequence is added to its reward before baseline and scale.
         baseline: "group": the mean over the group, the own draw included. "leave-one-out": the mean of the others.
@@ -282,16 +294,19 @@ def grpo(
         `grpo-binary-exact` and `token-level-kl`.
     """
     _checks.tensor("logps", logps)
-    _checks.nonnegative("beta", beta)
+    if not isinstance(beta, Tensor):
+        _checks.nonnegative("beta", beta)
+    free = not isinstance(beta, Tensor) and beta == 0
     low, high = _clip_range(clip)
     _checks.one_of("kl", kl, ("reward", "k1", "k2", "k3"))
     _checks.one_of("baseline", baseline, ("group", "leave-one-out"))
     _checks.one_of("scale", scale, ("group", "none"))
     _checks.one_of("length_norm", length_norm, ("none", "sequence", "group"))
     _group("logps", logps, -2)
+    weight = 0.0 if free else _temperature(beta, logps.shape[:-2], 2)
     draws, tokens = _counted(logps, valid, mask)
     now = _tokens("logps", logps, logps, tokens)
-    ref = now.detach() if ref_logps is None and beta == 0 else _tokens("ref_logps", ref_logps, logps, tokens)
+    ref = now.detach() if ref_logps is None and free else _tokens("ref_logps", ref_logps, logps, tokens)
     old = now.detach() if old_logps is None else _tokens("old_logps", old_logps, logps, tokens).detach()
     _checks.tensor("rewards", rewards)
     if rewards.shape != logps.shape[:-1]:
@@ -299,18 +314,17 @@ def grpo(
     kept = torch.where(draws, rewards, 0)
     _checks.finite("rewards", kept)
 
-    beta = float(beta)
-    log_rho = ref - now if beta > 0 else now.detach() - now  # 0 times an overflow is not 0
-    change = beta * log_rho.detach() if kl == "reward" else None
+    log_rho = now.detach() - now if free else ref - now  # 0 times an overflow is not 0
+    change = weight * log_rho.detach() if kl == "reward" else None
     advantages = _advantages(kept.detach().double(), change, draws, baseline, scale).unsqueeze(-1)
     log_ratios = _clipped(now - old, advantages, low, high)
     if kl == "k3":
-        ratio_larger, k3_larger = _both_overflow(log_ratios, advantages, log_rho, beta)
+        ratio_larger, k3_larger = _both_overflow(log_ratios, advantages, log_rho, weight)
         log_ratios = torch.where(k3_larger, log_ratios.detach(), log_ratios)
         log_rho = torch.where(ratio_larger, ref - now.detach(), log_rho)
     per_token = torch.exp(log_ratios) * advantages
     if kl != "reward":
-        per_token = per_token - beta * getattr(_estimates(log_rho), kl)
+        per_token = per_token - weight * getattr(_estimates(log_rho), kl)
     return -_over_tokens(per_token, draws, tokens, length_norm).to(logps.dtype)
 
 
@@ -378,12 +392,14 @@ def _clipped(log_ratios: Tensor, advantages: Tensor, low: float, high: float) ->
 
 
 @torch.no_grad()
-def _both_overflow(log_ratios: Tensor, advantages: Tensor, log_rho: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _both_overflow(
+    log_ratios: Tensor, advantages: Tensor, log_rho: Tensor, beta: float | Tensor
+) -> tuple[Tensor, Tensor]:
     """Say where neither rho A nor beta k3 fits, and which is larger. Their gradients have opposite signs there."""
     both = (log_ratios.exp() * advantages).isinf() & (beta * log_rho.exp()).isinf()
     if not bool(both.any()):
         return both, both
-    ratio_larger = log_ratios + advantages.abs().log() > log_rho + math.log(beta)
+    ratio_larger = log_ratios + advantages.abs().log() > log_rho + torch.as_tensor(beta).double().log()
     return both & ratio_larger, both & ~ratio_larger
 
 
@@ -451,7 +467,7 @@ def dpo(
     rejected_logps: Tensor,
     ref_chosen_logps: Tensor,
     ref_rejected_logps: Tensor,
-    beta: float,
+    beta: float | Tensor,
     labels: Tensor | float = 1.0,
 ) -> Tensor:
     """Compute the direct preference optimisation loss: Bradley-Terry with the rewards that the policy implies.
@@ -467,7 +483,7 @@ def dpo(
         rejected_logps: log pi of the second item, same shape.
         ref_chosen_logps: log p of the first item, same shape.
         ref_rejected_logps: log p of the second item, same shape.
-        beta: Temperature of the tilt in reward units, > 0.
+        beta: Temperature of the tilt in reward units, > 0: a number, or a tensor that broadcasts, one per pair.
         labels: Probability that the first item wins, in [0, 1]: a number or a tensor that broadcasts.
 
     Returns:
@@ -486,9 +502,9 @@ def dpo(
         ref_chosen_logps=ref_chosen_logps,
         ref_rejected_logps=ref_rejected_logps,
     )
-    _checks.positive("beta", beta)
-    chosen = float(beta) * (chosen_logps.double() - ref_chosen_logps.double())
-    rejected = float(beta) * (rejected_logps.double() - ref_rejected_logps.double())
+    beta = _temperature(beta, chosen_logps.shape)
+    chosen = beta * (chosen_logps.double() - ref_chosen_logps.double())
+    rejected = beta * (rejected_logps.double() - ref_rejected_logps.double())
     return _comparison_loss(chosen - rejected, labels).to(chosen_logps.dtype)
 
 
@@ -631,7 +647,7 @@ def _penalised(table: Tensor, ridge: float) -> Tensor:
 def _solve_laplacian(edges: Tensor, ridge: float, right: Tensor) -> Tensor:
     """Solve (Laplacian of the edges + ridge) x = right, however small the ridge is beside the edges."""
     # Elimination on the edges and the excess of the diagonal over them: both stay >= 0 and nothing is subtracted. A
-    # diagonal that holds their sum would have lost a small ridge to rounding.
+    # diagonal that holds their sum would have lost a small ridge to rounding. That of `edges` is never read.
     edges, right = edges.clone(), right.clone()
     excess = torch.full_like(right, ridge)
     pivots = []
@@ -642,7 +658,6 @@ def _solve_laplacian(edges: Tensor, ridge: float, right: Tensor) -> Tensor:
         right[k + 1 :] += share * right[k]
         excess[k + 1 :] += share * excess[k]
         edges[k + 1 :, k + 1 :] += share[:, None] * ahead
-        edges[k + 1 :, k + 1 :].fill_diagonal_(0)
     for k in reversed(range(len(right))):
         right[k] = (right[k] + edges[k, k + 1 :] @ right[k + 1 :]) / pivots[k]
     return right

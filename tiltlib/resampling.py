@@ -207,7 +207,7 @@ def gumbel_top_k(log_weights: Tensor, n: int, *, generator: torch.Generator) -> 
     return torch.topk(keys, n, dim=-1).indices
 
 
-def rejection(rewards: Tensor, beta: float, max_reward: float, *, generator: torch.Generator) -> Tensor:
+def rejection(rewards: Tensor, beta: float | Tensor, max_reward: float, *, generator: torch.Generator) -> Tensor:
     """Decide for each sample of the reference, on its own, whether to keep it.
 
         P(keep y) = exp((min(r(y), max_reward) - max_reward) / beta)
@@ -217,7 +217,7 @@ def rejection(rewards: Tensor, beta: float, max_reward: float, *, generator: tor
 
     Args:
         rewards: Reward of each sample, any shape, floating; -inf is never kept.
-        beta: Temperature in reward units, > 0.
+        beta: Temperature in reward units, > 0: a number, or a tensor that broadcasts to the shape of `rewards`.
         max_reward: Bound on the reward, finite.
         generator: Source of randomness, on the device of `rewards`.
 
@@ -235,11 +235,14 @@ def rejection(rewards: Tensor, beta: float, max_reward: float, *, generator: tor
         raise TypeError(f"rewards must be a floating-point torch.Tensor, got {_checks.described(rewards)}")
     if not bool((rewards < math.inf).all()):
         raise ValueError("rewards must be finite or -inf (excluded), got NaN or +inf")
-    _checks.positive("beta", beta)
+    _checks.positive_per_row("beta", beta, rewards.shape)
+    if isinstance(beta, Tensor):
+        _checks.fits("beta", beta, rewards)
     _checks.number("max_reward", max_reward)
     if not -math.inf < max_reward < math.inf:
         raise ValueError(f"max_reward must be finite, got {max_reward!r}")
     # Halves are exact, and their difference does not overflow.
     bound = max_reward / 2
-    log_keep = (rewards.double() / 2).clamp(max=bound).sub(bound) / float(beta) * 2
+    temperature = beta.double() if isinstance(beta, Tensor) else float(beta)
+    log_keep = (rewards.double() / 2).clamp(max=bound).sub(bound) / temperature * 2
     return torch.rand(rewards.shape, generator=generator, device=rewards.device, dtype=torch.float64) < log_keep.exp()

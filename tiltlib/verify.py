@@ -20,7 +20,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
+_Declared = TypeVar("_Declared", float, Tensor)
 LogLaw = Tensor | Callable[[Tensor], Tensor]
 
 # Concentrations of the Dirichlet mixture in units of n: from "nearly any other law" to "a law very near the target".
@@ -159,6 +160,13 @@ def _law(name: str, logps: Tensor) -> _Law:
     return _Law(logs.numpy(), logs.exp().numpy(), given.numpy())
 
 
+def _named(versus: Sequence[_Declared]) -> list[tuple[str, _Declared]]:
+    """Require several declared laws or means, and name each by its place; one alone would be taken for its entries."""
+    if not isinstance(versus, list | tuple):
+        raise TypeError(f"versus must be a list or tuple, got {_checks.described(versus)}")
+    return [(f"versus[{i}]", value) for i, value in enumerate(versus)]
+
+
 def _laws(target: Tensor, others: Sequence[tuple[str, Tensor]]) -> tuple[_Law, list[_Law]]:
     """Check laws over the same outcomes."""
     p, laws = _law("target", target), [_law(name, q) for name, q in others]
@@ -221,7 +229,7 @@ def log_e_value(counts: ArrayLike, target: Tensor, versus: Sequence[Tensor] = ()
 
     Source: [good1967] for the mixture; [grunwald2024] for E-values; the book, "Verifying", `e-value-validity`.
     """
-    p, wrong = _laws(target, [(f"versus[{i}]", q) for i, q in enumerate(versus)])
+    p, wrong = _laws(target, _named(versus))
     c = _numbers("counts", counts)
     whole = (c >= 0) & (c <= 2**53) & (c == np.floor(c))  # beyond it a float skips numbers
     if c.shape != p.logs.shape or not whole.all() or c.sum() == 0:
@@ -388,7 +396,7 @@ def match(
     _claim_id(claim)
     _probability("alpha", alpha)
     _probability("miss", miss)
-    p, laws = _laws(target, [(f"versus[{i}]", q) for i, q in enumerate(versus)])
+    p, laws = _laws(target, _named(versus))
     wrong = [(q, _log_ratio(p, q)) for q in laws]
     c = _counts(samples, len(p.logs)).astype(np.float64)
     log_e = _log_e(c, p, wrong)
@@ -577,8 +585,8 @@ def mean(
     _probability("miss", miss)
     _probability("alpha", alpha)
     _between("expected", expected, low, high)
-    for i, value in enumerate(versus):
-        _between(f"versus[{i}]", value, low, high)
+    for name, value in _named(versus):
+        _between(name, value, low, high)
     v = _numbers("values", values).ravel()
     if not ((v >= low) & (v <= high)).all():
         raise ValueError(f"values must lie in [{low:g}, {high:g}], got values from {v.min():g} to {v.max():g}")
