@@ -674,3 +674,64 @@ def test_a_score_that_is_not_finite_spreads_no_further(bad):
     ):
         with pytest.raises(ValueError, match=text):
             call()
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def test_levels_at_the_edges_of_their_ranges():
+    for grid in (diffusion.karras, diffusion.geometric):
+        with pytest.raises(ValueError, match=r"low must lie in \(0, high\), got low = 2 and high = 2"):
+            grid(4, 2, 2)
+        assert grid(1, 0.5, 2).tolist() == [2, 0.5]
+    with pytest.raises(ValueError, match="rho must be above"):
+        diffusion.karras(4, 1, math.exp(7.005), rho=0.01)
+    assert (diffusion.karras(4, 1, math.exp(6.995), rho=0.01).diff() < 0).all()
+    with pytest.raises(ValueError, match="time must lie below 350, got 350"):
+        diffusion.variance_preserving(4, 350)
+    assert diffusion.variance_preserving(4, 349.9).isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", [diffusion.transition, diffusion.posterior_transition])
+def test_a_step_goes_down(kernel):
+    with pytest.raises(ValueError, match=r"s_next must lie in \[0, s\), got s_next = 1.0 and s = 1.0"):
+        kernel(gaussian, torch.zeros(2, 1), 1.0, 1.0)
+
+
+def weights_of_the_last(steps, order):
+    """What a step of this length in log s, after steps of these lengths, takes of each D so far, newest first."""
+    *before, h = steps
+    levels = [1.0]
+    for step in reversed(before):
+        levels.append(levels[-1] * math.exp(step))
+    past = list(zip(levels, torch.eye(len(levels), dtype=F64), strict=True))
+    return diffusion._extrapolated(past, math.exp(-h), order)
+
+
+@pytest.mark.parametrize(("before", "order"), [((0.3,), 2), ((0.3, 0.3), 3), ((0.2, 0.5), 3), ((0.6, 0.3), 3)])
+def test_errors_of_the_mean_grow_five_fold_at_most(before, order):
+    """A step so long that it would multiply them by more goes without the oldest D."""
+    low, high = 1e-3, 10.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        used = weights_of_the_last((*before, middle), order)[-1] != 0
+        low, high = (middle, high) if used else (low, middle)
+    within, beyond = (weights_of_the_last((*before, h), order) for h in (low, high))
+    close(within.sum(), 1.0)
+    close(within.abs().sum(), 5.0, 1e-9)
+    lower = weights_of_the_last((*before[1:], high), order - 1)
+    close(beyond, torch.cat([lower, vector(0)]))
+
+
+def test_four_times_as_far_is_too_far_for_a_line():
+    score, y = diffusion.of_mixture(MIXTURE), 5 * vector(-1, -0.2, 0.5, 1.5)[:, None]
+    for last, too_far in ((1 / 16, True), (1.01 / 16, False)):
+        line, point = (diffusion.sample(score, y, vector(2, 1, last), method=m) for m in ("dpmpp_2m", "euler"))
+        assert torch.equal(line, point) == too_far
+
+
+def test_levels_one_rounding_apart(rng):
+    levels = torch.tensor([2 - i * 2.0**-52 for i in range(1, 20)], dtype=F64)
+    y = torch.rand(5, 1, generator=rng, dtype=F64)
+    for method in ODES:
+        close(diffusion.sample(gaussian, y, levels, method=method), y)

@@ -242,7 +242,6 @@ def selected(n, power, levels, *, value=log_class, width=9.0, nodes=400):
 
 
 FEW = diffusion.geometric(6, 0.3, 4.0)
-STEP = guidance.soft_best_of_n_step(log_class, 6.0, 2)
 
 
 def test_selection_follows_its_exact_law(rng):
@@ -259,12 +258,14 @@ def test_selection_follows_its_exact_law(rng):
         below = cumulative[right - 1] + share * (cumulative[right] - cumulative[right - 1])
         return torch.cat([below[:1], below.diff(), 1 - below[-1:]]).log()
 
-    def draw(n, generator, step=STEP):
+    make = guidance.soft_best_of_n_step
+
+    def draw(n, generator, step=None):
+        step = step or make(log_class, 6.0, 2)
         z = torch.special.ndtri(torch.rand(n, 1, generator=generator, dtype=F64))
         y = diffusion.sample(REF, math.sqrt(18) * z, FEW, method=step, generator=generator)
         return torch.searchsorted(edges, y[:, 0].contiguous())
 
-    make = guidance.soft_best_of_n_step
     late = lambda y, s: log_class(y, 1.3 * s)  # noqa: E731
     wrong = {
         "power": (partial(draw, step=make(log_class, 5.0, 2)), law(2, 5.0)),
@@ -719,18 +720,21 @@ def test_nothing_depends_on_the_default_dtype():
 
 # --- refusals --------------------------------------------------------------------------------------------------------
 
+NO_TILT = "tilted must be a Tilted, from GaussianMixture.tilt, got GaussianMixture$"
+
 
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
         (lambda: guidance.classifier_free(REF, REF, math.nan), ValueError, "guidance_scale must be finite, got nan"),
-        (lambda: guidance.exact_value(TWO), TypeError, "tilted must be a Tilted, .* got GaussianMixture"),
-        (lambda: guidance.log_values(TWO, TWO), TypeError, "tilted must be a Tilted, .* got GaussianMixture"),
+        (lambda: guidance.exact_value(TWO), TypeError, NO_TILT),
+        (lambda: guidance.log_values(TWO, TWO), TypeError, NO_TILT),
+        (lambda: guidance.value_gradient(TWO, TWO, vector(1)[None], 1.0), TypeError, NO_TILT),
         (lambda: guidance.log_values(REF, TWO_TILTED), TypeError, "ref must be a GaussianMixture, got function"),
         (
             lambda: guidance.value_gradient(REF, TWO_TILTED, vector(1)[None], 1.0),
             TypeError,
-            "must be a GaussianMixture",
+            "ref must be a GaussianMixture, got function",
         ),
         (lambda: guidance.plug_in(REF, None, None, 1.0), TypeError, "ref must be a GaussianMixture, got function"),
         (lambda: guidance.plug_in(TWO, None, None, 0.0), ValueError, "beta must be finite and > 0, got 0.0"),
@@ -759,7 +763,9 @@ def test_nothing_depends_on_the_default_dtype():
             r"log_values must return shape \(2,\), one number per point, got \(2, 1\)",
         ),
         (
-            lambda: diffusion.sample(REF, vector(1)[None], SHORT, method=STEP),
+            lambda: diffusion.sample(
+                REF, vector(1)[None], SHORT, method=guidance.soft_best_of_n_step(log_class, 6.0, 2)
+            ),
             TypeError,
             "generator must be a torch.Generator, got NoneType",
         ),
@@ -800,6 +806,7 @@ NOISELESS = partial(diffusion.transition, churn=0.0)
         ),
         ({"y": torch.zeros(2, 0, 1)}, ValueError, r"y must have shape \(runs, n, D\) with n >= 1"),
         ({"y": torch.full((2, 4, 1), math.inf)}, ValueError, "y must be finite, got 8 of 8"),
+        ({"y": [[[0.0]]]}, TypeError, "y must be a floating-point torch.Tensor, got list"),
         ({"generator": None}, TypeError, "generator must be a torch.Generator, got NoneType"),
         (
             {"log_values": lambda y, s: 0.0},
@@ -830,3 +837,47 @@ def test_bad_particles(change, error, text):
     }
     with pytest.raises(error, match=text):
         guidance.particles(**arguments)
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_difference_of_scores_may_overflow_the_dtype_of_the_points(dtype):
+    y, top = torch.zeros(1, 1, dtype=dtype), 0.75 * torch.finfo(dtype).max
+    score = guidance.classifier_free(lambda y, s: y + top, lambda y, s: y - top, 0.5)
+    assert torch.equal(score(y, 1.0), y)
+
+
+def test_plug_in_at_its_smallest_level(rng):
+    # The mean of x_0 is y and C / s^2 is I: plain ascent of the reward.
+    y = points(5, 2, rng)
+    got = guidance.plug_in(PLANE, SADDLE, SLOPE, 2.0)(y, 1e-150)
+    close(got, PLANE.score(y) + (SLOPE - y @ SADDLE) / 2)
+
+
+def test_values_are_asked_at_every_level_but_the_last(rng):
+    seen, levels = [], vector(2, 1.7, 1.1, 0.4)
+
+    def value(y, s):
+        seen.append(s)
+        return log_values(y, s)
+
+    guidance.particles(REF, REF, points(12, 1, rng).view(3, 4, 1), levels, log_tilt, value, generator=rng)
+    assert seen == levels[:-1].tolist()
+
+
+def test_systems_of_equal_weights_are_left_alone(rng):
+    """At threshold 1, too, where weights differ in no more than their last digits; the other systems are resampled."""
+    y = points(9, 1, rng).view(3, 3, 1)
+    start = vector(0, 1, 1)[:, None] * torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.1, 0.1 * (1 + 1e-15)], [0.0, 1.0, 2.0]])
+    run = lambda threshold: guidance.particles(  # noqa: E731
+        REF, REF, y, SHORT, lambda y: 0 * y[:, 0], generator=torch.Generator().manual_seed(1), threshold=threshold,
+        scheme=lambda log_weights, n, generator: torch.full((3, n), 2), start_log_weights=start,
+    )  # fmt: skip
+    always, never = run(1.0), run(0.0)
+    assert torch.equal(always.y[:2], never.y[:2]) and torch.equal(always.log_weights[:2], never.log_weights[:2])
+    assert not torch.equal(always.y[2], never.y[2]) and (always.log_weights[2] == 0).all()
+    close(always.log_partition, never.log_partition)
+    close(always.ess, torch.full((3, 2), 3.0))
+    close(never.ess[2], (vector(1, math.e, math.e**2).sum() ** 2 / vector(1, math.e**2, math.e**4).sum()).expand(2))

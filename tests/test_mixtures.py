@@ -1,6 +1,7 @@
 """Gaussian mixtures: every closed form against its definition, by autograd, by quadrature or point by point."""
 
 import math
+import re
 
 import mpmath
 import numpy as np
@@ -364,6 +365,13 @@ def test_what_would_overflow_is_refused_by_name():
         (lambda: PAIR.tilt(None, vector(1), 1e-320), "quadratic, linear and beta = .* must keep r / beta within"),
         (lambda: PAIR.tilt(ONE, vector(1), 1e-320), "quadratic, linear and beta = .* must keep r / beta within"),
         (lambda: PAIR.tilt(None, vector(1), 1e-170), "quadratic, linear and beta = 1e-170 must "),
+        (lambda: PAIR.tilt(1e302 * ONE, None, 1.0), "quadratic, linear and beta = 1 must give variances in"),
+        (
+            lambda: GaussianMixture(law(0.5, 0.5), vector(-1, 1)[:, None], vector(0.2, 0.5)).tilt(
+                None, vector(1e151), 1.0
+            ),
+            "quadratic, linear and beta = 1 must give .* and means within",
+        ),
     ):
         with pytest.raises(ValueError, match=text):
             call()
@@ -605,6 +613,9 @@ def test_a_tilt_point_by_point(kind, sign, rng):
         assert log_partition.shape == ()
         if a is None:
             assert tilted._spectrum.shape == mixture._spectrum.shape and tilted._basis is mixture._basis
+        else:  # what components share they go on sharing
+            assert len(tilted._spectrum) == len(mixture._spectrum)
+            assert len(tilted._basis) == (1 if kind in ("one variance", "variances") else len(mixture._spectrum))
         assert a is b is None or (tilted.logps(x) - mixture.logps(x)).abs().max() > 0.1
 
 
@@ -629,8 +640,9 @@ def test_where_a_tilt_exists():
     unit = GaussianMixture(law(1), torch.zeros(1, 2, dtype=F64), vector(1))
     unit.tilt(-0.999 * two, None, 1.0)
     # I + S A / beta = -I has determinant 1: positive, and yet there is no tilt.
+    text = r"quadratic must leave S_k\^-1 \+ A / beta positive definite for every component of positive weight"
     for scale, lowest in ((-2, "-1"), (-1, "0")):
-        with pytest.raises(ValueError, match=f"got smallest eigenvalue {lowest} in component 0"):
+        with pytest.raises(ValueError, match=f"{text}, got smallest eigenvalue {lowest} in component 0"):
             unit.tilt(scale * two, None, 1.0)
     # At the edge up to rounding, in directions that are no axes: rounding makes some of these eigenvalues positive.
     for seed in range(20):
@@ -905,7 +917,10 @@ CLASSES = torch.tensor([0, 1])
         (lambda: MIX.posterior(MEANS / 0), ValueError, "x must be finite, got"),
         (lambda: MIX.uniforms([1.0]), TypeError, "x must be a floating-point torch.Tensor, got list"),
         (lambda: MIX.denoise(MEANS[:, :1], 1.0, 1.0), ValueError, r"xt must have shape \(n, 3\), got \(2, 1\)"),
-        (lambda: MIX.denoise_covariance(MEANS[0], 1.0, 1.0), ValueError, r"must have shape \(n, 3\), got \(3,\)"),
+        (lambda: MIX.denoise_covariance(MEANS[0], 1.0, 1.0), ValueError, r"^xt must have shape \(n, 3\), got \(3,\)"),
+        (lambda: MIX.class_logps(MEANS / 0, CLASSES), ValueError, "^x must be finite, got"),
+        (lambda: MIX.project(MEANS[0] / 0), ValueError, "direction must be finite, got"),
+        (lambda: GaussianMixture.fit(MEANS / 0, CLASSES, 1.0), ValueError, "x must be finite, got"),
         (lambda: MIX.noised(0.0, 1.0), ValueError, "alpha must be finite and > 0, got 0.0"),
         (lambda: MIX.noised(1.0, -1.0), ValueError, "sigma must be finite and >= 0, got -1.0"),
         (lambda: MIX.noised(1.0, math.inf), ValueError, "sigma must be finite and >= 0, got inf"),
@@ -1089,3 +1104,86 @@ def test_a_tilt_beyond_the_squares_of_float64():
     assert log_z.item() == pytest.approx(-0.5 - 500 * math.log(10), rel=1e-15)
     close(tilted.prior_logps, law(0.25, 0.75), 1e-12)  # logarithms of size 1152 cancel
     assert tilted.means.abs().max() <= 1e-300
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sigma", [1e-3, 1e-8, 1e-20, 1e-150])
+def test_a_posterior_covariance_keeps_its_digits_under_little_noise(kind, sigma, rng):
+    # sigma^2 / alpha^2 (I + sigma^2 / alpha^2 hessian of log p) up to order 6; differences of means near x are 1e-16.
+    mixture, x = random_mixture(kind, rng), normal((3, D), rng)
+    got = mixture.denoise_covariance(0.8 * x, 0.8, sigma) / (sigma / 0.8) ** 2
+    hessian = torch.stack([torch.autograd.functional.jacobian(lambda y: mixture.score(y[None])[0], y) for y in x])
+    close(got, torch.eye(D, dtype=F64) + (sigma / 0.8) ** 2 * hessian, 1e-9)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 2, 2)])
+@pytest.mark.parametrize("variance", [1e-100, 1e16, 1e290])
+def test_a_component_that_is_switched_off_may_have_any_variance(shape, variance):
+    eye = torch.eye(2, dtype=F64) if len(shape) == 3 else torch.ones((), dtype=F64)
+    covariances = vector(1, 0.5, variance).view(-1, *[1] * (len(shape) - 1)) * eye.expand(shape)
+    means = vector(-1, 1, 3)[:, None] * vector(1, 0.5)
+    off = GaussianMixture(law(0.4, 0.6, 0), means, covariances)
+    alone = GaussianMixture(law(0.4, 0.6), means[:2], covariances[:2])
+    for quadratic in (None, torch.eye(2, dtype=F64)):
+        for linear in (None, 1e10 * vector(1, -0.1)):
+            tilted, expected = (m.tilt(quadratic, linear, 1.0) for m in (off, alone))
+            assert torch.equal(tilted.log_partition, expected.log_partition)
+            assert torch.equal(tilted.mixture.prior_logps, torch.cat([expected.mixture.prior_logps, law(0)]))
+            assert torch.equal(tilted.mixture.means[:2], expected.mixture.means)
+
+
+@pytest.mark.parametrize(
+    ("scale", "d", "variance", "work"),
+    [
+        (99.9, 1, 1.0, torch.float32),
+        (100.0, 1, 1.0, F64),  # J |m|^2 / v = 10^4
+        (49.9, 4, 1.0, torch.float32),
+        (50.0, 4, 1.0, F64),
+        (49.9, 1, 0.25, torch.float32),
+        (50.0, 1, 0.25, F64),
+        (199.9, 1, 4.0, torch.float32),
+        (200.0, 1, 4.0, F64),
+        (0.0, 1, 1e-8, F64),
+        (0.0, 1, 1.01e-8, torch.float32),
+        (0.0, 1, 1e16, F64),
+        (0.0, 1, 0.99e16, torch.float32),
+    ],
+)
+def test_where_single_precision_has_digits_and_range_to_spare(scale, d, variance, work):
+    means = scale * vector(-1, 1)[:, None] * torch.ones(d, dtype=F64)
+    wide = GaussianMixture(law(0.5, 0.5), means, vector(variance))
+    assert wide._work == F64 and wide.to(torch.float32)._work == wide.to(torch.float16)._work == work
+
+
+@pytest.mark.parametrize("d", [1, 3])
+@pytest.mark.parametrize("variance", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_points_as_far_as_squares_do_not_overflow(d, variance, dtype):
+    mixture = GaussianMixture(law(0.5, 0.5), vector(-1, 1)[:, None].expand(2, d), vector(variance)).to(dtype)
+    # A 64th of the largest number for the sum of the squares, each over its variance if that is below 1.
+    reach = math.sqrt(torch.finfo(dtype).max / 64 / d) * min(1.0, math.sqrt(variance))
+    x = torch.full((1, d), reach, dtype=dtype)
+    for sign in (-1, 1):
+        assert mixture.logps(0.9999 * sign * x).isfinite().all() and mixture.score(0.9999 * sign * x).isfinite().all()
+        with pytest.raises(ValueError, match="x must lie within " + re.escape(f"{reach:.3g} of the centre")):
+            mixture.logps(1.0001 * sign * x)
+    if dtype == F64:
+        mixture.check_points("x", x)
+
+
+def test_far_points_are_far_from_the_means():
+    far = GaussianMixture(law(1), vector(1000)[None], vector(1e-300))
+    assert far.logps(vector(1000)[None]).isfinite().all()
+    with pytest.raises(ValueError, match="x must lie within"):
+        far.logps(vector(-1000)[None])
+
+
+def test_means_as_far_apart_as_allowed():
+    far = GaussianMixture(law(0.5, 0.5), vector(-1e150, 1e150)[:, None], vector(1))
+    close(far.project(vector(1)).prior_logps, law(0.5, 0.5))
+
+
+@pytest.mark.parametrize(("quadratic", "linear"), [(None, vector(1)), (ONE, None), (0 * ONE, vector(1))])
+def test_a_part_of_the_reward_that_overflows_is_refused(quadratic, linear):
+    with pytest.raises(ValueError, match="beta = .* must keep r / beta within the range of float64"):
+        PAIR.tilt(quadratic, linear, 1e-320)

@@ -380,7 +380,7 @@ def _extrapolated(past: list[tuple[float, Tensor]], s_next: float, order: int) -
     if order == 1 or not older or s_next == 0:
         return d
     h, h1 = math.log(s / s_next), math.log(older[0][0] / s)
-    if not 0 < h < (_LIMIT - 1) * h1:
+    if not h < (_LIMIT - 1) * h1:
         return d
     slope = (d - older[0][1]) / h1
     if order == 3 and len(older) == 2:
@@ -388,7 +388,7 @@ def _extrapolated(past: list[tuple[float, Tensor]], s_next: float, order: int) -
         m1 = h / -math.expm1(-h) - 1
         bend = h**2 / -math.expm1(-h) - 2 * m1 + h1 * m1  # the average of x (x + h1)
         # The sum of the absolute weights of the three D.
-        if h2 > 0 and 1 + 2 * m1 / h1 + 2 * bend / (h1 * h2) <= _LIMIT:
+        if 1 + 2 * m1 / h1 + 2 * bend / (h1 * h2) <= _LIMIT:
             change = (slope - (older[0][1] - older[1][1]) / h2) / (h1 + h2)
             return d + m1 * slope + bend * change
     return d + h / 2 * slope
@@ -497,6 +497,5 @@ def denoising_loss(score: Score, x0: Tensor, s: float | Tensor, eps: Tensor) -> 
             raise TypeError(f"{name} must have the dtype of x0, {x0.dtype}, got {value.dtype}")
     value = evaluate(score, x0 + eps * s, s)
     # Squares of numbers in half precision overflow from 256 on.
-    wide = torch.promote_types(x0.dtype, torch.float32)
-    width = s.to(wide) if isinstance(s, Tensor) else s
-    return (value.to(wide) * width + eps.to(wide)).square().sum(-1).to(x0.dtype)
+    wide = value.to(torch.promote_types(x0.dtype, torch.float32))
+    return (wide * s + eps).square().sum(-1).to(x0.dtype)

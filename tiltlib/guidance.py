@@ -108,9 +108,8 @@ def classifier_free(conditional: Score, unconditional: Score, guidance_scale: fl
 
     def score(y: Tensor, s: float) -> Tensor:
         _checks.tensor("y", y)
-        wide = torch.promote_types(y.dtype, torch.float32)
-        start = diffusion.evaluate(unconditional, y, s, "unconditional").to(wide)
-        toward = diffusion.evaluate(conditional, y, s, "conditional").to(wide)
+        start = diffusion.evaluate(unconditional, y, s, "unconditional")
+        toward = diffusion.evaluate(conditional, y, s, "conditional").double()
         return (start + scale * (toward - start)).to(y.dtype)
 
     return score

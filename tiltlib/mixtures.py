@@ -270,28 +270,22 @@ class GaussianMixture:
             TypeError: `x` is not a floating tensor in the dtype of the mixture.
             ValueError: `x` not (n, D), not finite, or so far from the means that squares overflow.
         """
-        self._points(name, x)
-
-    def _points(self, name: str, x: Tensor) -> Tensor:
-        """Check points and return them in the dtype of the computation."""
         if not isinstance(x, Tensor) or x.dtype != self._dtype:
             _checks.finite(name, x)
             raise TypeError(f"{name} must have the dtype of the mixture, {self._dtype}, got {x.dtype}")
         if x.ndim != 2 or x.shape[-1] != self.dimension:
             raise ValueError(f"{name} must have shape (n, {self.dimension}), got {tuple(x.shape)}")
-        points = x.to(self._work)
         # One pass for both: NaN lies within no distance.
-        if len(x) and not bool((points.detach() - self._centre).abs().amax() <= self._reach):
+        if len(x) and not bool((x.detach() - self._centre).abs().amax() <= self._reach):
             _checks.finite(name, x)
             raise ValueError(
                 f"{name} must lie within {self._reach:.3g} of the centre of the means, where squares do not overflow, "
                 f"got {x.detach().abs().amax().item():.3g}"
             )
-        return points
 
     def _coordinates(self, x: Tensor) -> Tensor:
         """Write x - centre in the common basis, shape (n, D), or each x - m_k whitened, shape (n, J, D)."""
-        z = x - self._centre
+        z = x - self._centre  # in the dtype of the computation, which is the wider one
         if self._own_bases():
             whitened = (z @ self._table).view(len(x), self.components, self.dimension)
             return whitened - self._frame.to(self._work)
@@ -329,7 +323,7 @@ class GaussianMixture:
     def _blockwise(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply a function to blocks of rows whose arrays fit in a cache of 1 MB: up to twice as fast. Round once."""
         numbers = self.components * (self.dimension if self._own_bases() else 1)
-        rows = max(1, 2**20 // (numbers * x.element_size()))
+        rows = max(1, 2**20 // (numbers * self._centre.element_size()))
         whole = torch.cat([compute(part) for part in x.split(rows)]) if len(x) > rows else compute(x)
         return whole.to(self._dtype)
 
@@ -347,7 +341,8 @@ class GaussianMixture:
         return self._joint(x).to(self._dtype)
 
     def _joint(self, x: Tensor) -> Tensor:
-        return self._logits(self._coordinates(self._points("x", x)))
+        self.check_points("x", x)
+        return self._logits(self._coordinates(x))
 
     def logps(self, x: Tensor) -> Tensor:
         """Compute the log density.
@@ -376,8 +371,8 @@ class GaussianMixture:
         return self._posterior("x", x).to(self._dtype)
 
     def _posterior(self, name: str, x: Tensor) -> Tensor:
-        z = self._coordinates(self._points(name, x))
-        return self._logits(z, up_to_a_constant=True).log_softmax(-1)
+        self.check_points(name, x)
+        return self._logits(self._coordinates(x), up_to_a_constant=True).log_softmax(-1)
 
     def score(self, x: Tensor) -> Tensor:
         """Compute the gradient of the log density.
@@ -390,9 +385,9 @@ class GaussianMixture:
         Returns:
             The gradient, shape (n, D).
         """
-        points = self._points("x", x)
+        self.check_points("x", x)
         pull = self._pull(torch.ones_like(self._spectrum))
-        return self._blockwise(lambda part: pull(part)[1], points)
+        return self._blockwise(lambda part: pull(part)[1], x)
 
     def _class_masks(self, classes: Tensor) -> list[Tensor]:
         classes = _checks.integers("classes", classes)
@@ -535,8 +530,7 @@ class GaussianMixture:
         Source: [efron2011]; book, `noised-mixture`.
         """
         noised = self.noised(alpha, sigma)
-        points = noised._points("xt", xt)
-
+        noised.check_points("xt", xt)
         pull = noised._pull(float(alpha) * self._spectrum)
         columns = self._means.mT.to(noised._work, memory_format=torch.contiguous_format)
 
@@ -544,7 +538,7 @@ class GaussianMixture:
             shares, pulled = pull(part)
             return linear(shares, columns) - pulled
 
-        return noised._blockwise(mean, points)
+        return noised._blockwise(mean, xt)
 
     def denoise_covariance(self, xt: Tensor, alpha: float, sigma: float) -> Tensor:
         """Compute the posterior covariance of x0 given xt = alpha x0 + sigma eps.
@@ -567,8 +561,12 @@ class GaussianMixture:
         noised = self.noised(alpha, sigma)
         shares, work = noised._posterior("xt", xt).exp(), noised._work
         ratio = self._spectrum / noised._spectrum
-        offsets = xt[:, None].to(work) - noised._means.to(work)
-        means = self._means.to(work) + self._times(float(alpha) * ratio, offsets)
+        offsets = xt[:, None] - noised._means.to(work)
+        if float(sigma) ** 2 < (float(alpha) ** 2 * self._spectrum).min():
+            # All d_k are near xt / alpha, whose digits would hide their differences: d_k - xt / alpha.
+            means = self._times(-(float(sigma) ** 2) / float(alpha) / noised._spectrum, offsets)
+        else:
+            means = self._means.to(work) + self._times(float(alpha) * ratio, offsets)
         spread = means - shares[:, None] @ means
         within = self._matrices(float(sigma) ** 2 * ratio).expand(self.components, -1, -1).to(work)
         between = (shares[..., None] * spread).mT @ spread
@@ -609,7 +607,7 @@ class GaussianMixture:
                 _checks.finite(name, value)
                 if value.shape != shape:
                     raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-        # A component of probability 0 takes no part: its terms could overflow, and -inf + inf is NaN.
+        # A component of probability 0 takes no part, wherever its mean is: its terms could overflow.
         means = torch.where(alive, self._means, 0)
         slope = torch.zeros_like(means[0]) if linear is None else linear.double() / beta
         if quadratic is None:
@@ -622,11 +620,10 @@ class GaussianMixture:
             if not bool(slope.isfinite().all() & curve.isfinite().all()):
                 raise ValueError(f"{cause} must keep r / beta within the range of float64, got an overflow")
             spectrum, basis = self._sharpened(curve)
-            tilted = self._of(
-                self._priors, torch.zeros_like(means), spectrum, basis, cause=cause
-            )  # for its covariances
+            # For its covariances: the means may be out of range beside them.
+            tilted = self._of(self._priors, torch.zeros_like(means), spectrum, basis, cause=cause)
             moved, log_z, common = self._log_gains(tilted, means, slope, curve)
-        log_weights = self._priors + log_z
+        log_weights = torch.where(self._alive, self._priors + log_z, -math.inf)
         log_partition = common + log_weights.logsumexp(-1)
         if not bool(log_partition.isfinite()):
             raise ValueError(f"{cause} must keep r / beta within the range of float64, got log Z = {log_partition:g}")
@@ -663,7 +660,8 @@ class GaussianMixture:
         shared = len(self._spectrum) < self.components
         alive = torch.ones_like(self._spectrum[:, :1]) if shared else self._alive.double()[:, None]
         precision = 1 / self._spectrum
-        floor = precision.amax(-1) + curve.abs().sum(-1).amax()  # the norm of rows, whose squares would overflow
+        # The norm of rows: that of squares would overflow.
+        floor = alive[:, 0] * (precision.amax(-1) + curve.abs().sum(-1).amax())
         if self._basis is None and precision.shape[1] == 1:
             # Multiples of I have every eigenvector, so those of the curve serve all components.
             bends, vectors = torch.linalg.eigh(curve)
@@ -784,7 +782,7 @@ class GaussianMixture:
 
         Source: [rosenblatt1952].
         """
-        self._points("x", x)
+        self.check_points("x", x)
         offsets = torch.where(self._alive[:, None], x[:, None].double() - self._means, 0)
         if self._basis is None:
             scales = self._spectrum.sqrt().expand(-1, self.dimension)
