@@ -1055,3 +1055,11 @@ def test_how_far_a_point_may_be_is_measured_from_the_means():
     assert mixture.logps(1.5 * far).item() == pytest.approx(-0.125e36, rel=1e-6)
     with pytest.raises(ValueError, match="x must lie within .* of the centre of the means"):
         mixture.logps(-1.5 * far)
+
+
+def test_data_far_from_zero_in_one_coordinate_alone_lose_no_digits(rng):
+    # Around the mean over components and coordinates, the squares of 1e8 would drown the differences.
+    shift, means = vector(1e8, -1e8), normal((3, 2), rng)
+    x = normal((7, 2), rng)
+    near, far = (GaussianMixture(law(0.2, 0.3, 0.5), means + s, vector(0.5)) for s in (0 * shift, shift))
+    close(far.logps(x + shift), near.logps(x), 1e-6)
