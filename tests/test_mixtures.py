@@ -1187,3 +1187,11 @@ def test_means_as_far_apart_as_allowed():
 def test_a_part_of_the_reward_that_overflows_is_refused(quadratic, linear):
     with pytest.raises(ValueError, match="beta = .* must keep r / beta within the range of float64"):
         PAIR.tilt(quadratic, linear, 1e-320)
+
+
+def test_data_far_from_zero_in_one_coordinate_alone_lose_no_digits(rng):
+    # Around the mean over components and coordinates, the squares of 1e8 would drown the differences.
+    shift, means = vector(1e8, -1e8), normal((3, 2), rng)
+    x = normal((7, 2), rng)
+    near, far = (GaussianMixture(law(0.2, 0.3, 0.5), means + s, vector(0.5)) for s in (0 * shift, shift))
+    close(far.logps(x + shift), near.logps(x), 1e-6)
