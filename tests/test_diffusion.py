@@ -452,6 +452,8 @@ def test_bad_steps(kernel):
 def test_bad_scores_and_means():
     with pytest.raises(TypeError, match="mixture must be a GaussianMixture, got int"):
         diffusion.of_mixture(1)
+    with pytest.raises(ValueError, match=r"^y must have shape \(n, D\), got \(2,\)"):
+        diffusion.denoised(gaussian, torch.zeros(2), 1.0)
     with pytest.raises(ValueError, match="s must be finite and > 0, got 0"):
         diffusion.denoised(gaussian, torch.zeros(2, 1), 0)
     with pytest.raises(ValueError, match="churn must be finite and >= 0, got nan"):

@@ -630,6 +630,7 @@ def test_what_would_overflow_is_refused_by_name():
         (lambda: guidance.plug_in(ONE, KAPPA, None, 1.0)(y, 1e-200), "s must be at least 1e-150"),
         (lambda: guidance.plug_in(ONE, KAPPA, None, 1.0)(y, 1e200), r"s must be at most 1e\+150"),
         (lambda: guidance.value_gradient(ONE, ONE.tilt(None, TOWARD, 1.0), y * math.nan, 1.0), "y must be finite"),
+        (lambda: guidance.log_values(ONE, ONE.tilt(None, TOWARD, 1.0))(y * math.nan, 1.0), "^y must be finite"),
         (lambda: guidance.log_values(ONE, ONE.tilt(None, TOWARD, 1.0))(y, 1e200), "alpha = 1 and sigma = 1e.200 must"),
     ):
         with pytest.raises(ValueError, match=text):

@@ -134,12 +134,15 @@ def test_scores_far_away_are_finite(kind, rng):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_data_far_from_zero_lose_no_digits(kind, rng):
-    mixture, x = random_mixture(kind, rng), normal((20, D), rng)
-    moved = GaussianMixture._of(mixture.prior_logps, mixture.means + 2.0**20, mixture._spectrum, mixture._basis)
-    # The sums x + 2^20 are themselves rounded to 2^-32 = 2e-10.
-    close(moved.logps(x + 2.0**20), mixture.logps(x), 1e-7)
-    close(moved.score(x + 2.0**20), mixture.score(x), 1e-7)
+@pytest.mark.parametrize("priors", [law(0.2, 0.3, 0.5), law(0.4, 0, 0.6)])
+def test_data_far_from_zero_lose_no_digits(kind, priors, rng):
+    mixture, x, far = random_mixture(kind, rng), normal((20, D), rng), 2.0**20 * vector(1, -1, 2, 0)
+    here, moved = (
+        GaussianMixture._of(priors, mixture.means + shift, mixture._spectrum, mixture._basis) for shift in (0, far)
+    )
+    # The sums x + 2^21 are themselves rounded to 2^-31 = 5e-10.
+    close(moved.logps(x + far), here.logps(x), 1e-7)
+    close(moved.score(x + far), here.score(x), 1e-7)
 
 
 @pytest.mark.parametrize("covariances", [vector(2), vector(2, 2)[None], 2 * torch.eye(2, dtype=F64)[None]])

@@ -563,8 +563,8 @@ class GaussianMixture:
         ratio = self._spectrum / noised._spectrum
         offsets = xt[:, None] - noised._means.to(work)
         if float(sigma) ** 2 < (float(alpha) ** 2 * self._spectrum).min():
-            # All d_k are near xt / alpha, whose digits would hide their differences: d_k - xt / alpha.
-            means = self._times(-(float(sigma) ** 2) / float(alpha) / noised._spectrum, offsets)
+            # All d_k are near xt / alpha, whose digits would hide their differences: xt / alpha - d_k.
+            means = self._times(float(sigma) ** 2 / float(alpha) / noised._spectrum, offsets)
         else:
             means = self._means.to(work) + self._times(float(alpha) * ratio, offsets)
         spread = means - shares[:, None] @ means
