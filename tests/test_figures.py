@@ -348,6 +348,14 @@ def test_axes_have_two_sides_and_level_lines_behind_the_data():
         assert [axis.get_gridlines()[0].get_visible() for axis in (ax.xaxis, ax.yaxis)] == [False, True]
         bar = ax.bar([1], [1])[0]
         assert ax.yaxis.get_zorder() < bar.get_zorder()
+        assert ax.yaxis.get_gridlines()[0].get_alpha() < 0.5
+        assert {ax.spines[side].get_edgecolor() for side in ("left", "bottom")} == {(0, 0, 0, 1)}
+
+
+def test_options_of_the_axes_are_passed_on():
+    _, (left, right) = figures.figure(1, 2, sharey=True)
+    left.set_ylim(3, 4)
+    assert right.get_ylim() == (3, 4)
 
 
 def test_nothing_is_cut_off_at_the_edge():
@@ -391,6 +399,7 @@ def test_an_svg_is_one_element_that_says_what_it_shows():
     )
     assert body[0] == "<" and not re.search(r"\n\s|\s\n", body)  # not one byte of layout
     assert re.findall(r' id="[^"]*-(\d+)"', body) == [str(k) for k in range(len(ids(body)))]
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', body)) == set(ids(body)) and len(ids(body)) > 5
     Balanced(html)
 
 

@@ -172,9 +172,10 @@ def slider(figs: Iterable[Figure], labels: Sequence[str], alt: str, caption: str
         raise ValueError(f"figs must hold 1 to {MAX_FRAMES} figures, got {len(figs)}")
     if len(labels) != len(figs):
         raise ValueError(f"labels must hold one label per figure ({len(figs)}), got {len(labels)}")
+    labelled = zip(figs, labels, strict=True)
     frames = [
         f'<div class="bk-frame"{" hidden" if i else ""}>{_svg(fig, f"{alt} ({label})")}</div>'
-        for i, (fig, label) in enumerate(zip(figs, labels, strict=True))
+        for i, (fig, label) in enumerate(labelled)
     ]
     name = _unique("".join(frames))
     first, texts = escape(labels[0]), json.dumps(list(labels)).replace("<", r"\u003c")
@@ -382,7 +383,7 @@ def _svg(fig: Figure, alt: str) -> str:
     width = fig.get_size_inches()[0] / SCALE * 96  # CSS pixels
     head, body = svg.split(">", 1)
     box = re.search(r'viewBox="[^"]+"', head)
-    assert box, "matplotlib states the viewBox"
+    assert box  # matplotlib states it
     # The joins and caps are those of the dropped <style>; fill covers the glyphs, whose black is left unsaid.
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box[0]} role="img" '
