@@ -922,18 +922,50 @@ def test_the_smallest_weights_of_words():
 
 def test_gradients_of_what_is_fitted_where_a_context_is_not_seen(rng):
     """d log p / d w: what the string adds, less what every string adds to the weight of its contexts."""
-    weights = vector(2, 1, 1).requires_grad_()
-    chain = MarkovChain.fit(["ab", "b", "ba"], weights, 2, alphabet="ab ")
+    weights = vector(2, 1, 1, 0).requires_grad_()  # only a word of weight 0 shows the context aa
+    chain = MarkovChain.fit(["ab", "b", "ba", "aa"], weights, 2, alphabet="ab ")
     (gradient,) = torch.autograd.grad(chain.logps(chain.encode(["ab "])).sum(), weights)
-    close(gradient, vector(1 / 2 - 1 / 4, -1 / 4, -1 / 4))
-    log_weights = vector(3, 1).log().requires_grad_()
+    close(gradient, vector(1 / 2 - 1 / 4, -1 / 4, -1 / 4, -1 / 4))
+    log_weights = vector(3, 1, 0).log().requires_grad_()
     for per_step in (True, False):
-        refit = chain.refit(torch.tensor([[0, 1], [0, 2]]), log_weights, per_step=per_step)
+        refit = chain.refit(torch.tensor([[0, 1], [0, 2], [1, 1]]), log_weights, per_step=per_step)
         (gradient,) = torch.autograd.grad(refit.logps(torch.tensor([0, 1])), log_weights)
-        close(gradient, vector(1 / 4, -1 / 4))
+        close(gradient, vector(1 / 4, -1 / 4, 0))
 
 
 def test_strings_of_one_symbol_and_of_several_lengths():
     assert CHAIN.encode(["b", " "]).tolist() == [[1], [2]] and CHAIN.decode(torch.tensor([[1], [2]])) == ["b", " "]
     with pytest.raises(ValueError, match=r"got lengths \[1, 3\]$"):
         CHAIN.encode(["aba", "a", "b"])
+
+
+def test_the_next_symbol_is_drawn_in_contexts_of_any_shape(rng):
+    chain = random_chain(3, 1, rng)
+    for shape in ((), (1,), (2, 3), (2, 1, 4)):  # fewer numbers than contexts, and more
+        contexts, state = torch.randint(3, shape, generator=rng), rng.get_state()
+        drawn = chain.draw(0, contexts, generator=rng)
+        u = torch.rand(*shape, 1, generator=rng.set_state(state), dtype=F64)
+        assert torch.equal(drawn, (chain.table(0)[contexts].exp().cumsum(-1) <= u).sum(-1))
+
+
+@pytest.mark.parametrize(("bad", "low", "high"), [(-1, "-1", "1"), (math.inf, "1", "inf")])
+def test_one_bad_weight_among_good_ones_is_refused(bad, low, high):
+    with pytest.raises(ValueError, match=f"with a positive sum, got values from {low} to {high}"):
+        MarkovChain.fit(["ab", "b"], vector(1, bad), 1, alphabet="ab ")
+
+
+def test_a_refit_ignores_the_unit_of_the_weights(rng):
+    chain, tokens = random_chain(3, 1, rng), torch.tensor([[0, 1], [0, 2], [1, 2]])
+    for shift in (-1e4, 0, 1e4):
+        refit = chain.refit(tokens, vector(4, 1, 1).log() + shift, per_step=True)
+        close(refit.table(0)[2].exp(), vector(5 / 6, 1 / 6, 0))
+        close(refit.table(1)[:2].exp(), torch.stack([vector(0, 0.8, 0.2), vector(0, 0, 1)]))
+
+
+def test_the_first_reward_that_is_no_whole_number_is_named():
+    with pytest.raises(ValueError, match=r"rewards must be finite whole numbers here, got 0\.5$"):
+        CHAIN.reward_law(vector(0.5, 1.5, 0), 2)
+    one = torch.zeros(3, 3, dtype=F64)
+    one[1, 2] = -math.inf
+    with pytest.raises(ValueError, match="rewards must be finite whole numbers here, got -inf$"):
+        CHAIN.reward_law(one, 2)
