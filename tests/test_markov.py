@@ -969,3 +969,10 @@ def test_the_first_reward_that_is_no_whole_number_is_named():
     one[1, 2] = -math.inf
     with pytest.raises(ValueError, match="rewards must be finite whole numbers here, got -inf$"):
         CHAIN.reward_law(one, 2)
+
+
+def test_rewards_of_strings_in_a_batch_of_any_shape(rng):
+    chain, strings, rewards = random_chain(2, 1, rng), all_strings(2, 3), torch.randn(2, generator=rng, dtype=F64)
+    expected = rewards[strings].sum(-1)
+    close(chain.total_reward(strings.view(2, 4, 3), rewards), expected.view(2, 4))
+    close(chain.total_reward(strings[5], rewards), expected[5])
