@@ -2135,3 +2135,12 @@ def test_eight_items_are_all_named():
     wins = torch.block_diag(torch.ones(8, 8), torch.ones(2, 2)).double()
     with pytest.raises(ValueError, match=r"one group is items \[0, 1, 2, 3, 4, 5, 6, 7\]$"):
         losses.fit_bradley_terry(wins)
+
+
+def test_policy_gradient_has_no_baseline_unless_given():
+    logps, rewards = law(0.2, 0.3, 0.5), vector(0, 1, 2)
+    close(losses.policy_gradient(logps, logps, rewards, 1.0), -logps * rewards)
+
+
+def test_entries_a_factor_of_1e300_apart_are_fitted():
+    close(losses.fit_bradley_terry(vector(0, 1, 1e-300, 0).view(2, 2)).diff(), vector(-300 * math.log(10)))

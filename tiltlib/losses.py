@@ -609,7 +609,7 @@ def _most_likely(table: Tensor) -> Tensor:
         direction = torch.linalg.solve(hessian, -gradient)
         # A comparison's curvature changes by at most e^4 within this distance; a full step may overshoot into the flat.
         size = float(direction.abs().max())
-        rewards = rewards + min(1.0, 2.0 / max(size, 2.0)) * direction
+        rewards = rewards + 2.0 / max(size, 2.0) * direction
         rewards = rewards - rewards.mean()
         if size < 1e-12 * max(1.0, float(rewards.abs().max())):
             break
@@ -666,13 +666,13 @@ def _solve_laplacian(edges: Tensor, ridge: float, right: Tensor) -> Tensor:
 def _identified(table: Tensor) -> None:
     """Require that the comparisons determine every reward difference."""
     beat = (table > 0).cpu().numpy()
-    parts, part = connected_components(beat | beat.T, directed=False)
+    parts, part = connected_components(beat)
     if parts > 1:
         raise ValueError(
             f"wins must connect all items, got {parts} groups that were never compared with each other: the reward is "
             f"identified only up to one constant per group (ridge > 0 sets them); one group is {_some(part == 0)}"
         )
-    parts, part = connected_components(beat, directed=True, connection="strong")
+    parts, part = connected_components(beat, connection="strong")
     if parts > 1:
         unbeaten = next(i for i in range(parts) if not beat[part != i][:, part == i].any())
         raise ValueError(
