@@ -1,6 +1,6 @@
 # make book   build the book and print where to open it
 # make test   everything that has to hold before a change is published
-# make quick  the unit tests and one notebook, in under a minute
+# make quick  the unit tests but for the slow ones, and one notebook, in under a minute
 # make bench  speed and accuracy beside naive code and other libraries
 # make mutants change the library in one place at a time and see that a test notices; MODULE=weights for one module
 # make accept run the notebooks and store their new outputs, for review in the diff
@@ -52,7 +52,7 @@ test: .venv/.stamp
 	$(BIN)/pytest -n 2 tests/test_pages.py
 
 quick: .venv/.stamp
-	$(BIN)/pytest --nbval $(NBVAL) --ignore tests/test_pages.py tests $(firstword $(NOTEBOOKS))
+	$(BIN)/pytest --nbval $(NBVAL) -m "not slow" --ignore tests/test_pages.py tests $(firstword $(NOTEBOOKS))
 
 .venv-bench/.stamp: requirements-bench.txt pyproject.toml
 	$(PYTHON) -m venv .venv-bench

@@ -297,6 +297,7 @@ def quantile_error(method, n, score=None):
     return (out - MIXTURE.noised(1.0, 0.02).quantile(U)).square().mean().sqrt().item()
 
 
+@pytest.mark.slow
 def test_odes_map_quantiles_to_quantiles():
     errors = {method: quantile_error(method, 128) for method in ODES}
     assert errors["euler"] < 4e-2 and errors["heun"] < 3e-3 and errors["dpmpp_2m"] < 1e-3 and errors["ab3"] < 1e-4

@@ -104,6 +104,7 @@ def test_ids_are_unique_in_a_page_and_every_reference_resolves():
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', page)) <= set(found)
 
 
+@pytest.mark.slow
 def test_same_code_gives_the_same_html_in_a_new_process():
     # A build that changes nothing must not change the page: no date, no memory address, no random id.
     code = "from tests.test_figures import drawn, figures; print(figures.show(drawn('#3b82c4'), 'a').html)"

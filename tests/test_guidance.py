@@ -94,6 +94,7 @@ def test_classifier_free_by_hand():
         (0.0, 1e8, 2.0, 2.0),
     ],
 )
+@pytest.mark.slow
 def test_guided_gaussians_end_at_their_closed_forms(g, start, ode, sde):
     guided = guidance.classifier_free(normal(1.0), normal(2.0), g)
     close(ode_law(guided, 1 + start, math.sqrt(start)), (0.0, ode), 3e-5)
@@ -107,6 +108,7 @@ def test_guided_gaussians_end_at_their_closed_forms(g, start, ode, sde):
 
 
 @pytest.mark.parametrize(("churn", "variance"), [(0.5, 0.342857), (2.0, 0.429129), (4.0, 0.459541), (16.0, 0.488723)])
+@pytest.mark.slow
 def test_churn_joins_ode_and_power_law(churn, variance):
     guided = guidance.classifier_free(normal(1.0), normal(2.0), 3.0)
     close(sde_law(guided, 1e8, 1e4, math.sqrt(churn), n=1000), (0.0, variance), 1e-4)
@@ -167,6 +169,7 @@ def test_exact_guidance_reaches_the_tilt():
         (1.0, 1.0, (1.449557, 0.367879), (1.264241, 0.432332)),
     ],
 )
+@pytest.mark.slow
 def test_plug_in_ends_at_its_closed_forms(kappa, beta, ode, sde):
     a, b = beta * kappa * vector(1)[None], beta * 2 * kappa * vector(1)
     guided = guidance.plug_in(ONE, a, b, beta)
@@ -276,6 +279,7 @@ def test_selection_follows_its_exact_law(rng):
     check_sampler(draw, law(2, 6.0), wrong, rng)
 
 
+@pytest.mark.slow
 def test_two_candidates_guide_at_half_the_power():
     """N fixed, many steps: the guided SDE at scale power (1 - 1/2)."""
     low, high = 0.3, 20.0
@@ -420,6 +424,7 @@ def test_twists_that_are_off_cancel(monkeypatch):
         close(every_system(monkeypatch, lambda x: x, twist=twist)[2], expected(lambda x: 1), 1e-6)
 
 
+@pytest.mark.slow
 def test_particles_and_z_together(rng):
     """A weighted draw of one point, kept with probability Z_hat / bound, is a draw of the tilt."""
     levels, bound = vector(2, 1.2, 0.5), math.exp(1.2)

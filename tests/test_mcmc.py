@@ -305,6 +305,7 @@ def ends_from(chain, proposal, power, *, end, corrected=True):
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.slow
 def test_ends_from_another_law_leave_the_power_law_in_balance(pair, power):
     chain, proposal, end = PAIRS[pair]
     _, logps, moves = ends_from(chain, proposal, power, end=end)
@@ -319,6 +320,7 @@ def test_ends_from_another_law_leave_the_power_law_in_balance(pair, power):
 
 
 @pytest.mark.parametrize("pair", ["words", "fixed", "sparse"])
+@pytest.mark.slow
 def test_the_sampler_follows_the_kernel_of_another_law(pair, rng):
     chain, proposal, end = PAIRS[pair]
     strings, logps, moves = ends_from(chain, proposal, 2.0, end=end)

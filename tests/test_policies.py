@@ -680,6 +680,7 @@ def train(policy, loss, steps, lr):
         optimiser.step()
 
 
+@pytest.mark.slow
 def test_rloo_trains_to_the_tilt(rng):
     ref, rewards, target, near_miss = tabular_instance(rng)
     policy = TabularPolicy(ref)
@@ -739,6 +740,7 @@ def test_weighted_likelihood_trains_to_the_tilt(rng):
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
+@pytest.mark.slow
 def test_a_transformer_trains_to_the_tilt_of_its_chain(kind, rng):
     ref = MarkovChain(torch.stack([law(0.5, 0.3, 0.2), law(0.2, 0.5, 0.3), law(0.3, 0.3, 0.4)]), "ab ")
     rewards = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 2, 0]], dtype=F64)

@@ -74,6 +74,7 @@ def exact_instances():
 
 
 @pytest.mark.parametrize(("k", "n", "spread"), list(exact_instances()))
+@pytest.mark.slow
 def test_laws_equal_their_enumeration(k, n, spread, rng):
     ref = random_law(k, rng, sharpness=6)
     rewards = spread * torch.rand(k, generator=rng, dtype=F64)

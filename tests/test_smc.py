@@ -92,6 +92,7 @@ def test_wrong_estimates_are_seen():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
+@pytest.mark.slow
 def test_draws_and_z_together_for_every_scheme(scheme, rng):
     """A weighted draw of one string, kept with probability Z_hat / bound, is a draw of the tilt."""
     n, bound = 4, 9.0  # the first weights are at most 3, the second ones too

@@ -634,6 +634,8 @@ def _penalised(table: Tensor, ridge: float) -> Tensor:
         gradient = torch.tensor([math.fsum(row) for row in flow.tolist()], dtype=torch.float64, device=table.device)
         direction = _solve_laplacian((table + table.T) * lose * lose.T, ridge, gradient)
         span = float(direction.max() - direction.min())
+        if not math.isfinite(span):  # by proof it is finite; a loop that waits for NaN would never end
+            raise ArithmeticError(f"the fit with entries up to {most:g} and ridge {ridge * unit:g} left float64")
         # A comparison's curvature changes by at most e^x when its margin changes by x. So along the step the curvature
         # is at most e^(t span) times that at its start, and the objective rises until t = log(1 + span) / span.
         rewards = rewards + (math.log1p(span) / span if span > 0 else 1.0) * direction
