@@ -426,6 +426,7 @@ def test_slider_as_a_reader_meets_it(monkeypatch):
     Balanced(html)
 
 
+@pytest.mark.slow
 def test_a_slider_of_the_most_frames():
     fig, _ = figures.figure()
     html = figures.slider([fig] * 15, [str(k) for k in range(15)], "a").html

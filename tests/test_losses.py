@@ -623,6 +623,7 @@ def tournaments(draw):
     return rewards - rewards.mean(), games + games.T, draw(st.permutations(range(k)))
 
 
+@pytest.mark.slow
 @given(tournaments())
 def test_fit_recovers_the_rewards_from_expected_wins(tournament):
     rewards, games, order = tournament

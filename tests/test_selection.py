@@ -85,6 +85,7 @@ def test_laws_equal_their_enumeration(k, n, spread, rng):
     assert relative_error(best_of_n_law(ref, rewards, n), enumerated_best_law(ref, rewards, n)) <= 1e-12
 
 
+@pytest.mark.slow
 @given(instances(max_k=4), st.integers(1, 9))
 def test_laws_equal_their_enumeration_for_every_input(instance, n):
     ref, rewards, beta = instance

@@ -287,6 +287,7 @@ def drawn_counts(logps, n, runs, rng):
     return selection.candidate_counts(logps.expand(runs, -1), n, generator=rng).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("versus", [False, True])
 def test_false_alarms_stay_within_the_markov_bound(versus, rng):
     runs, alpha = 2000, 0.1
@@ -696,6 +697,7 @@ def test_no_verdict_passes_on_nan(log_e):
     assert nothing.decision == "PASS" and "log10E=-inf" in nothing.line()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hardest", [True, False])
 def test_planned_power_for_a_wrong_mean_is_reached(hardest, rng):
     runs, miss, alpha, low, high = 400, 0.1, 1e-8, 0.0, 2.0
