@@ -328,7 +328,7 @@ def transition(score: Score, y: Tensor, s: float, s_next: float, churn: float = 
     Raises:
         TypeError: `y`, or what `score` returns, is not a floating tensor.
         ValueError: `y` not (n, D) or not finite, not 0 <= `s_next` < `s` <= 1e150, `churn` not in [0, 1e150], or a
-            score of another shape.
+            score of another shape or not finite.
 
     Source: [song2021sde], [karras2022]; book, `reverse-process`.
     """

@@ -343,7 +343,8 @@ def particles(
         y: Points at the first level from the reference law there, shape (runs, n, D): independent systems of n points.
         levels: Levels of noise, >= 0 and strictly decreasing, shape (steps + 1,).
         log_tilt: Function that gives log w of finished points (m, D), shape (m,); -inf excludes a point.
-        log_values: Function (y, s) for points (m, D) on the way, shape (m,), finite. Exact: `log_values`. Default: 0.
+        log_values: Function (y, s) for points (m, D) on the way, shape (m,), finite. The function `log_values`
+            makes the exact one. Default: 0.
         generator: Source of randomness, on the device of `y`.
         kernel: Law K of a step: `diffusion.transition` (partial for another `churn`) or `posterior_transition`.
         threshold: Resample when ESS / n falls below it, in [0, 1]: 0 is never, 1 whenever weights differ.
