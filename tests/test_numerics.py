@@ -1,4 +1,4 @@
-"""What several modules share: a division that keeps its digits, CDFs that end at 1, draws, wider dtypes."""
+"""What several modules share: numbers of 64 bits, a division that keeps its digits, CDFs, draws, wider dtypes."""
 
 import mpmath
 import numpy as np
@@ -68,3 +68,16 @@ def test_points_are_widened_and_the_function_sees_what_came_in(dtype):
         function(points, 0.5)
         assert seen.pop() == (dtype, 0.5)
         assert (function is score) == (wide == dtype)
+
+
+@pytest.mark.parametrize("value", [2, 0.3, np.float32(0.5), torch.tensor(0.3), torch.tensor([1, 2]).bfloat16()])
+def test_a_number_or_one_per_row_gets_64_bits(value):
+    got = _numerics.double(value)
+    assert got.dtype == F64 if isinstance(value, torch.Tensor) else type(got) is float
+    assert np.array_equal(np.asarray(got), np.asarray(value.double() if isinstance(value, torch.Tensor) else value))
+
+
+def test_the_gradient_passes_through_64_bits():
+    beta = torch.tensor([1.0, 2.0], requires_grad=True)
+    (_numerics.double(beta) ** 2).sum().backward()
+    assert beta.grad.tolist() == [2, 4] and beta.grad.dtype == torch.float32

@@ -1,10 +1,15 @@
-"""Arithmetic that several modules share: division after shifting, CDFs, normal draws, wider dtypes."""
+"""Arithmetic that several modules share: numbers of 64 bits, division after shifting, CDFs, normal draws."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
+
+
+def double(value: float | Tensor) -> float | Tensor:
+    """Give a number, or one per row, 64 bits."""
+    return value.double() if isinstance(value, Tensor) else float(value)
 
 
 def over(rewards: Tensor, top: Tensor, beta: float | Tensor) -> Tensor:

@@ -70,8 +70,7 @@ def _log_tilt_weights(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) 
     # Mask before the division: the gradient of -inf / beta in beta would be NaN.
     possible = supported > -math.inf
     log_w = torch.where(possible, _numerics.over(torch.where(possible, supported, top), top, beta), -math.inf)
-    temperature = beta.double() if isinstance(beta, Tensor) else float(beta)
-    return ref + log_w, top.squeeze(-1) / temperature
+    return ref + log_w, top.squeeze(-1) / _numerics.double(beta)
 
 
 def tilt(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> Tensor:

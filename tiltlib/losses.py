@@ -26,7 +26,7 @@ import torch
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from tiltlib import _checks
+from tiltlib import _checks, _numerics
 
 __all__ = [
     "KLEstimates",
@@ -97,11 +97,14 @@ def _draws(**logps: Tensor) -> None:
 def _temperature(beta: float | Tensor, batch: torch.Size, dims: int = 0) -> float | Tensor:
     """Check a temperature, or one per row of a batch; append dimensions that run within a row."""
     _checks.positive_per_row("beta", beta, batch)
-    if not isinstance(beta, Tensor):
-        return float(beta)
-    if torch.broadcast_shapes(beta.shape, batch) != batch:
-        raise ValueError(f"beta must broadcast to the batch dimensions {tuple(batch)}, got shape {tuple(beta.shape)}")
-    return beta.double()[(..., *[None] * dims)]
+    temperature = _numerics.double(beta)
+    if not isinstance(temperature, Tensor):
+        return temperature
+    if torch.broadcast_shapes(temperature.shape, batch) != batch:
+        raise ValueError(
+            f"beta must broadcast to the batch dimensions {tuple(batch)}, got shape {tuple(temperature.shape)}"
+        )
+    return temperature[(..., *[None] * dims)]
 
 
 def _returns(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float | Tensor, dims: int = 0) -> Tensor:

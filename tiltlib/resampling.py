@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from tiltlib import _checks, categorical
+from tiltlib import _checks, _numerics, categorical
 
 __all__ = ["gumbel_top_k", "multinomial", "rejection", "residual", "stratified", "systematic"]
 
@@ -243,6 +243,5 @@ def rejection(rewards: Tensor, beta: float | Tensor, max_reward: float, *, gener
         raise ValueError(f"max_reward must be finite, got {max_reward!r}")
     # Halves are exact, and their difference does not overflow.
     bound = max_reward / 2
-    temperature = beta.double() if isinstance(beta, Tensor) else float(beta)
-    log_keep = (rewards.double() / 2).clamp(max=bound).sub(bound) / temperature * 2
+    log_keep = (rewards.double() / 2).clamp(max=bound).sub(bound) / _numerics.double(beta) * 2
     return torch.rand(rewards.shape, generator=generator, device=rewards.device, dtype=torch.float64) < log_keep.exp()

@@ -518,5 +518,4 @@ def soft_best_of_n_stream(
     if winner is None or log_total is None or peak is None:
         raise ValueError("chunks must hold at least one pair (candidates, rewards), got none")
     _checks.some_left("rewards", log_total)
-    temperature = beta.double() if isinstance(beta, Tensor) else float(beta)
-    return Streamed(winner, log_total + peak.squeeze(-1) / temperature - math.log(n), n)
+    return Streamed(winner, log_total + peak.squeeze(-1) / _numerics.double(beta) - math.log(n), n)
