@@ -12,6 +12,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 NOTEBOOKS := $(sort $(wildcard book/*.ipynb))
+QUICK := book/tilting.ipynb
 SOURCES := $(NOTEBOOKS) $(wildcard tiltlib/*.py) conftest.py requirements.txt
 RUN := _build/run.stamp
 # One worker per notebook. The limit on a cell is for one that hangs: it is far above what a busy machine needs.
@@ -52,7 +53,7 @@ test: .venv/.stamp
 	$(BIN)/pytest -n 2 tests/test_pages.py
 
 quick: .venv/.stamp
-	$(BIN)/pytest --nbval $(NBVAL) -m "not slow" --ignore tests/test_pages.py tests $(firstword $(NOTEBOOKS))
+	$(BIN)/pytest --nbval $(NBVAL) -m "not slow" --ignore tests/test_pages.py tests $(QUICK)
 
 .venv-bench/.stamp: requirements-bench.txt pyproject.toml
 	$(PYTHON) -m venv .venv-bench

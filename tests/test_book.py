@@ -38,8 +38,15 @@ PARTS = STATEMENT.replace("It holds.", "We have\n\n1. this,\n2. that.")
 NO_CLOSED_FORM: dict[str, str] = {}
 
 
+# Chapters that still show their checks among what one reads.
+ONE_LAYER = """tilting human_feedback internal_feedback equivalences resampling sequences diffusion guidance
+reward_directed one_target verifying using_tiltlib""".split()
+OLD = [page for page in PAGES if Path(page.name).name in ONE_LAYER]
+NEW = [page for page in PAGES if page not in OLD]
+
+
 def book(prose=STATEMENT, output=f"{PASS}\n{REJECT}", source="check()", tags=()):
-    return [Page("book/01", (Cell("markdown", prose), Cell("code", source, tuple(tags), output)))]
+    return [Page("book/name", (Cell("markdown", prose), Cell("code", source, tuple(tags), output)))]
 
 
 def nothing(found):
@@ -58,7 +65,8 @@ def nothing(found):
         lambda pages: checks.near_misses(pages, NO_CLOSED_FORM),
         checks.claims_page,
         checks.verdict_cells,
-        checks.cell_lengths,
+        lambda pages: checks.cell_lengths(NEW) + checks.cell_lengths(OLD, 25),
+        lambda pages: checks.layers(NEW),
         checks.exercises,
         lambda pages: checks.citations(pages, KEYS),
     ],
@@ -66,6 +74,11 @@ def nothing(found):
 def test_this_book(check):
     assert PAGES
     nothing(check(PAGES))
+
+
+def test_chapters_in_one_layer_have_no_check_cell():
+    assert len(OLD) == len(ONE_LAYER)
+    nothing([page.name for page in OLD for cell in page.cells if {verdicts.CHECK, verdicts.LESSON} & set(cell.tags)])
 
 
 def test_docstrings_of_tiltlib_name_sources_that_exist():
@@ -287,9 +300,69 @@ def test_verdict_cells_finds_ignored_output():
 
 
 def test_cell_lengths_finds_a_wall_of_code():
-    wall = "\n".join(["x = 1"] * 26)
-    assert checks.cell_lengths(book(source=wall))
-    assert checks.cell_lengths(book(source=wall, tags=["hide-input"])) == []
+    wall = "\n".join(["x = 1"] * 13)
+    assert checks.cell_lengths(book(source=wall)) and checks.cell_lengths(book(source=wall), 13) == []
+    for tag in ("hide-input", "check", "setup"):
+        assert checks.cell_lengths(book(source=wall, tags=[tag])) == []
+
+
+LESSON = Cell("code", "verify.report(lesson())", ("lesson",))
+
+
+def layered(*cells):
+    """A page with a statement, then cells as (source, *tags), then a lesson."""
+    code = [Cell("code", source, tags) for source, *tags in cells]
+    return [Page("book/name", (Cell("markdown", STATEMENT), *code, Cell("markdown", "Now"), LESSON))]
+
+
+def test_layers_pass_where_each_cell_knows_its_own():
+    assert checks.layers(layered(("x = 1",), ("y = x + 1", "check"), ("print(x)",), ("z = [y for y in [x]]",))) == []
+    assert checks.layers([Page("book/intro", (Cell("markdown", "No statement, no lesson."),))]) == []
+
+
+@pytest.mark.parametrize(
+    "use",
+    "print(y)\ny += 1\ndef f(x=y): ...\nf = lambda x: x + y\n[x for x in y]\n[y + x for x in []]\n{x: y for x in []}\n"
+    "y = y + 1\nfor y in y: ...\nf'{y:.3f}'\ny.sort()\ny[0] = 1\nprint(*y)\n[x for x in [] for z in y]".split("\n")
+    + ["def f():\n    return y", "def f():\n    def g():\n        return y", "with y as x:\n    pass"],
+)
+def test_layers_find_a_name_from_a_check_cell(use):
+    (problem,) = checks.layers(layered(("y = 1", "check"), (use,)))
+    assert problem == f"book/name: the cell `{use.splitlines()[0]}` uses y, which a check cell defines"
+
+
+@pytest.mark.parametrize(
+    "use",
+    "y = 2; print(y)\nfor y in [1]: print(y)\nf = lambda y: y + 1\n[y for y in []]\nfrom math import pi as y; y\nx.y\n"
+    "f(y=1)\n{y: 1 for y in []}\nimport y.z; y".split("\n")
+    + ["def f():\n    y = 1\n    return y", "def f(*y):\n    return y", "def y():\n    return 1\ny()"],
+)
+def test_layers_let_a_main_cell_define_the_name_itself(use):
+    assert checks.layers(layered(("x = f = 1",), ("y = 1", "check"), (use,))) == []
+
+
+def test_layers_know_that_a_check_may_change_what_a_main_cell_defined():
+    assert checks.layers(layered(("y = 1",), ("y = 2", "check"), ("print(y)",)))
+    assert checks.layers(layered(("y = 2", "check"), ("y = 1",), ("print(y)",))) == []
+    for definition in ("def y(): ...", "import y", "for y in []: ...", "y, z = 1, 2", "with x as y: ...", "(y := 1)"):
+        assert checks.layers(layered(("x = 1",), (definition, "check"), ("print(y)",))), definition
+
+
+def test_layers_find_a_check_without_statement_and_a_verdict_in_the_main_flow():
+    lost = [Page("book/name", (Cell("code", "\ncheck()\n", ("check",)), Cell("markdown", STATEMENT), LESSON))]
+    assert checks.layers(lost) == ["book/name: no statement above the check cell `check()`"]
+    said = "book/name: the cell `verify.report(verify.exact(1, 1))` verifies, but is tagged neither check nor lesson"
+    assert checks.layers(layered(("verify.report(verify.exact(1, 1))",))) == [said]
+    printed = layered()[0]._replace(cells=(*layered()[0].cells, Cell("code", "f()", (), PASS)))
+    assert "`f()` verifies" in checks.layers([printed])[0]
+
+
+def test_layers_ask_for_one_lesson():
+    page = layered()[0]
+    assert checks.layers([page._replace(cells=(*page.cells, LESSON))]) == []  # one lesson in two cells
+    for cells, number in ((page.cells[:-1], 0), ((*page.cells, Cell("markdown", "And"), LESSON), 2)):
+        (problem,) = checks.layers([page._replace(cells=cells)])
+        assert problem.startswith(f"book/name: {number} lessons; one check of a chapter is left open")
 
 
 @pytest.mark.parametrize(
@@ -305,7 +378,7 @@ def test_exercises_finds(solution, problem):
 
 def test_citations_finds_an_unknown_key():
     assert checks.citations(book("{cite:p}`known, unknown`"), {"known"}) == [
-        "book/01: cites unknown, which is not in references.bib"
+        "book/name: cites unknown, which is not in references.bib"
     ]
 
 

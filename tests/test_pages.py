@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[1]
 HTML = ROOT / "_build/html"
 SHOTS = ROOT / "_build/screenshots"
 TOC = verdicts.toc_names_of(ROOT)
+PAGES = verdicts.read_book(ROOT)
+NEW = [page for page in PAGES if any(verdicts.CHECK in cell.tags for cell in page.cells)]  # in two layers
 VIEWS = {"wide": 1280, "phone": 390}
 PATIENCE = 600_000  # milliseconds: a busy machine is no fault of a page
 FLAGS = (
@@ -54,7 +56,7 @@ def files():
 
 def test_the_claims_page_shows_every_claim(files):
     shown = unescape(re.sub(r"<[^>]+>", "", (HTML / "book/claims.html").read_text(encoding="utf-8")))
-    for page in verdicts.read_book(ROOT):
+    for page in PAGES:
         assert {f"claim-{s.label}" for s in page.statements} <= set(files["book/claims.html"].ids)
         assert [v.id for v in page.verdicts if v.id not in shown] == []
 
@@ -170,6 +172,35 @@ def visit(contexts, base):
     yield open_page
     for page in pages:
         page.close()
+
+
+# How long a chapter is as it opens, and how much of that is code and printed output, in CSS pixels. Folded parts count
+# with the line that opens them, figures and tables not at all.
+SIZE = """() => {
+  const height = (e) => (e.checkVisibility() ? e.getBoundingClientRect().height : 0);
+  const code = [...document.querySelectorAll(".cell_input, .cell_output div.highlight, .cell_output > pre")];
+  const shown = code.filter((e) => !e.closest("details:not([open]) > :not(summary)") && !e.closest("figure"));
+  return [document.documentElement.scrollHeight, shown.map(height).reduce((a, b) => a + b, 0)];
+}"""
+LONGEST = {"book/one_target": 20_000}  # else 15,000
+MOST_CODE = 0.2
+
+
+@pytest.mark.parametrize("name", [page.name for page in NEW if page.statements])
+def test_a_chapter_is_one_sitting(name, visit, record_property):
+    height, code = visit(f"{name}.html").evaluate(SIZE)
+    record_property("page", (name, height, code / height))
+    assert height <= LONGEST.get(name, 15_000) and code <= MOST_CODE * height
+
+
+@pytest.mark.parametrize("name", [page.name for page in NEW if page.statements])
+def test_every_statement_has_its_line_of_evidence(name, visit):
+    page = next(page for page in NEW if page.name == name)
+    lines = visit(f"{name}.html").evaluate("""() => [...document.querySelectorAll(".evidence")].map((e) =>
+        [e.tagName, (e.querySelector("summary") ?? e).textContent, e.open ?? false])""")
+    claimed = [s for s in page.statements if s.status != "open"]
+    assert [line[2] for line in lines] == [False] * len(claimed)
+    assert all(text.startswith("Checked: ") and "rejected." in text for _, text, _ in lines)
 
 
 # What holds on every page, as a list of complaints. Folded proofs and cells are opened first: they have no size.

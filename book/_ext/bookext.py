@@ -6,10 +6,10 @@ import re
 import shutil
 import sys
 import zlib
+from html import escape
 from pathlib import Path
 
 from docutils import nodes
-from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -48,19 +48,18 @@ class StatusRole(SphinxRole):
 
 
 class SupportRole(SphinxRole):
-    """How each part of a statement is supported, in words; the claims page shows by what."""
+    """How each part of a statement is supported; the line of evidence says it in words, the claims page by what."""
 
     def run(self):
         try:
-            words = verdicts.support_in_words(self.text)
+            verdicts.support_in_words(self.text)
         except ValueError as error:
             logger.warning("support: %s", error, location=self.get_location())
-            words = self.text
-        return [status_node(support=f"Evidence: {words}.", location=self.get_location())], []
+        return [status_node(status="", location=self.get_location())], []
 
 
 class ResolveStatus(SphinxPostTransform):
-    """Link each badge and each line of support to the claims page; an open question has no claim to link to."""
+    """Link each badge to the claims page; an open question has no claim to link to."""
 
     default_priority = 5
 
@@ -69,35 +68,109 @@ class ResolveStatus(SphinxPostTransform):
             block = node.parent
             while block is not None and "realtype" not in block.attributes:  # set by sphinx-proof on its blocks
                 block = block.parent
-            if "support" in node.attributes:
-                shown = nodes.inline("", node["support"], classes=["support"])
-            else:
-                shown = badge(node["status"])
             if block is None:
                 logger.warning("a status or support outside of a prf block", location=node["location"])
-            elif node.attributes.get("status") != "open":
-                page = self.app.builder.get_relative_uri(self.env.docname, self.config.claims_page)
-                link = nodes.reference("", "", internal=True, refuri=f"{page}#claim-{block['label']}")
-                link["reftitle"] = "Show the evidence"
+            if not node["status"]:  # support: said on the line of evidence
+                node.parent.parent.remove(node.parent)
+                continue
+            shown = badge(node["status"])
+            if block is not None and node["status"] != "open":
+                link = claim_link(self, block["label"])
                 link += shown
                 shown = link
             node.replace_self(shown)
+
+
+def claim_link(transform: SphinxPostTransform, label: str, *text: nodes.Node) -> nodes.reference:
+    page = transform.app.builder.get_relative_uri(transform.env.docname, transform.config.claims_page)
+    return nodes.reference("", "", *text, internal=True, refuri=f"{page}#claim-{label}", reftitle="Show the evidence")
+
+
+class Setup(SphinxPostTransform):
+    """Move the setup cells of a chapter into its box of goals, which is folded below the opening."""
+
+    default_priority = 4
+    formats = ("html",)
+
+    def run(self, **kwargs):
+        boxes = [n for n in self.document.findall(nodes.admonition) if "start" in n["classes"]]
+        for cell in list(self.document.findall(nodes.container)):
+            if "tag_setup" in cell["classes"]:
+                if not boxes:
+                    logger.warning("a setup cell, but no box `:class: dropdown start` to hold it", location=cell)
+                    return
+                cell.parent.remove(cell)
+                boxes[0] += cell
+
+
+# --- the line of evidence ------------------------------------------------------------------------------------------
+
+
+class Evidence(SphinxPostTransform):
+    """Gather the check cells below a statement in one fold behind its proof; its line says what they showed.
+
+    A check cell belongs to the nearest statement above it. Verdicts about another statement are linked to that one.
+    """
+
+    default_priority = 4
+    formats = ("html",)
+
+    def run(self, **kwargs):
+        places: list[tuple[nodes.Element, nodes.Element, list[nodes.Element]]] = []  # statement, what to follow, cells
+        for node in list(self.document.findall(nodes.Element)):
+            if node.get("realtype") in verdicts.STATEMENTS:
+                places.append((node, node, []))
+            elif isinstance(node, nodes.admonition) and "proof" in node["classes"] and places:
+                statement, follow, cells = places[-1]
+                places[-1] = (statement, node if follow is statement else follow, cells)
+            elif f"tag_{verdicts.CHECK}" in node.get("classes", []):
+                if places:
+                    places[-1][2].append(node)
+                else:
+                    logger.warning("a check cell without a statement above it", location=node)
+        for statement, follow, cells in places:
+            for cell in cells:
+                cell.parent.remove(cell)
+            entry = self.env.book_entries.get(statement["label"])
+            if entry and entry.verdicts:
+                at = follow.parent.index(follow) + 1
+                follow.parent[at:at] = self.line(entry, cells)
+
+    def line(self, entry: verdicts.Entry, cells: list[nodes.Element]) -> list[nodes.Node]:
+        label, text = entry.statement.label, verdicts.evidence_line(entry)
+        links = nodes.paragraph("", "", claim_link(self, label, nodes.Text("Line by line")), classes=["evidence-links"])
+        places = [(page, owner, {v.label for v in found}) for page, owner, found in self.env.book_places]
+        others = [(page, owner) for page, owner, about in places if label in about and owner != label]
+        about = sorted(set().union(*(about for _, owner, about in places if owner == label)) - {label})
+        self.refer(links, " · some of it below ", others)
+        self.refer(links, " · also here, about ", [(self.env.book_entries[x].statement.page, x) for x in about])
+        if not cells:
+            return [nodes.paragraph("", text, classes=["evidence"]), links]
+        opening = nodes.raw("", f'<details class="evidence"><summary>{escape(text)}</summary>', format="html")
+        body = nodes.container("", links, *cells, classes=["evidence-body"], is_div=True)
+        return [opening, body, nodes.raw("", "</details>", format="html")]
+
+    def refer(self, line: nodes.paragraph, words: str, targets: list[tuple[str, str]]) -> None:
+        for n, (page, label) in enumerate(targets):
+            line += nodes.Text(", " if n else words)
+            title = self.env.book_entries[label].statement.title if label else "the setting"
+            uri = self.app.builder.get_relative_uri(self.env.docname, page) + (f"#{label}" if label else "")
+            line += nodes.reference("", title, internal=True, refuri=uri)
 
 
 # --- proofs --------------------------------------------------------------------------------------------------------
 
 
 class Proof(SphinxDirective):
-    """A proof with a title of its own. Sphinx-proof's has none, so that `:class: dropdown` could not collapse it."""
+    """A proof with a title of its own, by which it opens: Sphinx-proof's has none, and cannot be folded."""
 
     has_content = True
-    option_spec = {"class": directives.class_option}
 
     def run(self):
         box = nodes.admonition(
             "",
             nodes.title("", "Proof"),
-            classes=["proof", *self.options.get("class", [])],
+            classes=["proof", "dropdown"],
         )
         self.state.nested_parse(self.content, self.content_offset, box)
         return [box]
@@ -273,9 +346,12 @@ def skip_fields(app: Sphinx, what, name, obj, skip: bool, options) -> bool | Non
 
 
 def read_names(app: Sphinx, env: BuildEnvironment, docnames: list[str] | None = None, *rest) -> list[str]:
-    """Keep the labels and citation keys that docstrings may name; when they change, the API pages are stale."""
+    """Read what the book says; the API pages are stale when labels or citation keys that docstrings name change."""
     root = Path(app.srcdir)
-    labels = set().union(*(page.labels for page in verdicts.read_book(root)))
+    pages = verdicts.read_book(root)
+    env.book_entries = {e.statement.label: e for _, found in verdicts.entries(pages) for e in found}
+    env.book_places = [(page.name, label, found) for page in pages for label, found in page.shown_under]
+    labels = set().union(*(page.labels for page in pages))
     names = (
         labels,
         verdicts.bib_keys((root / "book/references.bib").read_text(encoding="utf-8")),
@@ -359,6 +435,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("claims", Claims)
     app.add_directive_to_domain("prf", "proof", Proof, override=True)
     app.add_post_transform(ResolveStatus)
+    app.add_post_transform(Setup)
+    app.add_post_transform(Evidence)
     app.add_post_transform(DropRepeatedIds)
     app.add_post_transform(KeepPunctuation)
     app.connect("config-inited", configure)

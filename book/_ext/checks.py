@@ -16,8 +16,8 @@ DELTA = 1e-8  # chance that the confidence bounds of one claim are false
 FAMILY = 1e-6  # chance of any false alarm in the whole book, and of any false pass
 CLEAR_MISS = 100  # a near-miss of an exact claim is off by this many tolerances
 NEAR = re.compile(r"1\.05|0\.95|5-percent")  # in the name of a falsifier whose right-hand side is 5 % off
-CELL_LINES = 25
-UNSEEN = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
+CELL_LINES = 12
+UNSEEN = {"hide-input", "hide-cell", "remove-input", "remove-cell", "setup", verdicts.CHECK}
 UNCOMPARED = {"nbval-ignore-output", "nbval-skip", "remove-cell", "remove-output"}
 _CITE = re.compile(r"\{cite(?::\w+)?\}`([^`]+)`")
 
@@ -157,16 +157,14 @@ def verdict_cells(pages: list[Page]) -> list[str]:
     return found
 
 
-def cell_lengths(pages: list[Page]) -> list[str]:
+def cell_lengths(pages: list[Page], most: int = CELL_LINES) -> list[str]:
     """No cell shows more code than a reader takes in at once."""
     found = []
     for page in pages:
         for cell in page.cells:
             lines = [line for line in cell.source.splitlines() if line.strip()]
-            if cell.kind == "code" and not UNSEEN & set(cell.tags) and len(lines) > CELL_LINES:
-                found.append(
-                    f"{page.name}: a cell shows {len(lines)} lines of code, more than {CELL_LINES}: {lines[0]}"
-                )
+            if cell.kind == "code" and not UNSEEN & set(cell.tags) and len(lines) > most:
+                found.append(f"{page.name}: a cell shows {len(lines)} lines of code, more than {most}: {lines[0]}")
     return found
 
 
@@ -222,4 +220,112 @@ def links(config: dict, tracked: set[str], paths: list[str]) -> list[str]:
         found.append(f"_config.yml: branch is {repository.get('branch')!r}, not 'main'")
     if repository.get("path_to_book"):
         found.append("_config.yml: path_to_book must be empty, pages lie below the root of the repository")
+    return found
+
+
+# --- two layers: what one reads, and why one may believe it ----------------------------------------------------------
+
+
+class _Names(ast.NodeVisitor):
+    """Walk code in the order in which it runs; `load(name)` and `store(name)` hear of each name of the module."""
+
+    def __init__(self, load, store):
+        self.load, self.store, self.local = load, store, []
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if not any(node.id in names for names in self.local):
+            (self.load if isinstance(node.ctx, ast.Load) else self.store)(node.id)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        for part in (node.value, *node.targets):
+            self.visit(part)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self.visit(node.value)
+        if isinstance(node.target, ast.Name) and not any(node.target.id in names for names in self.local):
+            self.load(node.target.id)
+        self.visit(node.target)
+
+    def visit_For(self, node: ast.For) -> None:
+        for part in (node.iter, node.target, *node.body, *node.orelse):
+            self.visit(part)
+
+    def comprehension(self, node) -> None:
+        self.visit(node.generators[0].iter)
+        self.local.append({n.id for g in node.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)})
+        for g in node.generators:
+            for part in [*g.ifs, *([g.iter] if g is not node.generators[0] else [])]:
+                self.visit(part)
+        for part in (node.key, node.value) if isinstance(node, ast.DictComp) else (node.elt,):
+            self.visit(part)
+        self.local.pop()
+
+    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = comprehension
+
+    def function(self, node) -> None:
+        a = node.args
+        for part in [*a.defaults, *filter(None, a.kw_defaults), *getattr(node, "decorator_list", [])]:
+            self.visit(part)
+        arguments = {x.arg for x in [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]}
+        body = node.body if isinstance(node.body, list) else [node.body]
+        inside = [n for statement in body for n in ast.walk(statement)]
+        stored = {n.id for n in inside if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        stored |= {n.name for n in inside if isinstance(n, ast.FunctionDef)}
+        self.local.append(arguments | stored)
+        for statement in body:
+            self.visit(statement)
+        self.local.pop()
+        if isinstance(node, ast.FunctionDef) and not any(node.name in names for names in self.local):
+            self.store(node.name)
+
+    visit_FunctionDef = visit_Lambda = function
+
+    def visit_Import(self, node) -> None:
+        for alias in node.names:
+            self.store((alias.asname or alias.name).split(".")[0])
+
+    visit_ImportFrom = visit_Import
+
+
+def uses_of_check_names(cells: Iterable[tuple[bool, str]]) -> list[tuple[int, str]]:
+    """Find the names that a main cell takes from a check cell: (cell, name). `cells` are (is it a check, code)."""
+    from_check: set[str] = set()
+    found: list[tuple[int, str]] = []
+    for number, (check, code) in enumerate(cells):
+
+        def load(name: str, number=number, check=check) -> None:
+            if not check and name in from_check and (number, name) not in found:
+                found.append((number, name))
+
+        def store(name: str, check=check) -> None:
+            (from_check.add if check else from_check.discard)(name)
+
+        _Names(load, store).visit(ast.parse(code))
+    return found
+
+
+def layers(pages: list[Page]) -> list[str]:
+    """What one reads runs without the checks; each check stands below a statement, and one per chapter is left open."""
+    found = []
+    for page in pages:
+        code = [c for c in page.cells if c.kind == "code"]
+        first = {id(c): next(filter(str.strip, c.source.splitlines()), "") for c in code}
+        for number, name in uses_of_check_names([(verdicts.CHECK in c.tags, c.source) for c in code]):
+            found.append(f"{page.name}: the cell `{first[id(code[number])]}` uses {name}, which a check cell defines")
+        above, lessons = "", 0
+        for i, cell in enumerate(page.cells):
+            if cell.kind == "markdown":
+                above = ([above, *verdicts.statement_labels(cell.source)])[-1]
+                continue
+            if verdicts.CHECK in cell.tags:
+                if not above:
+                    found.append(f"{page.name}: no statement above the check cell `{first[id(cell)]}`")
+            elif verdicts.LESSON in cell.tags:
+                lessons += verdicts.LESSON not in page.cells[i - 1].tags
+            elif cell.verdicts or re.search(r"\bverify\.(?!report\b)\w+\(", cell.source):
+                found.append(
+                    f"{page.name}: the cell `{first[id(cell)]}` verifies, but is tagged neither check nor lesson"
+                )
+        if page.statements and lessons != 1:
+            found.append(f"{page.name}: {lessons} lessons; one check of a chapter is left open and talked through")
     return found

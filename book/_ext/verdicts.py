@@ -29,6 +29,11 @@ SUPPORT = {
 
 ALSO = "Also, the statement at work; no evidence for it"
 
+# Tags of cells. A check cell says why one may believe a statement: it is folded behind the statement's proof, and what
+# one reads runs without it. A lesson is the one check of a chapter that is left open and talked through.
+CHECK = "check"
+LESSON = "lesson"
+
 _VERDICT = re.compile(r"(PASS|REJECT|INCONCLUSIVE|NOTE) +(match|mean|within|exact|bound|observed) +(\S+)(.*)")
 _FENCE = re.compile(r"^ *(`{3,}|~{3,}|:{3,})\{([\w:-]+)\} *(.*?) *$")
 _STATUS = re.compile(r"\{status\}`([^`]*)`")
@@ -80,9 +85,13 @@ class Cell(NamedTuple):
     tags: tuple[str, ...] = ()
     output: str = ""  # all text it printed, as stored
 
+    @property
+    def verdicts(self) -> list[Verdict]:
+        return [v for v in map(parse_verdict, self.output.splitlines()) if v]
+
 
 class Page(NamedTuple):
-    name: str  # Sphinx document name, such as book/01_tilting
+    name: str  # Sphinx document name, such as book/tilting
     cells: tuple[Cell, ...]
 
     @property
@@ -96,8 +105,17 @@ class Page(NamedTuple):
 
     @property
     def verdicts(self) -> list[Verdict]:
-        lines = (line for cell in self.cells for line in cell.output.splitlines())
-        return [v for v in map(parse_verdict, lines) if v]
+        return [v for cell in self.cells for v in cell.verdicts]
+
+    @property
+    def shown_under(self) -> list[tuple[str, list[Verdict]]]:
+        """The verdicts of the page by the statement that they are printed under: the nearest one above."""
+        found: list[tuple[str, list[Verdict]]] = [("", [])]
+        for cell in self.cells:
+            if cell.kind == "markdown":
+                found += [(label, []) for label in statement_labels(cell.source)]
+            found[-1][1].extend(cell.verdicts)
+        return found
 
     @property
     def labels(self) -> set[str]:
@@ -116,8 +134,7 @@ class Page(NamedTuple):
                 _SUPPORT.sub("", _STATUS.sub("", b.body)).strip(),
                 support(b.body),
             )
-            for b in blocks(self.prose)
-            if b.name.removeprefix("prf:") in STATEMENTS and b.name.startswith("prf:")
+            for b in statement_blocks(self.prose)
         ]
 
 
@@ -187,6 +204,14 @@ def blocks(text: str) -> Iterator[Block]:
             options[option[1]] = option[2]
             inside.pop(0)
         yield Block(name, argument, options, "\n".join(inside))
+
+
+def statement_blocks(text: str) -> list[Block]:
+    return [b for b in blocks(text) if b.name in {f"prf:{kind}" for kind in STATEMENTS}]
+
+
+def statement_labels(text: str) -> list[str]:
+    return [b.options.get("label", "") for b in statement_blocks(text)]
 
 
 def status(body: str) -> str:
@@ -376,6 +401,22 @@ def counts(found: list[Verdict]) -> str:
     wrong = sum(bool(v.slug) for v in found)
     listed = ", ".join(f"{said.count(word)} {word}" for word in SUPPORT if word in said)
     return f"{listed}; {wrong} wrong version{'' if wrong == 1 else 's'} rejected"
+
+
+def _draws(found: list[Verdict]) -> str:
+    """Say on how many draws verdicts rest: "on 20,000 draws", "on 30,000 to 60,000 draws"."""
+    sizes = sorted({int(v.number("n")) for v in found})
+    return f"on {sizes[0]:,} draws" if len(sizes) == 1 else f"on {sizes[0]:,} to {sizes[-1]:,} draws"
+
+
+def evidence_line(entry: Entry) -> str:
+    """What was checked of a statement, in one line, from its verdict lines and its role `support`."""
+    said = {word: [v for v in entry.verdicts if not v.slug and v.support == word] for word in SUPPORT}
+    listed = [f"{len(found)} {_draws(found) if word == 'sampled' else word}" for word, found in said.items() if found]
+    wrong = sum(bool(v.slug) for v in entry.verdicts)
+    line = f"Checked: {', '.join(listed)}; {wrong} wrong version{'' if wrong == 1 else 's'} rejected."
+    words = support_in_words(entry.statement.support) if entry.statement.parts else ""
+    return f"{line} {words[:1].upper()}{words[1:]}." if words else line
 
 
 def claimed(pages: list[Page]) -> list[Verdict]:
