@@ -459,6 +459,21 @@ def test_the_line_of_evidence_counts_what_was_checked():
     assert verdicts.evidence_line(entry) == "Checked: 1 on 200 draws; 1 wrong version rejected."
 
 
+def test_a_statement_uses_what_it_and_its_proof_name():
+    lemma = STATEMENT.replace("theorem", "lemma").replace("a-label", "b-label")
+    proof = (
+        "```{prf:proof}\nBy {prf:ref}`a-label`, {prf:ref}`this <a-label>`, {prf:ref}`b-label` and {prf:ref}`gone`.\n```"
+    )
+    pages = [*book(f"{STATEMENT}\n\nSee {{prf:ref}}`b-label`."), *book(f"{lemma}\n\n{proof}")]
+    assert [(s.label, used) for s, used in verdicts.uses(pages)] == [("a-label", []), ("b-label", ["a-label"])]
+    used = verdicts.uses(PAGES)
+    assert {s.label for s, _ in used} == {s.label for p in PAGES for s in p.statements}
+    rests, left = {s.label: set(labels) for s, labels in used}, {s.label for s, _ in used}
+    while ready := {label for label in left if not rests[label] & left}:
+        left -= ready
+    assert not left, f"these proofs go in a circle: {sorted(left)}"
+
+
 def test_verdicts_are_shown_under_the_nearest_statement_above():
     (page,) = layered((PASS, "check"))
     page = page._replace(cells=(Cell("code", "", (), PASS), Cell("markdown", STATEMENT), Cell("code", "", (), MATCH)))

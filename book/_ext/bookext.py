@@ -292,6 +292,43 @@ class Claims(SphinxDirective):
         return box
 
 
+class Dependencies(SphinxDirective):
+    """Draw the statements in reading order, with an arc from each to those that it or its proof names."""
+
+    LINE, WIDTH, TEXT, LONGEST = 19, 360, 262, 42  # pixels: from line to line, whole and text; letters of a title
+
+    def run(self):
+        root = Path(self.env.srcdir)
+        pages = verdicts.read_book(root)
+        drawn, at, y = [], {}, 0
+        used = verdicts.uses(pages)
+        for page in (page for page in pages if page.statements):
+            self.env.note_dependency(str(verdicts.source_of(root, page.name)))
+            url = self.env.app.builder.get_relative_uri(self.env.docname, page.name)
+            y += self.LINE
+            drawn.append(self.line(0, y, page.title, url, "chapter"))
+            for statement in page.statements:
+                y += self.LINE
+                at[statement.label] = y - 4
+                drawn.append(self.line(12, y, statement.title, f"{url}#{statement.label}", "statement"))
+        titles = {statement.label: statement.title for statement, _ in used}
+        pairs = [(s.label, label) for s, labels in used for label in labels]
+        arcs = [self.arc(at[one], at[other], f"{titles[one]} uses {titles[other]}", y) for one, other in pairs]
+        words = f"{len(used)} statements in reading order; {len(arcs)} arcs join each to those that it uses."
+        svg = f'<svg class="bk-uses" viewBox="0 0 {self.WIDTH} {y + self.LINE}" role="group" aria-label="{words}">'
+        return [nodes.raw("", f"{svg}{''.join(arcs + drawn)}</svg>", format="html")]
+
+    def line(self, x: int, y: int, title: str, url: str, kind: str) -> str:
+        title = re.sub(r"[$\\]|\{[^}]*\}|`", "", title)
+        shown = title if len(title) <= self.LONGEST else title[: self.LONGEST - 1] + "…"
+        return f'<a href="{url}"><text class="{kind}" x="{x}" y="{y}">{escape(shown)}</text></a>'
+
+    def arc(self, y: int, z: int, words: str, height: int) -> str:
+        out = self.TEXT + 20 + (self.WIDTH - self.TEXT) * (abs(y - z) / height) ** 0.5
+        path = f"M{self.TEXT} {y}C{out:.0f} {y} {out:.0f} {z} {self.TEXT} {z}"
+        return f'<path d="{path}"><title>{escape(words)}</title></path><circle cx="{self.TEXT}" cy="{z}" r="2.2"/>'
+
+
 # --- the reference -------------------------------------------------------------------------------------------------
 
 
@@ -484,6 +521,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_role("status", StatusRole())
     app.add_role("support", SupportRole())
     app.add_directive("claims", Claims)
+    app.add_directive("dependencies", Dependencies)
     app.add_directive("summary", Summary)
     app.add_directive_to_domain("prf", "proof", Proof, override=True)
     app.add_post_transform(ResolveStatus)

@@ -41,6 +41,7 @@ _VERDICT = re.compile(r"(PASS|REJECT|INCONCLUSIVE|NOTE) +(match|mean|within|exac
 _FENCE = re.compile(r"^ *(`{3,}|~{3,}|:{3,})\{([\w:-]+)\} *(.*?) *$")
 _STATUS = re.compile(r"\{status\}`([^`]*)`")
 _SUPPORT = re.compile(r"\{support\}`([^`]*)`")
+_REF = re.compile(r"\{prf:ref\}`([^`<]*<)?([\w-]+)>?`")
 _PART = re.compile(r"^ *(\d+)\. ", re.M)
 
 
@@ -315,6 +316,22 @@ def read_book(root: Path) -> list[Page]:
     """Read all pages that _toc.yml lists."""
     paths = [(name, source_of(root, name)) for name in toc_names_of(root)]
     return [parse_page(name, path.read_text(encoding="utf-8"), path.suffix == ".ipynb") for name, path in paths]
+
+
+def uses(pages: list[Page]) -> list[tuple[Statement, list[str]]]:
+    """The statements of the book in reading order, each with the labels of those that it or its proof names."""
+    found: list[tuple[Statement, list[str]]] = []
+    known = {s.label: s for page in pages for s in page.statements}
+    for page in pages:
+        for b in blocks(page.prose):
+            if b.name in {f"prf:{kind}" for kind in STATEMENTS}:
+                found.append((known[b.options.get("label", "")], []))
+            elif b.name != "prf:proof" or not found or found[-1][0].page != page.name:
+                continue
+            statement, used = found[-1]
+            named = (label for _, label in _REF.findall(b.body))
+            used += [x for x in dict.fromkeys(named) if x in known and x not in (*used, statement.label)]
+    return found
 
 
 def claims_page(chapter: str) -> str:
