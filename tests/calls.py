@@ -42,7 +42,8 @@ def public() -> dict[str, Any]:
             if inspect.isclass(value):
                 for key, member in vars(value).items():
                     member = member.__func__ if isinstance(member, classmethod | staticmethod) else member
-                    if inspect.isfunction(member) and not key.startswith("_") and member.__module__ == module.__name__:
+                    own = inspect.isfunction(member) and member.__module__ == module.__name__
+                    if own and not key.startswith("_") and "__mutmut_" not in key:  # a mutant lies beside its original
                         found[f"{prefix}.{name}.{key}"] = member
     return found
 

@@ -264,9 +264,16 @@ def test_the_table_of_modules_is_complete():
     assert set(MODULES) == set(tiltlib.__all__) and len(MODULES) > 10
     extras = {name: named(packages) for name, packages in project()["optional-dependencies"].items()}
     assert extras == {name: needs for name, needs in MODULES.items() if needs}
-    reference = (PACKAGE.parent / "book/api.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\.\. automodule:: tiltlib\.?(\w*)$", reference, flags=re.MULTILINE) == ["", *MODULES]
-    assert re.findall(r"^## (\w+)$", reference, flags=re.MULTILINE) == list(MODULES)
+    index = (PACKAGE.parent / "book/api.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## \[(\w+)\]\(reference/\1\.md\)$", index, flags=re.MULTILINE) == list(MODULES)
+    assert re.findall(r"^\.\. summary:: (\w+)$", index, flags=re.MULTILINE) == list(MODULES)
+    pages = {path.stem: path.read_text("utf-8") for path in (PACKAGE.parent / "book/reference").glob("*.md")}
+    assert set(pages) == set(MODULES)
+    for name, page in pages.items():
+        assert re.findall(r"^\.\. (summary|automodule):: (\S+)$", page, flags=re.MULTILINE) == [
+            ("summary", name),
+            ("automodule", f"tiltlib.{name}"),
+        ]
     tested = {path.stem.removeprefix("test_") for path in (PACKAGE.parent / "tests").glob("test_*.py")}
     assert set(MODULES) <= tested
 

@@ -439,6 +439,12 @@ def test_every_method_looks_at_the_shape_of_the_score(method):
         )
 
 
+def test_a_draw_names_the_part_of_the_step_that_is_wrong():
+    for mean, std, text in ((vector(math.nan), 1.0, "^mean must"), (vector(0), -1.0, "^std must be finite and >= 0")):
+        with pytest.raises(ValueError, match=text):
+            diffusion.draw(diffusion.Transition(mean[:, None], std), generator=torch.Generator())
+
+
 @pytest.mark.parametrize("kernel", [diffusion.transition, diffusion.posterior_transition])
 def test_bad_steps(kernel):
     y = torch.zeros(2, 1)
@@ -446,6 +452,8 @@ def test_bad_steps(kernel):
         kernel(gaussian, y, 1.0, 2.0)
     with pytest.raises(ValueError, match="s must be finite and > 0, got 0.0"):
         kernel(gaussian, y, 0.0, 0.0)
+    with pytest.raises(ValueError, match="^s_next must be finite and >= 0, got -1.0"):
+        kernel(gaussian, y, 1.0, -1.0)
     with pytest.raises(ValueError, match=r"y must have shape \(n, D\)"):
         kernel(gaussian, y[0], 1.0, 0.5)
 

@@ -131,6 +131,19 @@ def test_nothing_depends_on_the_default_dtype(key):
         assert all(same(value, expected[place]) for place, value in got.items()), default
 
 
+# No tensor comes in, or a function that makes some does.
+ON_THE_DEFAULT_DEVICE = set("diffusion.karras diffusion.geometric diffusion.variance_preserving verify.falsify".split())
+
+
+@pytest.mark.parametrize("key", [key for key in CALLS if name_of(key) not in ON_THE_DEFAULT_DEVICE])
+def test_nothing_depends_on_the_default_device(key):
+    expected, call = leaves(CALLS[key](Inputs()).result()), CALLS[key](Inputs())
+    with torch.device("meta"):  # a tensor there holds no numbers
+        result = call.result()
+    got = leaves(result)
+    assert all(same(value, expected[place]) for place, value in got.items())
+
+
 # Results whose dtype is not that of the arguments: function, or function and field, the dtype, the reason.
 OTHER_DTYPES = {
     "categorical.truncate .kept_mass": (F64, "a mass near 1 tells what was cut only by its digits"),

@@ -733,6 +733,7 @@ NO_TILT = "tilted must be a Tilted, from GaussianMixture.tilt, got GaussianMixtu
     ("call", "error", "text"),
     [
         (lambda: guidance.classifier_free(REF, REF, math.nan), ValueError, "guidance_scale must be finite, got nan"),
+        (lambda: guidance.classifier_free(REF, REF, 2.0)([1.0], 1.0), TypeError, "y must be .* got list"),
         (lambda: guidance.exact_value(TWO), TypeError, NO_TILT),
         (lambda: guidance.log_values(TWO, TWO), TypeError, NO_TILT),
         (lambda: guidance.value_gradient(TWO, TWO, vector(1)[None], 1.0), TypeError, NO_TILT),

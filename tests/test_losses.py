@@ -682,12 +682,14 @@ def test_fit_of_extreme_tables(often, rarely):
     close(losses.fit_bradley_terry(wins).diff(), vector(0, -math.log(2)), 1e-8)
 
 
-# Powers of ten of the number of wins, None for no game. Full Newton steps diverge on each of these.
+# Powers of ten of the number of wins, None for no game. Full Newton steps diverge on each of these but the last, where
+# steps half as long again go to and fro.
 LOPSIDED = [
     [[None, -5, None, None], [1, None, 3, None], [None, None, None, 3], [-2, None, None, None]],
     [[None, -5, None, 2], [6, None, 1, 3], [-4, None, None, -4], [-5, None, -3, None]],
     [[None, 5, None, None], [None, None, -3, -4], [None, 2, None, 3], [-2, None, -4, None]],
     [[None, 4, -5, None], [None, None, 4, None], [-6, None, None, -5], [-4, None, 1, None]],
+    [[None, 1, None, 2], [-2, None, -2, None], [None, -1, None, 0], [0, None, 2, None]],
 ]
 
 
@@ -1291,6 +1293,14 @@ def test_grpo_without_kl_needs_no_reference(kl, rng):
         losses.grpo(logps, ref - math.inf, rewards, 0.0, **flags)
 
 
+@pytest.mark.parametrize("kl", ["reward", "k1", "k2", "k3"])
+def test_without_kl_no_square_of_a_log_probability_overflows(kl):
+    far, near = (vector(logp, -1)[:, None].requires_grad_() for logp in (-1.7e308, -2))
+    out, expected = (losses.grpo(x, None, vector(1, 0), 0, kl=kl) for x in (far, near))
+    assert torch.equal(out, expected)
+    assert torch.equal(torch.autograd.grad(out, far)[0], torch.autograd.grad(expected, near)[0])
+
+
 # --- numbers, lists and arrays ---------------------------------------------------------------------------------------
 
 
@@ -1463,6 +1473,11 @@ def grpo_with(**flags):
             lambda: losses.grpo(TOKENS, TOKENS, R3[:, None], 1.0),
             ValueError,
             r"rewards must have shape \(3,\), got \(3, 1\)",
+        ),
+        (
+            lambda: losses.grpo(TOKENS.expand(2, 3, 1), TOKENS.expand(2, 3, 1), R3, 1.0),
+            ValueError,
+            r"rewards must have shape \(2, 3\), got \(3,\)",
         ),
         (grpo_with(kl="k4"), ValueError, "kl must be one of 'reward', 'k1', 'k2', 'k3', got 'k4'"),
         (grpo_with(baseline="mean"), ValueError, "baseline must be one of 'group', 'leave-one-out', got 'mean'"),
@@ -1741,6 +1756,18 @@ def test_a_small_ridge_is_not_lost_beside_many_wins(ridge):
     wins[[0, 1, 2], [3, 4, 5]] = 1.0
     x = bisect(lambda x: 1 / (1 + math.exp(2 * x)) - ridge * x, 0.0, 100.0)
     close(losses.fit_bradley_terry(wins, ridge=ridge), vector(x, x, x, -x, -x, -x), 1e-9)
+
+
+def test_the_smallest_ridge_that_is_taken():
+    gap = bisect(lambda d: 1 / (1 + math.exp(d)) - 1e-24 * d / 2, 0.0, 100.0)
+    rewards = losses.fit_bradley_terry(vector(0, 1, 0, 0).view(2, 2), ridge=1e-24)
+    torch.testing.assert_close(rewards, vector(gap, -gap) / 2, rtol=1e-13, atol=0)
+
+
+def test_a_fit_that_left_float64_says_so(monkeypatch):
+    monkeypatch.setattr(losses, "_solve_laplacian", lambda edges, ridge, right: right * math.nan)
+    with pytest.raises(ArithmeticError, match="^the fit with entries up to 8 and ridge 2 left float64$"):
+        losses.fit_bradley_terry(8 * ONES, ridge=2.0)
 
 
 def test_rounding_of_balanced_wins_ends():

@@ -190,6 +190,16 @@ def test_tilt_equals_enumeration(v, order, length, kind, rng):
         assert not bool((tilted.table(t) > -math.inf)[reachable][(table == -math.inf)[reachable]].any())
 
 
+def test_a_start_from_which_nothing_goes_on_leaves_the_strings_of_one_symbol():
+    # At first only a may follow, and after a nothing: "a" is a string, and there is no longer one.
+    rewards = torch.tensor([[-math.inf, -math.inf], [0, -math.inf]], dtype=F64)
+    chain = MarkovChain(law(0.5, 0.5).expand(2, 2), "ab")
+    close(chain.tilt(rewards, 1.0, 1).logps(torch.tensor([[0], [1]])), law(1, 0))
+    for length in (2, 3):
+        with pytest.raises(ValueError, match="^rewards must leave at least one outcome of positive mass"):
+            chain.tilt(rewards, 1.0, length)
+
+
 def test_tilt_limits(rng):
     chain = random_chain(3, 2, rng)
     strings = all_strings(3, 4)
@@ -466,6 +476,13 @@ def test_bad_tilts(method, rewards, beta, length, error, text):
         (lambda: CHAIN.tilt(RIGHT, 1.0, 3).table(3), ValueError, r"step must lie in 0\.\.2"),
         (lambda: CHAIN.tilt(RIGHT, 1.0, 3).table(-1), ValueError, r"step must lie in 0\.\.2"),
         (lambda: CHAIN.tilt(RIGHT, 1.0, 3).sample(2, 4, generator=G), ValueError, r"step must lie in 0\.\.2"),
+        (lambda: CHAIN.rows(0, [0]), TypeError, "^contexts must be an integer torch.Tensor, got list"),
+        (lambda: CHAIN.rows(0, RIGHT[:0]), TypeError, "^contexts must be an integer torch.Tensor, got a torch.float64"),
+        (lambda: CHAIN.rows(0, torch.tensor([0, 3])), ValueError, r"^contexts must lie in 0\.\.2, got .* 0 to 3"),
+        (lambda: CHAIN.append(torch.tensor(0), torch.tensor(-1)), ValueError, r"^tokens must lie in 0\.\.2, got .* -1"),
+        (lambda: CHAIN.stopped(0), ValueError, "^length must be an integer >= 1, got 0"),
+        (lambda: CHAIN.lookahead([0.0]), TypeError, "^values must be a floating-point torch.Tensor, got list"),
+        (lambda: fitted(2).lookahead(RIGHT), ValueError, r"^values must have shape \(9,\), got \(3,\)"),
     ],
 )
 def test_bad_inputs(call, error, text):
@@ -646,6 +663,15 @@ def test_a_chain_that_was_accepted_is_never_refused(dtype, rng):
         close(chain.kl(meant, 3), vector(0).squeeze())
         close(chain.contexts(3), meant.contexts(3))
         close(chain.reward_law(vector(0, 1, 1).to(dtype), 3).logps, meant.reward_law(vector(0, 1, 1), 3).logps)
+
+
+@pytest.mark.parametrize("dtype", SMALL)
+def test_the_rows_of_every_step_are_normalised_in_float64(dtype, rng):
+    chain = stepped_chain(3, 1, 4, rng)
+    tables = torch.stack([chain.table(t) for t in range(4)]).to(dtype)
+    small = MarkovChain(tables, chain.alphabet)
+    for t in range(4):
+        close(small.table(t), torch.log_softmax(tables[t].double(), -1), 1e-14)
 
 
 @pytest.mark.parametrize("dtype", [F64, *SMALL])
@@ -937,6 +963,16 @@ def test_strings_of_one_symbol_and_of_several_lengths():
     assert CHAIN.encode(["b", " "]).tolist() == [[1], [2]] and CHAIN.decode(torch.tensor([[1], [2]])) == ["b", " "]
     with pytest.raises(ValueError, match=r"got lengths \[1, 3\]$"):
         CHAIN.encode(["aba", "a", "b"])
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_looking_ahead_is_reading_at_the_context_with_a_symbol_appended(order, rng):
+    chain, values = random_chain(3, order, rng), torch.randn(3**order, generator=rng, dtype=F64)
+    ahead = chain.lookahead(values)
+    assert torch.equal(ahead, values[chain.append(torch.arange(3**order)[:, None], torch.arange(3))])
+    before = values.clone()
+    ahead.zero_()  # numbers of its own
+    assert torch.equal(values, before)
 
 
 def test_the_next_symbol_is_drawn_in_contexts_of_any_shape(rng):

@@ -54,11 +54,12 @@ def files():
     return {path.relative_to(HTML).as_posix(): Page(path.read_text(encoding="utf-8")) for path in paths}
 
 
-def test_the_claims_page_shows_every_claim(files):
-    shown = unescape(re.sub(r"<[^>]+>", "", (HTML / "book/claims.html").read_text(encoding="utf-8")))
-    for page in PAGES:
-        assert {f"claim-{s.label}" for s in page.statements} <= set(files["book/claims.html"].ids)
-        assert [v.id for v in page.verdicts if v.id not in shown] == []
+def test_the_claims_pages_show_every_claim(files):
+    for page, entries in verdicts.entries(PAGES):
+        path = verdicts.claims_page(page.name) + ".html"
+        shown = unescape(re.sub(r"<[^>]+>", "", (HTML / path).read_text(encoding="utf-8")))
+        assert {f"claim-{s.label}" for s in page.statements} <= set(files[path].ids)
+        assert [v.id for e in entries for v in e.verdicts if (v.slug or v.id) not in shown] == []
 
 
 class Page(HTMLParser):
@@ -299,6 +300,35 @@ def move_sliders(page):
         if not slider.evaluate("e => e.labels[0]?.textContent.trim() || e.getAttribute('aria-label')"):
             bad.append(f"slider without a name: {before}")
     return bad
+
+
+def test_claims_can_be_filtered(visit):
+    page = visit(verdicts.claims_page(NEW[0].name) + ".html")
+    left = """() => [...document.querySelectorAll(".claim")].filter((e) => e.checkVisibility()).map((e) => e.id)"""
+    assert len(page.evaluate(left)) == len(NEW[0].statements)
+    label = NEW[0].statements[1].label
+    page.fill(".bk-filter input", f"Wrong {label}".upper())
+    shown = page.evaluate(left)
+    assert f"claim-{label}" in shown and len(shown) < len(NEW[0].statements)
+    assert page.inner_text(".bk-filter output") == f"{len(shown)} of {len(NEW[0].statements)}"
+    page.fill(".bk-filter input", "")
+    assert len(page.evaluate(left)) == len(NEW[0].statements) and page.trouble == []
+    summary = visit("book/claims.html")
+    summary.fill(".bk-filter input", "no such words")
+    assert summary.evaluate("() => [...document.querySelectorAll('article h2')].every((e) => !e.checkVisibility())")
+
+
+def test_every_page_says_its_version(files):
+    import tiltlib
+
+    for name in TOC:
+        assert f"Version {tiltlib.__version__}" in (HTML / f"{name}.html").read_text(encoding="utf-8")
+
+
+def test_a_statement_has_a_link_of_its_own(files):
+    for page in PAGES:
+        links = files[f"{page.name}.html"].links
+        assert [s.label for s in page.statements if f"#{s.label}" not in links] == []
 
 
 def test_search_finds_a_word(visit):

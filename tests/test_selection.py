@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -126,11 +127,21 @@ def test_soft_law_integrates_far_enough(spread):
     assert relative_error(soft_best_of_n_law(ref, rewards, 1.0, 2), enumerated_soft_law(ref, rewards, 2, 1.0)) <= 1e-14
 
 
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("spread", [5, 10, 20])
+def test_soft_law_keeps_the_draws_that_are_all_rare(spread, n):
+    # With probability 1e-6^N all candidates are the rare outcome, which is then kept, however small its weight.
+    ref, rewards = law(1 - 1e-6, 1e-6), vector(spread, 0)
+    assert relative_error(soft_best_of_n_law(ref, rewards, 1.0, n), enumerated_soft_law(ref, rewards, n, 1.0)) <= 1e-13
+
+
 def test_laws_of_an_outcome_too_rare_for_float64():
     # p = e^-800: N p w / (sum of w) = 5 e^-800 e / (e + 4) for the soft choice, p N F^(N-1) with F = 1 for the best.
     ref = vector(0, -800)
     close(best_of_n_law(ref, vector(0, 1), 5)[1].item(), -800 + math.log(5))
     close(best_of_n_law(ref, vector(1, 0), 5)[1].item(), -4000.0, 1e-9)
+    between = vector(math.log(0.5), -800, math.log(0.5))  # the limit N p F^(N-1) where F is a half
+    close(best_of_n_law(between, S0_REWARDS, 5)[1].item(), -800 + math.log(5) + 4 * math.log(0.5))
     close(soft_best_of_n_law(ref, vector(0, 1), 1.0, 5)[1].item(), -800 + math.log(5 * math.e / (math.e + 4)))
 
 
@@ -442,6 +453,10 @@ def test_pick_at_the_edges(monkeypatch):
     for u, expected in ((0.0, 1), (0.5, 3), (1 - 2**-53, 3)):
         monkeypatch.setattr(torch, "rand", lambda *size, u=u, **kwargs: vector(u))
         assert soft_best_of_n(rewards, 1.0, generator=torch.Generator()).item() == expected
+    # A chunk of weight 0 replaces nothing, even by a uniform of 0.
+    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.zeros(size[0], dtype=F64))
+    chunks = [(torch.tensor([i]), vector(r)) for i, r in enumerate((0, -math.inf))]
+    assert soft_best_of_n_stream(chunks, 1.0, generator=torch.Generator()).winner.item() == 0
 
 
 def test_stream_replaces_by_the_share_of_the_chunk(monkeypatch):
@@ -653,7 +668,8 @@ def test_bad_streams(chunks, error, text):
 @pytest.mark.parametrize("shapes", [((3, 1), (3, 4)), ((3, 2), (3, 4)), ((3,), (3, 4))])
 def test_stream_refuses_candidates_whose_shape_changes(rng, shapes):
     chunks = [(torch.zeros(shape), torch.zeros(3)) for shape in shapes]
-    with pytest.raises(ValueError, match="candidates must keep the event shape .* of the first chunk, got"):
+    old, new = (re.escape(str(shape[1:])) for shape in shapes)
+    with pytest.raises(ValueError, match=f"candidates must keep the event shape {old} of the first chunk, got {new}"):
         soft_best_of_n_stream(chunks, 1.0, generator=rng)
 
 
@@ -865,9 +881,11 @@ def test_gradients_of_the_best_of_n_law_are_finite_at_the_extremes(n):
     for rewards in (vector(0, 1, 2, 3, 4, 5), vector(5, 4, 3, 2, 1, 0), vector(0, 0, 1, 1, 2, 2)):
         logps = best_of_n_law(torch.log_softmax(logits, -1), rewards, n)
         for y in (0, 1, 2, 4, 5):
-            (gradient,) = torch.autograd.grad(logps[y], logits, retain_graph=True)
+            with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+                (gradient,) = torch.autograd.grad(logps[y], logits, retain_graph=True)
             assert bool(gradient.isfinite().all()) and gradient[3] == 0
             assert abs(gradient.sum().item()) <= 1e-9 * gradient.abs().max().item() + 1e-12  # only differences count
+        assert not torch.autograd.grad(logps[3], logits)[0].any()  # -inf, a constant
 
 
 def test_what_is_not_differentiable_carries_no_graph(rng):
@@ -932,6 +950,28 @@ def test_samplers_with_a_temperature_per_row(name, rng):
         assert verdict.decision == "REJECT"
 
 
+def test_temperatures_of_a_batch_of_two_dimensions(rng):
+    """A temperature per row of a (2, 3) batch does what the six rows, one after the other, do with theirs."""
+    beta, rewards = torch.rand(2, 3, generator=rng, dtype=F64) + 0.1, torch.rand(2, 3, 5, generator=rng, dtype=F64)
+    ref = torch.stack([random_law(5, rng) for _ in range(6)]).view(2, 3, 5)
+    calls = [
+        lambda p, r, b, g: soft_best_of_n_law(p, r, b, 4),
+        lambda p, r, b, g: soft_best_of_n(r, b, generator=g),
+        lambda p, r, b, g: selection.soft_best_of_n_draw(p, r, b, 4, generator=g),
+    ]
+    for call in calls:
+        nested = call(ref, rewards, beta, torch.Generator().manual_seed(1))
+        flat = call(ref.flatten(0, 1), rewards.flatten(0, 1), beta.flatten(), torch.Generator().manual_seed(1))
+        assert torch.equal(nested.flatten(0, 1), flat)
+
+
+def test_each_temperature_of_a_draw_has_candidates_of_its_own(rng):
+    # A single candidate is kept at every temperature, however much better the outcomes are that were not drawn.
+    drawn = selection.soft_best_of_n_draw(S0.expand(500, 3), S0_REWARDS, vector(1e-300, 1)[:, None], 1, generator=rng)
+    assert drawn[0].unique().tolist() == drawn[1].unique().tolist() == [0, 1, 2]
+    assert not torch.equal(drawn[0], drawn[1])  # 500 candidates agree with probability .38^500
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -957,10 +997,10 @@ def test_bad_shapes_of_temperatures(call, error, text):
 
 
 def test_the_range_of_each_row_counts():
-    rewards = torch.stack([S0_REWARDS, 1000 * S0_REWARDS])
-    assert soft_best_of_n_law(S0, rewards, vector(1, 1000), 2).shape == (2, 3)
-    with pytest.raises(ValueError, match=r"beta must be at least .* / 600, got 1\.5 for a range of 2000"):
-        soft_best_of_n_law(S0, rewards, vector(1000, 1.5), 2)
+    rewards = torch.stack([S0_REWARDS + 5000, 1000 * S0_REWARDS + 1, S0_REWARDS - 5000])
+    assert soft_best_of_n_law(S0, rewards, vector(1, 1000, 1), 2).shape == (3, 3)
+    with pytest.raises(ValueError, match=r"beta must be at least .* / 600, got 1\.5 for a range of 2000;"):
+        soft_best_of_n_law(S0, rewards, vector(1000, 1.5, 1), 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -1027,6 +1067,13 @@ def test_a_generator_is_required(call):
             "beta must be a number, got a torch.float32 tensor",
         ),
         (
+            lambda: selection.soft_best_of_n_chain(
+                STEPS, torch.full((3,), -math.inf), 1.0, torch.zeros(3, 3, dtype=F64), 2
+            ),
+            ValueError,
+            "rewards must be finite where the reference has mass, got -inf",
+        ),
+        (
             lambda: selection.soft_best_of_n_chain(STEPS, STEP_REWARDS, 1e-3, torch.zeros(3, 3, dtype=F64), 2),
             ValueError,
             "rewards / beta [+] log_values must span at most 600 in each context, got 1200 at step 1",
@@ -1050,6 +1097,9 @@ def test_symbolwise_selection_on_a_float32_chain():
     # Ties at the top of a huge reward: r / beta overflows, the differences do not.
     level = selection.soft_best_of_n_chain(exact, vector(1, 1, 1), 1e-320, blind, 4)
     close(level.logps(strings), exact.logps(strings))
+    # The top is that of each context, among the symbols that may follow.
+    apart = torch.stack([vector(1, 1, 9), vector(2, 2, 9), vector(3, 3, 9)])
+    close(selection.soft_best_of_n_chain(STEPS, apart, 1e-320, blind, 4).logps(BINARY), STEPS.logps(BINARY))
 
 
 # --- edges -----------------------------------------------------------------------------------------------------------

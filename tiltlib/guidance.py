@@ -398,7 +398,7 @@ def particles(
     for i, (s, s_next) in enumerate(itertools.pairwise(numbers)):
         uneven = (sizes[-1] < enough)[:, None]
         if bool(uneven.any()):
-            itself = torch.arange(n, device=y.device).expand(runs, n)
+            itself = torch.arange(n, device=y.device)
             spent = torch.where(uneven, log_weights, 0.0)
             parents = torch.where(uneven, scheme(spent, n, generator=generator), itself)
             log_partition = log_partition + weights.log_mean(spent)

@@ -308,9 +308,9 @@ def grpo(
     _group("logps", logps, -2)
     weight = 0.0 if free else _temperature(beta, logps.shape[:-2], 2)
     draws, tokens = _counted(logps, valid, mask)
-    now = _tokens("logps", logps, logps, tokens)
-    ref = now.detach() if ref_logps is None and free else _tokens("ref_logps", ref_logps, logps, tokens)
-    old = now.detach() if old_logps is None else _tokens("old_logps", old_logps, logps, tokens).detach()
+    now = _tokens("logps", logps, tokens)
+    ref = now.detach() if ref_logps is None and free else _tokens("ref_logps", ref_logps, tokens)
+    old = now.detach() if old_logps is None else _tokens("old_logps", old_logps, tokens).detach()
     _checks.tensor("rewards", rewards)
     if rewards.shape != logps.shape[:-1]:
         raise ValueError(f"rewards must have shape {tuple(logps.shape[:-1])}, got {tuple(rewards.shape)}")
@@ -417,11 +417,11 @@ def _over_tokens(per_token: Tensor, draws: Tensor, tokens: Tensor, length_norm: 
     return per_draw.sum(-1) / draws.sum(-1).clamp(min=1)
 
 
-def _tokens(name: str, value: Tensor | None, logps: Tensor, tokens: Tensor) -> Tensor:
+def _tokens(name: str, value: Tensor | None, tokens: Tensor) -> Tensor:
     """Check log-probabilities at the tokens that count; return them in float64, with 0 at the others."""
     _checks.tensor(name, value)
     assert value is not None
-    _checks.same_shape(**{"logps": logps, name: value})
+    _checks.same_shape(**{"logps": tokens, name: value})  # one entry per log-probability
     # Before the checks and any exponential: padding may hold anything, and infinity times 0 is not 0.
     kept = torch.where(tokens, value, 0)
     _checks.drawn_logps(name, kept)

@@ -67,7 +67,7 @@ class MarkovChain:
     def __init__(self, logps: Tensor, alphabet: str = LETTERS_AND_SPACE) -> None:
         _checks.logps("logps", logps)
         v = _alphabet_size(alphabet)
-        contexts = logps.shape[-2] if logps.ndim in (2, 3) else 0
+        contexts = logps.shape[-2] if logps.ndim in (2, 3) else 1
         order = round(math.log(max(1, contexts), v))
         if order < 1 or logps.shape[-2:] != (v**order, v):
             raise ValueError(
@@ -560,7 +560,7 @@ class MarkovChain:
     def lookahead(self, values: Tensor) -> Tensor:
         """Write numbers per context as numbers after each symbol: entry (c, a) is values[(c V + a) mod V^order].
 
-        A reshape, no look-up. Differentiable.
+        Copies, no look-up. Differentiable.
 
         Args:
             values: One number per context, shape (V^order,).
@@ -576,7 +576,7 @@ class MarkovChain:
         if values.shape != (self._v**self.order,):
             raise ValueError(f"values must have shape ({self._v**self.order},), got {tuple(values.shape)}")
         v = self._v
-        return values.double().view(1, -1, v).expand(v, -1, -1).reshape(-1, v)
+        return values.double().view(-1, v).repeat(v, 1)
 
     def soft_values(self, rewards: Tensor, beta: float, length: int) -> Tensor:
         """Compute by backward recursion what the rest of a string is worth.

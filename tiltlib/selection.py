@@ -114,9 +114,9 @@ def soft_best_of_n(rewards: Tensor, beta: float | Tensor, *, generator: torch.Ge
 
 
 def _pick(w: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pick an index with probability proportional to weights that are not all 0; also return their sum."""
-    # float64 sums: in float32 the cumulative sum of a long row distorts single candidates by a relative 1e-2.
-    cdf = w.cumsum(-1, dtype=torch.float64)
+    """Pick an index with probability proportional to float64 weights that are not all 0; also return their sum."""
+    # In float32 the cumulative sum of a long row would distort single candidates by a relative 1e-2.
+    cdf = w.cumsum(-1)
     total = cdf[..., -1:]
     u = torch.rand(total.shape, generator=generator, device=w.device, dtype=torch.float64)
     # u <= 1 - 2^-53, so u * total rounds to a number below total, and the search cannot run past the end.
@@ -159,7 +159,7 @@ def best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
     # Adding up what lies strictly above, not subtracting the level from a total, which would cancel.
     above = torch.cat([mass[..., 1:].flip(-1).cumsum(-1).flip(-1), torch.zeros_like(mass[..., :1])], -1)
     log_f = torch.where(above < 0.5, torch.log1p(-above.clamp(max=0.5)), log_below)
-    share = (log_mass - log_below).exp().clamp(max=1)
+    share = (log_mass - log_below).exp()
     # log (F^N - F-^N) / (F - F-), with F- = F (1 - share); a share that underflows takes the limit N F^(N-1), and the
     # lowest level, whose share is 1, has F-^N = 0. Both are masked at the input too, where gradients would be NaN.
     many = float(n)  # whole numbers above 2^63 do not fit a tensor
@@ -175,10 +175,9 @@ def best_of_n_law(ref_logps: Tensor, rewards: Tensor, n: int) -> Tensor:
 def _log_mass_per_level(logps: Tensor, level: Tensor) -> Tensor:
     """Sum probabilities over each level in log space, so that a level of e^-800 keeps its mass."""
     peak = torch.full_like(logps, -math.inf).scatter_reduce(-1, level, logps.detach(), "amax")
-    shift = torch.where(peak > -math.inf, peak, 0)
-    sums = torch.zeros_like(logps).scatter_add(-1, level, (logps - shift.gather(-1, level)).exp())
-    # Masked at the input too: the gradient of log at 0 would be NaN.
-    return torch.where(sums > 0, shift + torch.where(sums > 0, sums, 1).log(), -math.inf)
+    sums = torch.zeros_like(logps).scatter_add(-1, level, (logps - peak.gather(-1, level)).exp())
+    # Where a level has outcomes the sum is at least 1, the term of the peak. The others stay at -inf, without a log 0.
+    return peak + sums.clamp(min=1).log()
 
 
 def _finite_n_inputs(ref_logps: Tensor, rewards: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -283,13 +282,11 @@ def _log_selection_ratio(mass: Tensor, log_w: Tensor, n: int) -> Tensor:
     peak = log_node.max()
     node = (log_node - peak).exp()
     small = s < 1 / 16
-    total = torch.zeros_like(w)
-    if bool(small.any()):
-        # sum_i node_i e^{-s_i w} = sum_j (-w)^j / j! sum_i node_i s_i^j; s w < 1/16: 10 terms leave 16^-10 / 10!.
-        powers = torch.arange(10, device=device)
-        moments = (node[small] @ s[small, None] ** powers) / torch.lgamma(powers.double() + 1).exp()
-        total += (-w[:, None]) ** powers @ moments
-    for rows in torch.split(torch.nonzero(~small).squeeze(-1), 64):  # 64 rows stay in cache
+    # sum_i node_i e^{-s_i w} = sum_j (-w)^j / j! sum_i node_i s_i^j; s w < 1/16: 10 terms leave 16^-10 / 10!.
+    powers = torch.arange(10, device=device)
+    moments = (node[small] @ s[small, None] ** powers) / torch.lgamma(powers.double() + 1).exp()
+    total = (-w[:, None]) ** powers @ moments
+    for rows in torch.split(torch.nonzero(~small).flatten(), 64):  # 64 rows stay in cache
         total += node[rows] @ torch.exp(-s[rows, None] * w)
     return log_w + total.log() + peak
 
@@ -298,11 +295,10 @@ def _log_laplace(s: Tensor, mass: Tensor, w: Tensor) -> Tensor:
     """Compute log sum_k mass_k exp(-s w_k) for each s, with relative accuracy also where it is nearly 0 in size."""
     out = torch.empty_like(s)
     small = s < 1 / 16
-    if bool(small.any()):
-        powers = torch.arange(1, 11, device=s.device)
-        moments = (mass @ w[:, None] ** powers) / torch.lgamma(powers.double() + 1).exp()
-        out[small] = torch.log1p((-s[small, None]) ** powers @ moments)
-    for rows in torch.split(torch.nonzero(~small).squeeze(-1), 64):
+    powers = torch.arange(1, 11, device=s.device)
+    moments = (mass @ w[:, None] ** powers) / torch.lgamma(powers.double() + 1).exp()
+    out[small] = torch.log1p((-s[small, None]) ** powers @ moments)
+    for rows in torch.split(torch.nonzero(~small).flatten(), 64):
         sw = s[rows, None] * w
         value = torch.exp(-sw) @ mass
         near_one = value > 0.5  # there 1 - M carries the digits, and expm1 keeps them
@@ -346,7 +342,7 @@ def soft_best_of_n_chain(ref: MarkovChain, rewards: Tensor, beta: float, log_val
     reached, tables = ref.contexts(length) > 0, []
     _checks.finite_where("log_values", log_values, reached, "where the reference can go")
     for t in range(length):
-        rows, here = _checks.law("ref", ref.table(t).detach()).clone(), reached[t]
+        rows, here = ref.table(t).detach().clone(), reached[t]
         # Only what the reference can do counts: shifted before it is divided, whatever small beta makes of the rest.
         top = torch.where(rows > -math.inf, table, -math.inf).amax(-1, keepdim=True)
         scores = _numerics.over(table, torch.where(top > -math.inf, top, 0), beta)
@@ -465,12 +461,10 @@ def soft_best_of_n_stream(
     """
     if isinstance(beta, Tensor):
         beta = beta.detach()
-    _checks.positive_per_row("beta", beta, beta.shape if isinstance(beta, Tensor) else torch.Size())
+    _checks.positive_per_row("beta", beta, torch.Size())  # its shape is judged with each chunk
     _checks.generator("generator", generator)
-    winner: Tensor | None = None
-    # The largest reward so far, with a dimension of size 1 behind, and log of the sum of exp((reward - that) / beta).
-    peak: Tensor | None = None
-    log_total: Tensor | None = None
+    # The winner, log of the sum of exp((reward - peak) / beta), and the peak, the largest reward, shape (..., 1).
+    so_far: tuple[Tensor, Tensor, Tensor] | None = None
     n = 0
     for candidates, rewards in chunks:
         _checks.tensor("rewards", rewards)
@@ -481,9 +475,9 @@ def soft_best_of_n_stream(
                 f"candidates must have the shape of rewards, then any event dimensions, "
                 f"got {tuple(candidates.shape)} and {tuple(rewards.shape)}"
             )
-        if log_total is not None and rewards.shape[:-1] != log_total.shape:
+        if so_far is not None and rewards.shape[:-1] != so_far[1].shape:
             raise ValueError(
-                f"rewards must keep the batch shape {tuple(log_total.shape)} of the first chunk, "
+                f"rewards must keep the batch shape {tuple(so_far[1].shape)} of the first chunk, "
                 f"got shape {tuple(rewards.shape)}"
             )
         if isinstance(beta, Tensor):
@@ -493,18 +487,19 @@ def soft_best_of_n_stream(
         # A chunk that is all -inf has weight 0; shifting by 0 there keeps it from becoming NaN.
         shift = torch.where(top > -math.inf, top, 0)
         index, total = _pick(_numerics.over(rewards.detach(), shift, beta).exp_(), generator)
-        index = index.clamp(max=rewards.shape[-1] - 1)  # a chunk of weight 0 ends the search past its last entry
+        index = index % rewards.shape[-1]  # a chunk of weight 0 ends the search past its last entry
         log_chunk = total.log()
         where = index.reshape(index.shape + (1,) * (candidates.ndim - index.ndim))
         picked = torch.take_along_dim(candidates, where, index.ndim).squeeze(index.ndim)
-        if winner is not None and picked.shape != winner.shape:
+        if so_far is not None and picked.shape != so_far[0].shape:
             raise ValueError(
-                f"candidates must keep the event shape {tuple(winner.shape[index.ndim :])} of the first chunk, "
+                f"candidates must keep the event shape {tuple(so_far[0].shape[index.ndim :])} of the first chunk, "
                 f"got {tuple(picked.shape[index.ndim :])}"
             )
-        if winner is None or log_total is None or peak is None:
-            winner, log_total, peak = picked, log_chunk, top
+        if so_far is None:
+            so_far = picked, log_chunk, top
         else:
+            winner, log_total, peak = so_far
             higher = torch.maximum(peak, top)
             shift = torch.where(higher > -math.inf, higher, 0)
             log_total = log_total + _numerics.over(peak, shift, beta).squeeze(-1)
@@ -513,9 +508,10 @@ def soft_best_of_n_stream(
             u = torch.rand(both.shape, generator=generator, device=both.device, dtype=torch.float64)
             replace = u < (log_chunk - both).exp()  # NaN where nothing has weight yet: False
             winner = torch.where(replace.reshape(replace.shape + (1,) * (picked.ndim - replace.ndim)), picked, winner)
-            log_total, peak = both, higher
+            so_far = winner, both, higher
         n += rewards.shape[-1]
-    if winner is None or log_total is None or peak is None:
+    if so_far is None:
         raise ValueError("chunks must hold at least one pair (candidates, rewards), got none")
+    winner, log_total, peak = so_far
     _checks.some_left("rewards", log_total)
     return Streamed(winner, log_total + peak.squeeze(-1) / _numerics.double(beta) - math.log(n), n)

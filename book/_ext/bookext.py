@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
+import subprocess
 import sys
 import zlib
 from html import escape
+from importlib import import_module
 from pathlib import Path
 
 from docutils import nodes
@@ -17,7 +20,11 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-sys.path.insert(0, str(Path(__file__).parent))  # Sphinx loads this file by name, not as part of a package
+# Sphinx loads this file by its name, and tiltlib may not be installed.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiltlib
 
 import verdicts
 
@@ -78,11 +85,17 @@ class ResolveStatus(SphinxPostTransform):
                 link = claim_link(self, block["label"])
                 link += shown
                 shown = link
-            node.replace_self(shown)
+            own = (
+                nodes.reference("", "#", internal=True, refuri=f"#{block['label']}", classes=["permalink"])
+                if block
+                else ""
+            )
+            node.replace_self([shown, own] if own else shown)
 
 
 def claim_link(transform: SphinxPostTransform, label: str, *text: nodes.Node) -> nodes.reference:
-    page = transform.app.builder.get_relative_uri(transform.env.docname, transform.config.claims_page)
+    page = verdicts.claims_page(transform.env.book_entries[label].statement.page)
+    page = transform.app.builder.get_relative_uri(transform.env.docname, page)
     return nodes.reference("", "", *text, internal=True, refuri=f"{page}#claim-{label}", reftitle="Show the evidence")
 
 
@@ -218,27 +231,43 @@ class KeepPunctuation(SphinxPostTransform):
 
 
 class Claims(SphinxDirective):
-    """Generate the claims page from the statements and the stored verdict lines of the whole book."""
+    """Generate what was checked: of one chapter, named by the argument, part by part; without argument, of the book."""
+
+    optional_arguments = 1
 
     def run(self):
         root = Path(self.env.srcdir)
         for name in verdicts.toc_names_of(root):
-            if name != self.env.docname:
+            if not name.startswith(verdicts.CLAIMS):
                 self.env.note_dependency(str(verdicts.source_of(root, name)))
         pages = verdicts.read_book(root)
-        shown = [self.paragraph(verdicts.summary(pages), "claims-summary")]
-        for page, found in verdicts.entries(pages):
-            section = nodes.section(ids=[nodes.make_id(f"claims-{page.name.split('/')[-1]}")])
-            section += nodes.title("", "", *self.inline(page.title))
-            section += [self.entry(e) for e in found]
-            shown.append(section)
-        return shown
+        found = verdicts.entries(pages)
+        if self.arguments:
+            chapter = next((es for page, es in found if Path(page.name).name == self.arguments[0]), [])
+            if not chapter:
+                logger.warning("no chapter %r has a statement", self.arguments[0], location=self.get_location())
+            return [self.entry(e) for e in chapter]
+        return [self.paragraph(verdicts.summary(pages), "claims-summary"), *(self.chapter(*c) for c in found)]
 
     def inline(self, text: str) -> list[nodes.Node]:
         return self.state.inline_text(text, self.lineno)[0]
 
     def paragraph(self, text: str, *classes: str) -> nodes.paragraph:
         return nodes.paragraph("", "", *self.inline(text), classes=list(classes))
+
+    def chapter(self, page: verdicts.Page, found: list[verdicts.Entry]) -> nodes.section:
+        """One line per statement of a chapter, which leads to its evidence."""
+        section = nodes.section(ids=[nodes.make_id(f"claims-{Path(page.name).name}")])
+        section += nodes.title("", "", *self.inline(page.title))
+        target = self.env.app.builder.get_relative_uri(self.env.docname, verdicts.claims_page(page.name))
+        lines = nodes.bullet_list(classes=["claims-list"])
+        for e in found:
+            words = verdicts.counts(e.verdicts) if e.verdicts else "a question, not a claim"
+            line = nodes.paragraph("", "", *self.inline(e.statement.title), nodes.Text(": "))
+            line += nodes.reference("", words, internal=True, refuri=f"{target}#claim-{e.statement.label}")
+            lines += nodes.list_item("", line)
+        section += lines
+        return section
 
     def entry(self, entry: verdicts.Entry) -> nodes.container:
         label, title = entry.statement.label, entry.statement.title
@@ -252,28 +281,49 @@ class Claims(SphinxDirective):
             box += self.paragraph(
                 "No verdict: a question, not a claim." if entry.statement.status == "open" else "**No verdict.**"
             )
-        if entry.verdicts:
-            words = verdicts.support_in_words(entry.statement.support) if entry.statement.support else ""
-            counts = verdicts.counts(entry.verdicts)
-            box += nodes.paragraph("", f"Evidence: {words}.", classes=["claim-part"])
-            box += nodes.raw("", f"<details><summary>{counts}</summary>", format="html")
-        for head, found in entry.by_part:
-            if head:
-                box += nodes.paragraph("", "", nodes.Text(f"{head}."), classes=["claim-part"])
-            box += [self.verdict(v) for v in found]
-        if entry.verdicts:
-            box += nodes.raw("", "</details>", format="html")
+        for said, found in entry.by_part:
+            said = said[:1].upper() + said[1:]
+            box += nodes.paragraph("", "", nodes.strong("", said or "Besides"), classes=["claim-part"])
+            for v in (v for v in found if not v.slug):
+                wrong = [w for w in found if w.slug and w.claim == v.claim]
+                words = f"`{v.id}` {verdicts.evidence(v)} {verdicts.rejected(wrong)}"
+                passed = "" if v.decision in ("PASS", "NOTE") else f"**{v.decision}** "
+                box += self.paragraph(passed + words, "verdict", f"verdict-{v.decision.lower()}")
         return box
 
-    def verdict(self, v: verdicts.Verdict) -> nodes.paragraph:
-        kind = "verdict-falsifier" if v.slug else f"verdict-{v.decision.lower()}"
-        line = nodes.paragraph("", classes=["verdict", kind])
-        line += nodes.inline("", f"{v.decision} {v.kind}", classes=["verdict-kind"])
-        line += nodes.Text(" ")
-        line += nodes.literal("", v.id)
-        line += nodes.Text(" ")
-        line += nodes.inline("", verdicts.evidence(v))
-        return line
+
+# --- the reference -------------------------------------------------------------------------------------------------
+
+
+class Summary(SphinxDirective):
+    """A table of what a module of tiltlib offers: each name, what it does in a line, and what it takes."""
+
+    required_arguments = 1
+
+    def run(self):
+        module = import_module(f"tiltlib.{self.arguments[0]}")
+        rows = [
+            f"   * - :py:obj:`~{module.__name__}.{name}`\n     - {first_line(thing)}\n     - {takes(thing)}"
+            for name in module.__all__
+            if inspect.isclass(thing := getattr(module, name)) or inspect.isfunction(thing)
+        ]
+        head = ".. list-table::\n   :widths: 30 55 15\n   :class: summary\n\n"
+        return self.parse_text_to_nodes(head + "\n".join(rows))
+
+
+def first_line(thing: object) -> str:
+    return rst_prose((inspect.getdoc(thing) or "").split("\n")[0], set())
+
+
+def takes(thing: object) -> str:
+    """What one brings: a Markov chain, a mixture, a function or module of one's own, or only tensors and numbers."""
+    made = thing.__init__ if inspect.isclass(thing) else thing
+    types = " ".join(str(p.annotation) for p in inspect.signature(made).parameters.values())
+    if "MarkovChain" in types or "TiltedChain" in types:
+        return "Markov chain"
+    if "GaussianMixture" in types:
+        return "mixture"
+    return "your model" if re.search(r"Callable|Module|Score|Policy", types) else "tensors"
 
 
 # --- docstrings ----------------------------------------------------------------------------------------------------
@@ -358,14 +408,18 @@ def read_names(app: Sphinx, env: BuildEnvironment, docnames: list[str] | None = 
     )
     stale = getattr(env, "book_names", names) != names
     env.book_names = names
-    return [d for d in env.found_docs if d == app.config.api_page] if stale else []
+    return [d for d in env.found_docs if d.startswith("book/reference/")] if stale else []
 
 
 # --- the site ------------------------------------------------------------------------------------------------------
 
 
 def configure(app: Sphinx, config) -> None:
-    """Show repository buttons only once _config.yml names a repository."""
+    """Say on each page of which version it is, and show repository buttons only once _config.yml names a repository."""
+    git = ["git", "-C", app.srcdir, "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    version = f"Version {tiltlib.__version__}{f', commit {commit}' if commit else ''}."
+    config.html_theme_options["extra_footer"] = f"<p>{version}</p>{config.html_theme_options.get('extra_footer', '')}"
     options = config.html_theme_options
     known = bool(options.get("repository_url"))
     for name in ("use_repository_button", "use_issues_button", "use_edit_page_button"):
@@ -424,15 +478,13 @@ def prune_mathjax(app: Sphinx, error: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    sys.path.insert(0, str(app.srcdir))  # so that autodoc finds tiltlib without an installation
     app.setup_extension("sphinx_proof")  # has the directive that Proof replaces
     app.setup_extension("sphinx.ext.autodoc")  # has the docstring event
-    app.add_config_value("claims_page", "book/claims", "env")
-    app.add_config_value("api_page", "book/api", "env")
     app.add_node(status_node)
     app.add_role("status", StatusRole())
     app.add_role("support", SupportRole())
     app.add_directive("claims", Claims)
+    app.add_directive("summary", Summary)
     app.add_directive_to_domain("prf", "proof", Proof, override=True)
     app.add_post_transform(ResolveStatus)
     app.add_post_transform(Setup)

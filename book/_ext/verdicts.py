@@ -29,6 +29,9 @@ SUPPORT = {
 
 ALSO = "Also, the statement at work; no evidence for it"
 
+# Folder of the pages that show the evidence, one per chapter.
+CLAIMS = "book/claims/"
+
 # Tags of cells. A check cell says why one may believe a statement: it is folded behind the statement's proof, and what
 # one reads runs without it. A lesson is the one check of a chapter that is left open and talked through.
 CHECK = "check"
@@ -314,6 +317,10 @@ def read_book(root: Path) -> list[Page]:
     return [parse_page(name, path.read_text(encoding="utf-8"), path.suffix == ".ipynb") for name, path in paths]
 
 
+def claims_page(chapter: str) -> str:
+    return CLAIMS + chapter.split("/")[-1]
+
+
 def bib_keys(text: str) -> set[str]:
     return set(re.findall(r"^ *@\w+\{ *([^,\s]+)", text, re.M))
 
@@ -357,42 +364,53 @@ def _readable(value: str) -> str:
 
 
 def evidence(v: Verdict) -> str:
-    """Say in words what a verdict line shows."""
+    """Say in words what a claim compared with what, and how closely they agree."""
     f = {name: _readable(value) for name, value in v.fields.items()}
     n, plan = f.get("n", "?"), f" ({f['plan']} planned)" if "plan" in f else ""
-    if v.slug:
-        shown = {
-            "match": f"log10 E = {f.get('log10E')}, at least {f.get('reject_at')}, after {n} draws",
-            "mean": f"log10 E = {f.get('log10E')}, at least {f.get('reject_at')}, after {n} values",
-            "within": f"total variation at least {f.get('tv_lo')}, above {f.get('eps')}, after {n} draws",
-            "exact": f"off by {f.get('error')}, tolerance {f.get('eps')}",
-            "bound": f"violated by {f.get('excess')}",
-        }[v.kind]
-        return f"Wrong variant, rejected: {shown}."
     if v.kind in ("match", "mean"):
-        what, units = ("law", "draws") if v.kind == "match" else ("mean", "values")
+        said = (
+            f"{n} draws{plan} follow the stated law" if v.kind == "match" else f"{n} values{plan} have the stated mean"
+        )
         return (
-            f"{n} {units}{plan}. Evidence against the {what}: log10 E = {f.get('log10E')}; it would be rejected at "
-            f"{f.get('reject_at')}. Chance to reject a true {what}: at most {f.get('alpha')}; "
-            f"to catch the wrong variant: at least {f.get('power', '?')}."
+            f"{said}: log10 E = {f.get('log10E')}, rejected at {f.get('reject_at')}. Chance of a false alarm at most "
+            f"{f.get('alpha')}, to catch the declared wrong version at least {f.get('power', '?')}."
         )
     if v.kind == "within":
-        tier = f" Method: {f['tier']}." if "tier" in f else ""
+        tier = f" (by {f['tier']})" if "tier" in f else ""
         return (
-            f"{n} draws{plan}. Total variation at most {f.get('tv_hi')}, below {f.get('eps')}. "
-            f"Chance that this bound is false: at most {f.get('delta')}.{tier}"
+            f"{n} draws{plan} are within total variation {f.get('tv_hi')} of the stated law{tier}, less than "
+            f"{f.get('eps')}. Chance that this bound is false: at most {f.get('delta')}."
         )
     if v.kind == "exact":
-        what = "1 value" if n == "1" else f"{n} values, each"
-        return f"Computed {what} within {f.get('eps')} of the statement. No sampling, no chance of error."
+        return f"{n} computed value{' is' if n == '1' else 's are'} within {f.get('eps')} of the stated."
     if v.kind == "observed":
-        limit = f" at most {f['limit']}" if "limit" in f else " below their limits"
-        what = "1 number" if n == "1" else f"{n} numbers"
-        return f"Observed: {what}{limit}. The limit was set after looking: not a claim."
-    held = f"The inequality holds on {n} of {n} instances."
-    if "delta" in f:
-        return f"{held} Chance that a confidence bound among them is false: at most {f['delta']}."
-    return f"{held} Computed numbers, no chance of error."
+        limit = f"at most {f['limit']}" if "limit" in f else "below their limits"
+        return (
+            f"{n} number{' was' if n == '1' else 's were'} seen {limit}. The limit was set after looking: not a claim."
+        )
+    chance = f" Chance that a confidence bound among them is false: at most {f['delta']}." if "delta" in f else ""
+    return f"The stated inequality holds on {n} instance{'' if n == '1' else 's'}.{chance}"
+
+
+def _miss(v: Verdict) -> tuple[float, str]:
+    """By how much a wrong version missed, to compare those of one claim, and in words."""
+    f = {name: _readable(value) for name, value in v.fields.items()}
+    if v.kind in ("match", "mean"):
+        return v.number("log10E"), f"log10 E = {f.get('log10E')}"
+    if v.kind == "within":
+        return v.number("tv_lo"), f"total variation at least {f.get('tv_lo')}"
+    if v.kind == "exact":
+        return v.number("error"), f"off by {f.get('error')}"
+    return v.number("excess"), f"violated by {f.get('excess')}"
+
+
+def rejected(found: list[Verdict]) -> str:
+    """Name the wrong versions of one claim that were rejected, the one that came closest first."""
+    if not found:
+        return ""
+    closest, *others = sorted(found, key=lambda v: _miss(v)[0])
+    listed = f"Wrong versions rejected: `{closest.slug}` ({_miss(closest)[1]})"
+    return ", ".join([listed, *(f"`{v.slug}`" for v in others)]) + "."
 
 
 def counts(found: list[Verdict]) -> str:
