@@ -684,6 +684,26 @@ def test_fit_of_extreme_tables(often, rarely):
 
 # Powers of ten of the number of wins, None for no game. Full Newton steps diverge on each of these but the last, where
 # steps half as long again go to and fro.
+# Groups that hardly ever meet, with the rewards in 120-digit arithmetic.
+STRANGERS = [
+    ([[0, 2, 0, 0], [1, 0, 1e-18, 0], [0, 1e-18, 0, 2], [0, 0, 1, 0]], [math.log(2), 0, 0, -math.log(2)]),
+    ([[0, 2, 0, 0], [1, 0, 3e-18, 0], [0, 1e-18, 0, 2], [0, 0, 1, 0]], [1.242453, 0.549306, -0.549306, -1.242453]),
+    ([[0, 2, 0, 0], [1, 0, 3e-15, 0], [0, 1e-15, 0, 2], [0, 0, 1, 0]], [1.242453, 0.549306, -0.549306, -1.242453]),
+    (
+        [[0, 0, 0, 1.2364e-2], [1.3659e-18, 0, 0, 0], [1.2874e-6, 1.7871e-3, 0, 6.1154e8], [0, 0, 399.89, 0]],
+        [10.390278, -21.921697, 12.885860, -1.354441],
+    ),
+]
+
+
+@pytest.mark.parametrize(("wins", "expected"), STRANGERS)
+def test_groups_that_hardly_ever_met_are_told_apart(wins, expected):
+    wins = torch.tensor(wins, dtype=F64)
+    rewards = losses.fit_bradley_terry(wins)
+    torch.testing.assert_close(rewards, vector(*expected), rtol=0, atol=1e-6)
+    torch.testing.assert_close(losses.fit_bradley_terry(wins.flip(0, 1)), rewards.flip(0), rtol=0, atol=1e-12)
+
+
 LOPSIDED = [
     [[None, -5, None, None], [1, None, 3, None], [None, None, None, 3], [-2, None, None, None]],
     [[None, -5, None, 2], [6, None, 1, 3], [-4, None, None, -4], [-5, None, -3, None]],

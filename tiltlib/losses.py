@@ -560,8 +560,7 @@ def fit_bradley_terry(wins: Tensor, *, ridge: float = 0.0) -> Tensor:
         sum_j [wins_ij sigma(r_j - r_i) - wins_ji sigma(r_i - r_j)] = ridge r_i
 
     Summed over a group that was never compared with the rest this says that its mean is 0; an item without comparisons
-    has reward 0. Not differentiable. With `ridge`, cost O(K^3) a step, and about one step per unit of the largest
-    difference.
+    has reward 0. Not differentiable. Cost O(K^3) a step, and about one step per unit of the largest difference.
 
     Args:
         wins: How often i beat j, or the expected number, shape (K, K), finite, >= 0, K >= 2. The diagonal is ignored.
@@ -588,41 +587,17 @@ def fit_bradley_terry(wins: Tensor, *, ridge: float = 0.0) -> Tensor:
     if bool((wins < 0).any()):
         raise ValueError(f"wins must be >= 0, got {wins.min().item():g}")
     table = wins.detach().double().clone().fill_diagonal_(0)
-    return _most_likely(table) if ridge == 0 else _penalised(table, float(ridge))
+    if ridge == 0:
+        _identified(table)
+    return _most_likely(table, float(ridge))
 
 
-def _most_likely(table: Tensor) -> Tensor:
-    _identified(table)
-    rarest, most = table[table > 0].min().item(), table.max().item()
+def _most_likely(table: Tensor, ridge: float) -> Tensor:
+    rarest, most = table[table > 0].min().item() if ridge == 0 else math.inf, table.max().item()
     if rarest < most / 1e300:
         raise ValueError(f"wins must be 0 or within a factor 1e300 of each other, got {rarest:g} and {most:g}")
-    # The scale of the table plays no part, but sums of its entries may overflow; a power of two does not round.
-    table = table / 2.0 ** (math.frexp(most)[1] - 1)
-    rewards = torch.zeros(len(table), dtype=torch.float64, device=table.device)
-    # Along a path of victories the rewards may differ by the sum of its log-odds, and a step moves each by at most 2;
-    # after that Newton's method doubles the correct digits.
-    odds = torch.log1p(table.max() / table[table > 0].min()).item()
-    for _ in range(100 + math.ceil(len(table) * odds)):
-        win, lose = torch.sigmoid(rewards[:, None] - rewards), torch.sigmoid(rewards - rewards[:, None])
-        surplus = table * lose
-        gradient = surplus.sum(0) - surplus.sum(1)
-        spread = (table + table.T) * win * lose
-        # Adding the all-ones matrix fixes the free constant: the Laplacian alone has that kernel.
-        hessian = torch.diag(spread.sum(1)) - spread + spread.mean()
-        direction = torch.linalg.solve(hessian, -gradient)
-        # A comparison's curvature changes by at most e^4 within this distance; a full step may overshoot into the flat.
-        size = float(direction.abs().max())
-        rewards = rewards + 2.0 / max(size, 2.0) * direction
-        rewards = rewards - rewards.mean()
-        if size < 1e-12 * max(1.0, float(rewards.abs().max())):
-            break
-    return rewards
-
-
-def _penalised(table: Tensor, ridge: float) -> Tensor:
-    most = table.max().item()
     # An error of eps in a reward moves the sum of a group's gradient by eps^2 wins, against ridge times its level.
-    if ridge < most * 1e-24:
+    if 0 < ridge < most * 1e-24:
         raise ValueError(f"ridge must be 0 or at least 1e-24 of the largest entry of wins, got {ridge:g} and {most:g}")
     # Sums of entries may overflow; a power of two does not round.
     unit = 2.0 ** (math.frexp(max(most, ridge))[1] - 1)
@@ -650,7 +625,10 @@ def _penalised(table: Tensor, ridge: float) -> Tensor:
 
 
 def _solve_laplacian(edges: Tensor, ridge: float, right: Tensor) -> Tensor:
-    """Solve (Laplacian of the edges + ridge) x = right, however small the ridge is beside the edges."""
+    """Solve (Laplacian of the edges + ridge) x = right, however far the edges and the ridge are apart.
+
+    Without a ridge x is known up to a constant, and its last entry is 0.
+    """
     # Elimination on the edges and the excess of the diagonal over them: both stay >= 0 and nothing is subtracted. A
     # diagonal that holds their sum would have lost a small ridge to rounding. That of `edges` is never read.
     edges, right = edges.clone(), right.clone()
@@ -659,6 +637,8 @@ def _solve_laplacian(edges: Tensor, ridge: float, right: Tensor) -> Tensor:
     for k in range(len(right)):
         ahead = edges[k, k + 1 :]
         pivots.append(ahead.sum() + excess[k])
+        if k == len(right) - 1 and ridge == 0:
+            pivots[k] = torch.full_like(pivots[k], math.inf)
         share = ahead / pivots[k]
         right[k + 1 :] += share * right[k]
         excess[k + 1 :] += share * excess[k]
