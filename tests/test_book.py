@@ -39,9 +39,8 @@ NO_CLOSED_FORM: dict[str, str] = {}
 
 
 # Chapters that still show their checks among what one reads.
-ONE_LAYER = """human_feedback internal_feedback equivalences sequences diffusion reward_directed
-one_target verifying using_tiltlib""".split()
-OLD = [page for page in PAGES if Path(page.name).name in ONE_LAYER]
+ONE_LAYER = """internal_feedback equivalences reward_directed one_target verifying using_tiltlib""".split()
+OLD = [page for page in PAGES if page.name.removeprefix("book/") in ONE_LAYER]
 NEW = [page for page in PAGES if page not in OLD]
 
 
@@ -426,15 +425,47 @@ def test_a_verdict_line_is_read_field_by_field():
 
 
 def test_the_claims_page_says_what_each_line_shows():
-    (_, [entry]), *_ = verdicts.entries(book(output=f"{MISSED}\n{MATCH}"))
-    claim, falsifier = entry.verdicts  # a falsifier follows its claim whatever was printed first
+    (_, [entry]), *_ = verdicts.entries(book(output=f"{MISSED}\n{MATCH}\n{MISSED_TOO.replace('=29', '=9')}"))
+    claim, *falsifiers = entry.verdicts  # a falsifier follows its claim whatever was printed first
     assert "200 draws (100 planned)" in verdicts.evidence(claim) and "1 − 1e-8" in verdicts.evidence(claim)
-    assert "Wrong variant, rejected: log10 E = 29" in verdicts.evidence(falsifier)
+    said = "Wrong versions rejected: `not-declared` (log10 E = 9), `beta*1.05`."  # the closest first
+    assert verdicts.rejected(falsifiers) == said and verdicts.rejected([]) == ""
     assert "1 of 1 wrong versions rejected" in verdicts.summary(book())
     (_, [entry]), *_ = verdicts.entries(book(output=f"{MEAN}\n{MISSED.replace('match', 'mean ')}"))
-    claim, falsifier = map(verdicts.evidence, entry.verdicts)
-    assert "200 values (100 planned). Evidence against the mean" in claim
-    assert "Wrong variant, rejected: log10 E = 29, at least 8, after 200 values." in falsifier
+    assert "200 values (100 planned) have the stated mean" in verdicts.evidence(entry.verdicts[0])
+    for line, words in (
+        (PASS, "12 computed values are within 1e-12 of the stated."),
+        (PASS.replace("=12 ", "=1 "), "1 computed value is within 1e-12 of the stated."),
+        (
+            BOUND,
+            "The stated inequality holds on 2 instances. Chance that a confidence bound among them is false: at most",
+        ),
+        (WITHIN, "within total variation 0.02 of the stated law (by ratio), less than 0.03. Chance that this bound is"),
+        (NOTE, "2 numbers were seen at most 0.6. The limit was set after looking: not a claim."),
+    ):
+        assert words in verdicts.evidence(verdicts.parse_verdict(line))
+
+
+def test_the_line_of_evidence_counts_what_was_checked():
+    two = MATCH.replace("a-label", "a-label.b").replace("n=200", "n=300")
+    lines = [PASS, REJECT, MATCH.replace("a-label", "a-label.c"), two, MISSED, NOTE]
+    (_, [entry]), *_ = verdicts.entries(
+        book(PARTS.replace("exact (a-label)", "1 exact (a-label); 2 proof"), "\n".join(lines))
+    )
+    line = verdicts.evidence_line(entry)
+    assert line.startswith("Checked: 1 exact, 2 on 200 to 300 draws, 1 observed; 2 wrong versions rejected.")
+    assert line.endswith("rejected. Part 1: exact; part 2: by proof alone.")
+    (_, [entry]), *_ = verdicts.entries(book(output=f"{MATCH}\n{MISSED}"))
+    assert verdicts.evidence_line(entry) == "Checked: 1 on 200 draws; 1 wrong version rejected."
+
+
+def test_verdicts_are_shown_under_the_nearest_statement_above():
+    (page,) = layered((PASS, "check"))
+    page = page._replace(cells=(Cell("code", "", (), PASS), Cell("markdown", STATEMENT), Cell("code", "", (), MATCH)))
+    assert [(label, [v.kind for v in found]) for label, found in page.shown_under] == [
+        ("", ["exact"]),
+        ("a-label", ["match"]),
+    ]
 
 
 def test_blocks_are_found_inside_blocks():

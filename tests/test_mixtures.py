@@ -1198,3 +1198,10 @@ def test_data_far_from_zero_in_one_coordinate_alone_lose_no_digits(rng):
     x = normal((7, 2), rng)
     near, far = (GaussianMixture(law(0.2, 0.3, 0.5), means + s, vector(0.5)) for s in (0 * shift, shift))
     close(far.logps(x + shift), near.logps(x), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, "float64", None])
+def test_points_have_a_floating_dtype(dtype):
+    mixture = GaussianMixture(law(1.0), vector(0)[:, None], vector(1))
+    with pytest.raises(TypeError, match=f"^dtype must be a floating-point torch.dtype, got {dtype!r}$"):
+        mixture.to(dtype)
