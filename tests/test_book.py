@@ -40,7 +40,7 @@ NO_CLOSED_FORM: dict[str, str] = {}
 
 # Chapters that still show their checks among what one reads.
 ONE_LAYER = """tilting human_feedback internal_feedback equivalences resampling sequences diffusion guidance
-one_target verifying using_tiltlib""".split()
+verifying using_tiltlib""".split()
 OLD = [page for page in PAGES if Path(page.name).name in ONE_LAYER]
 NEW = [page for page in PAGES if page not in OLD]
 
