@@ -39,7 +39,7 @@ NO_CLOSED_FORM: dict[str, str] = {}
 
 
 # Chapters that still show their checks among what one reads.
-ONE_LAYER = """internal_feedback equivalences resampling reward_directed one_target using_tiltlib""".split()
+ONE_LAYER = """internal_feedback equivalences resampling reward_directed one_target""".split()
 OLD = [page for page in PAGES if page.name.removeprefix("book/") in ONE_LAYER]
 NEW = [page for page in PAGES if page not in OLD]
 
