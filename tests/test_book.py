@@ -38,12 +38,6 @@ PARTS = STATEMENT.replace("It holds.", "We have\n\n1. this,\n2. that.")
 NO_CLOSED_FORM: dict[str, str] = {}
 
 
-# Chapters that still show their checks among what one reads.
-ONE_LAYER = """reward_directed one_target verifying using_tiltlib""".split()
-OLD = [page for page in PAGES if page.name.removeprefix("book/") in ONE_LAYER]
-NEW = [page for page in PAGES if page not in OLD]
-
-
 def book(prose=STATEMENT, output=f"{PASS}\n{REJECT}", source="check()", tags=()):
     return [Page("book/name", (Cell("markdown", prose), Cell("code", source, tuple(tags), output)))]
 
@@ -64,8 +58,8 @@ def nothing(found):
         lambda pages: checks.near_misses(pages, NO_CLOSED_FORM),
         checks.claims_page,
         checks.verdict_cells,
-        lambda pages: checks.cell_lengths(NEW) + checks.cell_lengths(OLD, 25),
-        lambda pages: checks.layers(NEW),
+        checks.cell_lengths,
+        checks.layers,
         checks.exercises,
         lambda pages: checks.citations(pages, KEYS),
     ],
@@ -73,11 +67,6 @@ def nothing(found):
 def test_this_book(check):
     assert PAGES
     nothing(check(PAGES))
-
-
-def test_chapters_in_one_layer_have_no_check_cell():
-    assert len(OLD) == len(ONE_LAYER)
-    nothing([page.name for page in OLD for cell in page.cells if {verdicts.CHECK, verdicts.LESSON} & set(cell.tags)])
 
 
 def test_docstrings_of_tiltlib_name_sources_that_exist():
@@ -300,7 +289,7 @@ def test_verdict_cells_finds_ignored_output():
 
 def test_cell_lengths_finds_a_wall_of_code():
     wall = "\n".join(["x = 1"] * 13)
-    assert checks.cell_lengths(book(source=wall)) and checks.cell_lengths(book(source=wall), 13) == []
+    assert checks.cell_lengths(book(source=wall))
     for tag in ("hide-input", "check", "setup"):
         assert checks.cell_lengths(book(source=wall, tags=[tag])) == []
 

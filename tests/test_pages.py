@@ -27,7 +27,7 @@ HTML = ROOT / "_build/html"
 SHOTS = ROOT / "_build/screenshots"
 TOC = verdicts.toc_names_of(ROOT)
 PAGES = verdicts.read_book(ROOT)
-NEW = [page for page in PAGES if any(verdicts.CHECK in cell.tags for cell in page.cells)]  # in two layers
+CHAPTERS = [page for page in PAGES if page.statements]
 VIEWS = {"wide": 1280, "phone": 390}
 PATIENCE = 600_000  # milliseconds: a busy machine is no fault of a page
 FLAGS = (
@@ -187,16 +187,16 @@ LONGEST = {"book/one_target": 20_000}  # else 15,000
 MOST_CODE = 0.2
 
 
-@pytest.mark.parametrize("name", [page.name for page in NEW if page.statements])
+@pytest.mark.parametrize("name", [page.name for page in CHAPTERS])
 def test_a_chapter_is_one_sitting(name, visit, record_property):
     height, code = visit(f"{name}.html").evaluate(SIZE)
     record_property("page", (name, height, code / height))
     assert height <= LONGEST.get(name, 15_000) and code <= MOST_CODE * height
 
 
-@pytest.mark.parametrize("name", [page.name for page in NEW if page.statements])
+@pytest.mark.parametrize("name", [page.name for page in CHAPTERS])
 def test_every_statement_has_its_line_of_evidence(name, visit):
-    page = next(page for page in NEW if page.name == name)
+    page = next(page for page in CHAPTERS if page.name == name)
     lines = visit(f"{name}.html").evaluate("""() => [...document.querySelectorAll(".evidence")].map((e) =>
         [e.tagName, (e.querySelector("summary") ?? e).textContent, e.open ?? false])""")
     claimed = [s for s in page.statements if s.status != "open"]
@@ -303,16 +303,16 @@ def move_sliders(page):
 
 
 def test_claims_can_be_filtered(visit):
-    page = visit(verdicts.claims_page(NEW[0].name) + ".html")
+    page = visit(verdicts.claims_page(CHAPTERS[0].name) + ".html")
     left = """() => [...document.querySelectorAll(".claim")].filter((e) => e.checkVisibility()).map((e) => e.id)"""
-    assert len(page.evaluate(left)) == len(NEW[0].statements)
-    label = NEW[0].statements[1].label
+    assert len(page.evaluate(left)) == len(CHAPTERS[0].statements)
+    label = CHAPTERS[0].statements[1].label
     page.fill(".bk-filter input", f"Wrong {label}".upper())
     shown = page.evaluate(left)
-    assert f"claim-{label}" in shown and len(shown) < len(NEW[0].statements)
-    assert page.inner_text(".bk-filter output") == f"{len(shown)} of {len(NEW[0].statements)}"
+    assert f"claim-{label}" in shown and len(shown) < len(CHAPTERS[0].statements)
+    assert page.inner_text(".bk-filter output") == f"{len(shown)} of {len(CHAPTERS[0].statements)}"
     page.fill(".bk-filter input", "")
-    assert len(page.evaluate(left)) == len(NEW[0].statements) and page.trouble == []
+    assert len(page.evaluate(left)) == len(CHAPTERS[0].statements) and page.trouble == []
     summary = visit("book/claims.html")
     summary.fill(".bk-filter input", "no such words")
     assert summary.evaluate("() => [...document.querySelectorAll('article h2')].every((e) => !e.checkVisibility())")

@@ -157,14 +157,16 @@ def verdict_cells(pages: list[Page]) -> list[str]:
     return found
 
 
-def cell_lengths(pages: list[Page], most: int = CELL_LINES) -> list[str]:
+def cell_lengths(pages: list[Page]) -> list[str]:
     """No cell shows more code than a reader takes in at once."""
     found = []
     for page in pages:
         for cell in page.cells:
             lines = [line for line in cell.source.splitlines() if line.strip()]
-            if cell.kind == "code" and not UNSEEN & set(cell.tags) and len(lines) > most:
-                found.append(f"{page.name}: a cell shows {len(lines)} lines of code, more than {most}: {lines[0]}")
+            if cell.kind == "code" and not UNSEEN & set(cell.tags) and len(lines) > CELL_LINES:
+                found.append(
+                    f"{page.name}: a cell shows {len(lines)} lines of code, more than {CELL_LINES}: {lines[0]}"
+                )
     return found
 
 
