@@ -140,7 +140,7 @@ def test_tiltlib_is_typed():
 
 def sections(doc):
     """Split a docstring at its Google section headings."""
-    parts = re.split(r"^(Args|Returns|Raises|Source):", inspect.cleandoc(doc), flags=re.MULTILINE)
+    parts = re.split(r"^(Args|Returns|Raises|Example|Source):", inspect.cleandoc(doc), flags=re.MULTILINE)
     return parts[0], dict(zip(parts[1::2], parts[2::2], strict=True))
 
 

@@ -157,6 +157,14 @@ def truncate(
         TypeError: `logps` is not a floating tensor, `top_k` not an int, or `top_p` or `min_p` not a number.
         ValueError: `logps` not normalised, or a number out of its range.
 
+    Example:
+        >>> p = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64).log()
+        >>> kept = truncate(p, top_p=0.7)
+        >>> kept.logps.exp()
+        tensor([0.6250, 0.3750, 0.0000, 0.0000], dtype=torch.float64)
+        >>> round(kept.kept_mass.item(), 4)
+        0.8
+
     Source: the documentation of Hugging Face transformers, where the rules are TopKLogitsWarper, TopPLogitsWarper and
         MinPLogitsWarper.
     """

@@ -428,6 +428,13 @@ def sample(
         ValueError: `levels` not in [0, 1e150] or not strictly decreasing; `y` not (n, D) or not finite; a score of
             another shape or not finite; an unknown `method`; `churn` not in [0, 1e150], or given to another method.
 
+    Example:
+        >>> score = lambda y, s: -y / (1 + s**2)  # of the law N(0, 1), with noise of level s
+        >>> levels = karras(50, 0.002, 80.0)
+        >>> start = torch.full((1, 1), 80.0, dtype=torch.float64)
+        >>> round(sample(score, start, levels, method="heun").item(), 2)  # 80 is the quantile of 1
+        1.0
+
     Source: [song2021ddim], [karras2022], [lu2022dpmpp], [zhang2023deis], [ho2020]; book, `sampler-order`.
     """
     numbers = _checks.levels("levels", levels)

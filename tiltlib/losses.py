@@ -293,6 +293,15 @@ def grpo(
             than 2, a sequence with no token left by `mask`, `beta` not finite and >= 0, `clip` not finite and > 0 or
             not a pair, or an unknown option.
 
+    Example:
+        >>> logits = torch.zeros(2, 4, 3, requires_grad=True)  # 2 prompts, 4 answers each, 3 tokens long
+        >>> logps, rewards = logits.sigmoid().log(), torch.tensor([[0.0, 1, 1, 0], [1.0, 0, 0, 0]])
+        >>> mask = torch.ones(2, 4, 3, dtype=torch.bool)  # tokens that count
+        >>> loss = grpo(logps, logps.detach(), rewards, beta=0.04, length_norm="sequence", mask=mask)
+        >>> loss.sum().backward()  # ascends where the reward is above the mean of its prompt
+        >>> bool((logits.grad[1, 0] < 0).all() and (logits.grad[1, 1:] > 0).all())
+        True
+
     Source: [shao2024], [yu2025] for the pair and "group", [liu2025] for "none"; book, `grpo-fixed-points`,
         `grpo-binary-exact` and `token-level-kl`.
     """

@@ -457,6 +457,13 @@ def soft_best_of_n_stream(
         ValueError: no chunk, shapes that do not fit, rewards with NaN or +inf, a row without any finite reward, or
             `beta` not finite and > 0.
 
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> batches = (torch.randn(3, 1000, generator=g) for _ in range(50))  # of candidates that are their own rewards
+        >>> best = soft_best_of_n_stream(((y, y) for y in batches), beta=0.5, generator=g)
+        >>> best.winner.shape, best.n
+        (torch.Size([3]), 50000)
+
     Source: [chao1982] for one-pass weighted choice; book, `soft-bon-law`.
     """
     if isinstance(beta, Tensor):

@@ -232,6 +232,14 @@ def twisted_smc(
             or `generator` no generator.
         ValueError: as for `log_increments`; `n` < 1, `runs` < 1, or `threshold` outside [0, 1].
 
+    Example:
+        >>> words = MarkovChain.fit(["aba", "abba", "ab"], torch.ones(3), order=1)
+        >>> reward = torch.tensor([0.0 if symbol == "a" else 1.0 for symbol in words.alphabet])
+        >>> values = words.soft_values(reward, 1.0, 8)  # exact; a guess of them will do
+        >>> found = twisted_smc(words, reward, 1.0, values, 100, generator=torch.Generator().manual_seed(0))
+        >>> abs(found.log_partition - words.tilt(reward, 1.0, 8).log_partition).item() < 0.5
+        True
+
     Source: [delmoral2006], [guarniero2017]; book, `smc-unbiased` and `particle-law`.
     """
     _checks.generator("generator", generator)

@@ -391,6 +391,14 @@ def match(
         ValueError: indices outside 0..K-1, n = 0, a law not normalised or of another size, `alpha` or `miss` outside
             (0, 1), or a malformed claim id.
 
+    Example:
+        >>> p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+        >>> wrong = torch.tensor([0.55, 0.25, 0.2], dtype=torch.float64).log()
+        >>> draws = torch.multinomial(p.exp(), 20_000, replacement=True, generator=rng("example"))
+        >>> verdict = match(draws, p, claim="example", versus=[wrong])
+        >>> verdict.decision, match(draws, wrong, claim="example").decision
+        ('PASS', 'REJECT')
+
     Source: the book, "Verifying", `e-value-validity` and `directed-plan`.
     """
     _claim_id(claim)

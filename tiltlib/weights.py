@@ -119,6 +119,12 @@ def beta_for_ess(rewards: Tensor, fraction: float, *, ties: str = "raise") -> Te
         ValueError: `rewards` has NaN, +inf or a row that is all -inf; `fraction` is not strictly between 0 and 1, or,
             with `ties="raise"`, not attainable for some row; or `ties` is another word.
 
+    Example:
+        >>> rewards = torch.tensor([0.0, 0.3, 0.5, 1.0, 2.0], dtype=torch.float64)
+        >>> beta = beta_for_ess(rewards, 0.5)  # half of the sample should be left
+        >>> round(beta.item(), 4), round(ess(rewards / beta).item() / 5, 4)
+        (0.8367, 0.5)
+
     Source: book, `tilt-path`; book, `diversity`.
     """
     shifted = _shifted("rewards", rewards.detach() if isinstance(rewards, Tensor) else rewards)
