@@ -204,10 +204,14 @@ def test_every_statement_has_its_line_of_evidence(name, visit):
     assert all(text.startswith("Checked: ") and "rejected." in text for _, text, _ in lines)
 
 
-# What holds on every page, as a list of complaints. Folded proofs and cells are opened first: they have no size.
-LOOK = r"""(width) => {
+# Folded proofs and cells have no size: they are opened before a page is looked over.
+OPEN = r"""async () => {
   document.querySelectorAll("details").forEach((d) => { d.open = true; });
   document.querySelectorAll(".toggle-hidden").forEach((d) => d.classList.remove("toggle-hidden"));
+  for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame); // the page's own scripts see the new sizes
+}"""
+# What holds on every page, as a list of complaints.
+LOOK = r"""(width) => {
   const bad = [], all = (s) => [...document.querySelectorAll(s)], short = (e) => e.textContent.trim().slice(0, 60);
   const seen = (e) => e.checkVisibility({ visibilityProperty: true }) && e.getBoundingClientRect().width > 0;
 
@@ -220,6 +224,9 @@ LOOK = r"""(width) => {
     if (/\$|\\\(|\\\[/.test(node.data) && !inCode) bad.push("raw maths: " + node.data.trim().slice(0, 60));
   }
 
+  for (const e of all("div.math, .bk-table, .pst-scrollable-table-container, div.highlight pre"))
+    if (e.scrollWidth > e.clientWidth + 2 && getComputedStyle(e).borderRightStyle !== "dotted")
+      bad.push("goes on beyond the edge, and does not say so: " + short(e));
   const over = document.documentElement.scrollWidth - width;
   if (over > 0) bad.push(`the page is ${over} px wider than the window`);
   if (width >= 1280) // on a phone an equation or a table may scroll; here it would be cut in print
@@ -270,6 +277,7 @@ def test_page(name, view, visit):
     page = visit(f"{name}.html", view)
     shot = f"{Path(name).name}-{view}"
     look_at(page, shot)
+    page.evaluate(OPEN)
     bad = page.evaluate(LOOK, VIEWS[view]) + page.evaluate(INK)
     if view == "wide":
         page.evaluate("document.documentElement.dataset.theme = 'dark'")  # as the theme's own switch does
