@@ -225,7 +225,7 @@ LOOK = r"""(width) => {
   }
 
   for (const e of all("div.math, .bk-table, .pst-scrollable-table-container, div.highlight pre"))
-    if (e.scrollWidth > e.clientWidth + 2 && getComputedStyle(e).borderRightStyle !== "dotted")
+    if (e.scrollWidth > e.offsetWidth + 2 && getComputedStyle(e).borderRightStyle !== "dotted")
       bad.push("goes on beyond the edge, and does not say so: " + short(e));
   const over = document.documentElement.scrollWidth - width;
   if (over > 0) bad.push(`the page is ${over} px wider than the window`);
