@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import tiltlib
-from tiltlib import diffusion, guidance, mixtures, policies, resampling, verify
+from tiltlib import diffusion, guidance, mixtures, policies, resampling, stepwise, verify
+from tiltlib.autoregressive import AutoregressiveModel, Gain, Stopped
 from tiltlib.markov import MarkovChain
 from tiltlib.mixtures import GaussianMixture
 
@@ -43,6 +44,8 @@ def public() -> dict[str, Any]:
                 for key, member in vars(value).items():
                     member = member.__func__ if isinstance(member, classmethod | staticmethod) else member
                     own = inspect.isfunction(member) and member.__module__ == module.__name__
+                    if getattr(member, "__isabstractmethod__", False):
+                        continue  # what a model gives, not what the library does
                     if own and not key.startswith("_") and "__mutmut_" not in key:  # a mutant lies beside its original
                         found[f"{prefix}.{name}.{key}"] = member
     return found
@@ -316,6 +319,41 @@ example("markov.MarkovChain.decode", lambda m, call: call(chain(m), m(TOKENS, ro
 example("markov.MarkovChain.contexts", lambda m, call: call(chain(m), LENGTH))
 example("markov.MarkovChain.kl", lambda m, call: call(chain(m), steps(m), LENGTH))
 example("markov.MarkovChain.reward_law", lambda m, call: call(chain(m), m(WHOLE), LENGTH))
+
+
+def begun(model, m: Inputs):
+    """A state of five strings of one token."""
+    return model.append(model.begin(5), m(TOKENS[:, 0]))
+
+
+for name in ("begin", "next_logps", "append", "take"):
+    example(
+        f"autoregressive.Stopped.{name}",
+        lambda m, call, name=name: call(
+            Stopped(chain(m), 2),
+            *(() if name == "begin" else (begun(Stopped(chain(m), 2), m),)),
+            *{
+                "begin": (5,),
+                "next_logps": (),
+                "append": (m(TOKENS[:, 1]),),
+                "take": (m(torch.tensor([4, 0])),),
+            }[name],
+        ),
+    )
+    example(
+        f"policies.TransformerPolicy.{name}",
+        lambda m, call, name=name: call(
+            transformer(m),
+            *(() if name == "begin" else (begun(transformer(m), m),)),
+            *{
+                "begin": (5,),
+                "next_logps": (),
+                "append": (m(TOKENS[:, 1]),),
+                "take": (m(torch.tensor([4, 0])),),
+            }[name],
+        ),
+    )
+example("autoregressive.Stopped", lambda m, call: call(chain(m), 2))
 for kind, make in {
     "order-1": chain,
     "order-2": partial(chain, logits=numbers(9, 3)),
@@ -326,7 +364,7 @@ for kind, make in {
 }.items():
     example(f"markov.MarkovChain.logps {kind}", lambda m, call, make=make: call(make(m), m(TOKENS, rows=True)))
     example(
-        f"markov.MarkovChain.sample {kind}",
+        f"autoregressive.AutoregressiveModel.sample {kind}",
         lambda m, call, make=make: call(make(m), 20, LENGTH, generator=m.generator()),
     )
     example(f"markov.MarkovChain.tilt {kind}", lambda m, call, make=make: call(make(m), m(SYMBOL_REWARDS), 0.5, LENGTH))
@@ -338,12 +376,22 @@ for kind, make in {
         example(
             f"markov.MarkovChain.rows {kind}", lambda m, call, make=make: call(make(m), 1, m(TOKENS[:, 0], rows=True))
         )
-    example(
-        f"markov.MarkovChain.draw {kind}",
-        lambda m, call, make=make: call(make(m), 1, m(TOKENS[:, 0], rows=True), generator=m.generator()),
-    )
+    example(f"markov.MarkovChain.begin {kind}", lambda m, call, make=make: call(make(m), 5))
+    example(f"markov.MarkovChain.next_logps {kind}", lambda m, call, make=make: call(make(m), begun(make(m), m)))
     example(
         f"markov.MarkovChain.append {kind}",
+        lambda m, call, make=make: call(make(m), begun(make(m), m), m(TOKENS[:, 1])),
+    )
+    example(
+        f"markov.MarkovChain.take {kind}",
+        lambda m, call, make=make: call(make(m), begun(make(m), m), m(torch.tensor([4, 0, 0]))),
+    )
+    example(
+        f"markov.MarkovChain.draw {kind}",
+        lambda m, call, make=make: call(make(m), begun(make(m), m), generator=m.generator()),
+    )
+    example(
+        f"markov.MarkovChain.next_contexts {kind}",
         lambda m, call, make=make: call(make(m), m(TOKENS[:, 0], rows=True), m(TOKENS[:, 1], rows=True)),
     )
     example(
@@ -380,7 +428,7 @@ example(
     lambda m, call: call(m.law(LOGITS, rows=True), m(REWARDS, rows=True), beta=0.7, n=1),
 )
 example(
-    "selection.soft_best_of_n_chain",
+    "stepwise.soft_best_of_n_chain",
     lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, log_values=values(m), n=4),
 )
 example("selection.candidate_counts", lambda m, call: call(m.law(POOL, rows=True), 9, generator=m.generator()))
@@ -415,27 +463,129 @@ for name in SCHEMES:
 example("resampling.gumbel_top_k", lambda m, call: call(m(WITH_EXCLUDED, rows=True), 2, generator=m.generator()))
 example("resampling.rejection", lambda m, call: call(m(WITH_EXCLUDED, rows=True), 0.7, 0.5, generator=m.generator()))
 
-example("smc.twisted_proposal", lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, values(m)))
-example("smc.log_increments", lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, values(m)))
+example("stepwise.twisted_proposal", lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, values(m)))
+example("stepwise.log_increments", lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, values(m)))
 example(
-    "smc.log_increments proposal",
+    "stepwise.log_increments proposal",
     lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, values(m), proposal=steps(m)),
 )
 example("smc.trace", lambda m, call: call(m(TOKENS, rows=True).unsqueeze(-2), m(TOKENS % 3, rows=True).unsqueeze(-2)))
+
+
+def gains(m: Inputs, proposal: MarkovChain | None = None):
+    return stepwise.gain(chain(m), m(SYMBOL_REWARDS), 0.7, values(m), proposal)
+
+
+def walked(gain, model: MarkovChain) -> list[Tensor]:
+    """What a gain says of one token of each of five strings."""
+    state = model.begin(5)
+    token = torch.tensor([0, 1, 2, 1, 0], device=model.device)
+    return list(gain.step(gain.begin(state, 5), state, token, model.append(state, token)))
+
+
 example(
-    "smc.twisted_smc", lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, values(m), 9, generator=m.generator())
+    "stepwise.gain",
+    lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, values(m), then=lambda g: walked(g, chain(m))),
 )
+example(
+    "stepwise.gain proposal",
+    lambda m, call: call(
+        chain(m), m(SYMBOL_REWARDS), 0.7, values(m), proposal=steps(m), then=lambda g: walked(g, chain(m))
+    ),
+)
+
+
+def by_tables(m: Inputs) -> tuple[Any, Any, int]:
+    values, rewards = m(VALUES[1]), m(SYMBOL_REWARDS)
+    return lambda state: values[state.contexts], lambda before, tokens, after: rewards[tokens], LENGTH
+
+
+example("autoregressive.Gain", lambda m, call: call(*by_tables(m), then=lambda g: walked(g, chain(m))))
+example("autoregressive.Gain.check_length", lambda m, call: call(gains(m), LENGTH))
+example("autoregressive.Gain.begin", lambda m, call: call(gains(m), chain(m).begin(4), 4))
+example(
+    "autoregressive.Gain.step",
+    lambda m, call: call(
+        Gain(*by_tables(m)),
+        m.exact(numbers(4)),
+        chain(m).begin(4),
+        m(torch.tensor([0, 1, 2, 1])),
+        chain(m).append(chain(m).begin(4), m(torch.tensor([0, 1, 2, 1]))),
+    ),
+)
+
+
+def by_context(m: Inputs):
+    values = m(VALUES[1])
+    return lambda state: values[state.contexts]
+
+
+example("smc.by_value", lambda m, call: call(by_context(m), chain(m), then=lambda g: walked(g, chain(m))))
+
+
+def grown(m: Inputs, runs: int, n: int):
+    """Particles that stay where they are and gain given numbers."""
+    gained = m(numbers(4, runs * n))
+    begun = torch.arange(runs * n, device=gained.device)
+    return begun, lambda t, y: (y, gained[t]), lambda y, index: y[index], 4, m(numbers(runs, n))
+
+
+example("smc.twisted_smc", lambda m, call: call(chain(m), gains(m), LENGTH, 9, generator=m.generator()))
 for name, scheme in SCHEMES.items():
     example(
         f"smc.twisted_smc {name}",
         lambda m, call, scheme=scheme: call(
-            *(chain(m), m(SYMBOL_REWARDS), 0.7, values(m), 9),
+            *(chain(m), gains(m), LENGTH, 9),
             generator=m.generator(),
             proposal=steps(m),
             threshold=0.99,
             scheme=scheme,
             runs=3,
         ),
+    )
+    example(
+        f"particles.grow {name}",
+        lambda m, call, scheme=scheme: call(
+            *grown(m, 2, 3),
+            generator=m.generator(),
+            threshold=0.99,
+            scheme=scheme,
+        ),
+    )
+example(
+    "selection.soft_best_of_n_blocks",
+    lambda m, call: call(chain(m), gains(m), LENGTH, 3, generator=m.generator(), block=2, strings=4),
+)
+
+
+class Rows(AutoregressiveModel[Any]):
+    """A chain by its four methods alone."""
+
+    def __init__(self, chain: MarkovChain):
+        self.begin, self.next_logps, self.append, self.take = chain.begin, chain.next_logps, chain.append, chain.take
+
+    begin = next_logps = append = take = None  # type: ignore[assignment]
+
+
+for kind, model in {
+    "by-methods": lambda m: Rows(chain(m)),
+    "ends": lambda m: Stopped(chain(m), 2),
+}.items():
+    example(
+        f"autoregressive.AutoregressiveModel.draw {kind}",
+        lambda m, call, model=model: call(model(m), model(m).begin(5), generator=m.generator()),
+    )
+    example(
+        f"autoregressive.AutoregressiveModel.sample {kind}",
+        lambda m, call, model=model: call(model(m), 5, LENGTH, generator=m.generator()),
+    )
+    example(
+        f"autoregressive.AutoregressiveModel.logps {kind}",
+        lambda m, call, model=model: call(model(m), m(TOKENS, rows=True)),
+    )
+    example(
+        f"testing.check_model {kind}",
+        lambda m, call, model=model: call(model(m), 3, generator=m.generator(), n=3, draws=50),
     )
 
 example("mcmc.lengths", lambda m, call: call(m(torch.tensor([[0, 2, 2], [1, 1, 0]]), rows=True), 2))
@@ -492,6 +642,10 @@ example("policies.TransformerPolicy.conditionals", lambda m, call: call(transfor
 example("policies.TransformerPolicy.token_logps", lambda m, call: call(transformer(m), m(TOKENS, rows=True)))
 example("policies.TransformerPolicy.logps", lambda m, call: call(transformer(m), m(TOKENS, rows=True)))
 example("policies.TransformerPolicy.sample", lambda m, call: call(transformer(m), 20, generator=m.generator()))
+example(
+    "policies.TransformerPolicy.sample length",
+    lambda m, call: call(transformer(m), 20, length=2, generator=m.generator()),
+)
 
 example("losses.kl_estimators", lambda m, call: call(likelihoods(m, 5), likelihoods(m, 5)))
 example(

@@ -29,7 +29,10 @@ def test_every_public_callable_is_called():
     called = {name_of(key) for key in CALLS}
     made = {type(value) for value in parts(CALLS[key](Inputs()).result() for key in CALLS)}
     left = {name for name, value in PUBLIC.items() if name not in called and value not in made}
-    assert left == {"verify.ClaimFailed"} | {name for name in PUBLIC if name.split(".")[0] in ("data", "figures")}
+    abstract = {name for name in left if inspect.isabstract(PUBLIC[name])}
+    assert left == {"verify.ClaimFailed"} | abstract | {
+        name for name in PUBLIC if name.split(".")[0] in ("data", "figures")
+    }
 
 
 def parts(values):
@@ -76,7 +79,8 @@ def test_draws_come_from_the_generator_alone(key):
     again = leaves(CALLS[key](Inputs()).result())
     assert torch.equal(torch.random.get_rng_state(), before)  # the global generator stands still
     assert all(same(value, again[place]) for place, value in first.items())
-    if "generator" in inspect.signature(PUBLIC[name_of(key)]).parameters and m.draws:
+    passes = name_of(key) == "testing.check_model"  # and returns nothing
+    if "generator" in inspect.signature(PUBLIC[name_of(key)]).parameters and m.draws and not passes:
         other = leaves(CALLS[key](Inputs(seed=1)).result())
         assert not all(same(value, other[place]) for place, value in first.items())
 
@@ -149,12 +153,9 @@ OTHER_DTYPES = {
     "categorical.truncate .kept_mass": (F64, "a mass near 1 tells what was cut only by its digits"),
     "selection.candidate_counts": (F64, "counts are whole numbers up to 2^53"),
     "selection.soft_best_of_n_stream .log_mean_weight": (F64, "an estimate over any number of candidates"),
-    "smc.log_increments": (F64, "particles are weighted in float64"),
-    "smc.twisted_smc .log_weights": (F64, "particles are weighted in float64"),
-    "smc.twisted_smc .log_partition": (F64, "particles are weighted in float64"),
-    "smc.twisted_smc .ess": (F64, "particles are weighted in float64"),
     "mcmc.power_mh .acceptance": (F64, "a fraction of many moves"),
     "policies.TransformerPolicy.conditionals": (F64, "the network adds to the rows of a chain, which are float64"),
+    "policies.TransformerPolicy.next_logps": (F64, "the network adds to the rows of a chain, which are float64"),
     "policies.TransformerPolicy.token_logps": (F64, "the network adds to the rows of a chain, which are float64"),
     "policies.TransformerPolicy.logps": (F64, "the network adds to the rows of a chain, which are float64"),
     "policies.TransformerPolicy": (torch.float32, "the network is float32 by contract"),
@@ -169,7 +170,13 @@ OTHER_DTYPES = {
     "guidance.particles .ess": (F64, "particles are weighted in float64"),
 }
 # Modules whose results are all float64, whatever comes in.
-ALWAYS_WIDE = {"markov": "a chain is float64, whatever it is made of"}
+ALWAYS_WIDE = {
+    "markov": "a chain is float64, whatever it is made of",
+    "autoregressive": "strings are weighed in float64",
+    "stepwise": "tables of a chain, and log weights",
+    "smc": "particles are weighted in float64",
+    "particles": "particles are weighted in float64",
+}
 # Half precision cannot hold them: a count of 10^5, a temperature for rewards far apart.
 NEVER_HALF = {"weights.ess", "weights.beta_for_ess"}
 # A law that was rounded to half precision is another law, and a claim about it another claim.

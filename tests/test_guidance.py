@@ -400,7 +400,7 @@ def every_system(
     )
     weight /= 4.0 ** (2 - len(rounds))  # parents that were never asked for
     close(weight.sum(), 1.0, 1e-10)
-    z, values = out.log_partition.exp(), f(out.y[..., 0])
+    z, values = out.log_partition.exp(), f(out.particles[..., 0])
     shares = out.log_weights.softmax(-1)
     return [(weight * z * v).sum().item() for v in ((shares * values).sum(-1), values.mean(-1), torch.ones_like(z))]
 
@@ -452,7 +452,7 @@ def test_particles_and_z_together(rng):
         out = guidance.particles(normal(1.0), normal(1.0), y, levels, tilt, twist, generator=rng, threshold=0.999)
         assert (out.ess[:, 0] < 4).any() and out.log_partition.max() < 1.2
         kept = torch.rand(runs, generator=rng, dtype=F64) * bound < out.log_partition.exp()
-        point = out.y[torch.arange(runs), pick(out), 0]
+        point = out.particles[torch.arange(runs), pick(out), 0]
         return torch.where(kept, torch.searchsorted(edges, point), 7)
 
     verdict = verify.match(
@@ -485,7 +485,7 @@ def test_the_limit_is_the_tilt_of_the_chain_not_of_the_law(rng):
         guidance.log_values(ONE, tilted),
         generator=rng,
     )
-    shares, x = out.log_weights[0].softmax(-1), out.y[0, :, 0]
+    shares, x = out.log_weights[0].softmax(-1), out.particles[0, :, 0]
     got = torch.stack([shares @ x, shares @ x**2 - (shares @ x) ** 2])
     # Standard errors by the normal law; the continuous tilt, N(1.6, .2), is far outside.
     errors = torch.stack([(limit[1] / n).sqrt(), limit[1] * math.sqrt(2 / n)]) * 1.5
@@ -526,10 +526,10 @@ def test_start_from_another_law(rng):
 def test_dead_particles(rng):
     y, levels = points(80, 1, rng).view(40, 2, 1), vector(2, 1)
     out = guidance.particles(normal(1.0), normal(1.0), y, levels, lambda x: (x[:, 0] > 0).double().log(), generator=rng)
-    dead = (out.y[..., 0] <= 0).all(-1)
+    dead = (out.particles[..., 0] <= 0).all(-1)
     assert dead.any() and not dead.all()
     assert (out.log_partition[dead] == -math.inf).all() and (out.ess[dead, -1] == 0).all()
-    close(out.log_partition[~dead].exp(), (out.y[~dead, :, 0] > 0).double().mean(-1))
+    close(out.log_partition[~dead].exp(), (out.particles[~dead, :, 0] > 0).double().mean(-1))
 
 
 def test_particles_keep_dtype_and_inputs(rng):
@@ -539,12 +539,12 @@ def test_particles_keep_dtype_and_inputs(rng):
         normal(1.0), normal(2.0), y, SHORT, log_tilt, log_values, generator=torch.Generator(), threshold=0
     )
     double, single = run(y), run(y.float())
-    assert torch.equal(y, kept) and double.y.dtype == F64
-    assert single.y.dtype == torch.float32 and single.log_weights.dtype == F64
-    torch.testing.assert_close(single.y.double(), double.y, rtol=0, atol=1e-4)
+    assert torch.equal(y, kept) and double.particles.dtype == F64
+    assert single.particles.dtype == torch.float32 and single.log_weights.dtype == F64
+    torch.testing.assert_close(single.particles.double(), double.particles, rtol=0, atol=1e-4)
     close(single.log_partition, double.log_partition, 1e-4)
     # Each system on its own: another order of the systems gives the same weights per point.
-    assert double.y.shape == (3, 4, 2) and double.ess.shape == (3, 2) and double.log_partition.shape == (3,)
+    assert double.particles.shape == (3, 4, 2) and double.ess.shape == (3, 2) and double.log_partition.shape == (3,)
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -682,7 +682,7 @@ def test_no_points(rng):
     out = guidance.particles(
         REF, normal(1.0), torch.zeros(0, 4, 1, dtype=torch.float32), SHORT, log_tilt, log_values, generator=rng
     )
-    assert out.y.shape == (0, 4, 1) and out.y.dtype == torch.float32
+    assert out.particles.shape == (0, 4, 1) and out.particles.dtype == torch.float32
     assert out.log_weights.shape == (0, 4) and out.log_partition.shape == (0,) and out.ess.shape == (0, 2)
 
 
@@ -705,7 +705,7 @@ def test_particles_in_small_dtypes(dtype):
         generator=torch.Generator().manual_seed(2), threshold=0,
     )  # fmt: skip
     low = run(y)
-    assert seen == {dtype} and low.y.dtype == dtype and low.log_weights.dtype == F64
+    assert seen == {dtype} and low.particles.dtype == dtype and low.log_weights.dtype == F64
     high = run(y.double())
     close(low.log_partition, high.log_partition, 20 * torch.finfo(dtype).eps)
 
@@ -883,8 +883,10 @@ def test_systems_of_equal_weights_are_left_alone(rng):
         scheme=lambda log_weights, n, generator: torch.full((3, n), 2), start_log_weights=start,
     )  # fmt: skip
     always, never = run(1.0), run(0.0)
-    assert torch.equal(always.y[:2], never.y[:2]) and torch.equal(always.log_weights[:2], never.log_weights[:2])
-    assert not torch.equal(always.y[2], never.y[2]) and (always.log_weights[2] == 0).all()
+    assert torch.equal(always.particles[:2], never.particles[:2]) and torch.equal(
+        always.log_weights[:2], never.log_weights[:2]
+    )
+    assert not torch.equal(always.particles[2], never.particles[2]) and (always.log_weights[2] == 0).all()
     close(always.log_partition, never.log_partition)
     close(always.ess, torch.full((3, 2), 3.0))
     close(never.ess[2], (vector(1, math.e, math.e**2).sum() ** 2 / vector(1, math.e**2, math.e**4).sum()).expand(2))

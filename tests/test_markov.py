@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers import F64, check_sampler, draws_from, law, random_law, vector, without
 
-from tiltlib import categorical, selection, smc, verify
-from tiltlib.markov import LETTERS_AND_SPACE, MarkovChain
+from tiltlib import categorical, stepwise, verify
+from tiltlib.markov import LETTERS_AND_SPACE, MarkovChain, State
 
 
 def close(a, b, tolerance=1e-12):
@@ -479,7 +479,11 @@ def test_bad_tilts(method, rewards, beta, length, error, text):
         (lambda: CHAIN.rows(0, [0]), TypeError, "^contexts must be an integer torch.Tensor, got list"),
         (lambda: CHAIN.rows(0, RIGHT[:0]), TypeError, "^contexts must be an integer torch.Tensor, got a torch.float64"),
         (lambda: CHAIN.rows(0, torch.tensor([0, 3])), ValueError, r"^contexts must lie in 0\.\.2, got .* 0 to 3"),
-        (lambda: CHAIN.append(torch.tensor(0), torch.tensor(-1)), ValueError, r"^tokens must lie in 0\.\.2, got .* -1"),
+        (
+            lambda: CHAIN.next_contexts(torch.tensor(0), torch.tensor(-1)),
+            ValueError,
+            r"^tokens must lie in 0\.\.2, got .* -1",
+        ),
         (lambda: CHAIN.stopped(0), ValueError, "^length must be an integer >= 1, got 0"),
         (lambda: CHAIN.lookahead([0.0]), TypeError, "^values must be a floating-point torch.Tensor, got list"),
         (lambda: fitted(2).lookahead(RIGHT), ValueError, r"^values must have shape \(9,\), got \(3,\)"),
@@ -523,7 +527,7 @@ def test_a_chain_with_one_table_per_step_by_enumeration(v, order, length, rng):
     close(tilted.logps(strings), torch.log_softmax(logps + totals / 0.7, 0))
     close(tilted.kl(chain, length), (tilted.logps(strings).exp() * (tilted.logps(strings) - logps)).sum())
     close(chain.kl(tilted, length), (logps.exp() * (logps - tilted.logps(strings))).sum())
-    last = chain.append(chain.contexts_before(strings)[:, -1], strings[:, -1])
+    last = chain.next_contexts(chain.contexts_before(strings)[:, -1], strings[:, -1])
     after = torch.zeros(v**order, dtype=F64).index_add(0, last, logps.exp())
     close(chain.contexts(length)[-1], after)
     close(
@@ -648,10 +652,10 @@ def test_a_chain_that_was_accepted_is_never_refused(dtype, rng):
         rewards, values = torch.randn(9, 3, generator=rng).to(dtype), torch.zeros(4, 9, dtype=dtype)
         tokens = torch.tensor([[0, 1, 2]])
         calls = (
-            lambda c, r=rewards, v=values: selection.soft_best_of_n_chain(c, r, 0.7, v, 3),
+            lambda c, r=rewards, v=values: stepwise.soft_best_of_n_chain(c, r, 0.7, v, 3),
             lambda c, t=tokens: c.refit(t, per_step=True),
             lambda c, t=tokens: c.refit(t, per_step=False),
-            lambda c, r=rewards, v=values: smc.twisted_proposal(c, r, 0.7, v),
+            lambda c, r=rewards, v=values: stepwise.twisted_proposal(c, r, 0.7, v),
             lambda c, r=rewards: c.tilt(r.double(), 0.7, 3),
             lambda c: c.stopped(3),
         )
@@ -969,18 +973,18 @@ def test_strings_of_one_symbol_and_of_several_lengths():
 def test_looking_ahead_is_reading_at_the_context_with_a_symbol_appended(order, rng):
     chain, values = random_chain(3, order, rng), torch.randn(3**order, generator=rng, dtype=F64)
     ahead = chain.lookahead(values)
-    assert torch.equal(ahead, values[chain.append(torch.arange(3**order)[:, None], torch.arange(3))])
+    assert torch.equal(ahead, values[chain.next_contexts(torch.arange(3**order)[:, None], torch.arange(3))])
     before = values.clone()
     ahead.zero_()  # numbers of its own
     assert torch.equal(values, before)
 
 
-def test_the_next_symbol_is_drawn_in_contexts_of_any_shape(rng):
+def test_the_next_symbol_is_drawn_by_inverting_the_row_of_its_context(rng):
     chain = random_chain(3, 1, rng)
-    for shape in ((), (1,), (2, 3), (2, 1, 4)):  # fewer numbers than contexts, and more
-        contexts, state = torch.randint(3, shape, generator=rng), rng.get_state()
-        drawn = chain.draw(0, contexts, generator=rng)
-        u = torch.rand(*shape, 1, generator=rng.set_state(state), dtype=F64)
+    for n in (1, 3, 4, 8):  # fewer numbers than contexts, and more
+        contexts, state = torch.randint(3, (n,), generator=rng), rng.get_state()
+        drawn = chain.draw(State(0, contexts), generator=rng)
+        u = torch.rand(n, 1, generator=rng.set_state(state), dtype=F64)
         assert torch.equal(drawn, (chain.table(0)[contexts].exp().cumsum(-1) <= u).sum(-1))
 
 

@@ -192,11 +192,11 @@ GOOD = torch.tensor([[0, 0, 2], [2, 2, 2]])
         ({"end": -1}, ValueError, r"end must lie in 0\.\.2, got -1"),
         ({"tokens": [[0, 0, 2]]}, TypeError, "tokens must be an integer torch.Tensor, got list"),
         ({"generator": None}, TypeError, "generator must be a torch.Generator, got NoneType"),
-        ({"ref": FIXED, "steps": 50}, ValueError, "tokens must hold only 2 after the first 2"),
+        ({"model": FIXED, "steps": 50}, ValueError, "tokens must hold only 2 after the first 2"),
     ],
 )
 def test_bad_input(change, error, text, rng):
-    arguments = {"ref": WORDS, "tokens": GOOD, "power": 2.0, "steps": 1, "end": 2, "generator": rng, **change}
+    arguments = {"model": WORDS, "tokens": GOOD, "power": 2.0, "steps": 1, "end": 2, "generator": rng, **change}
     with pytest.raises(error, match=text.replace("|", r"\|")):
         mcmc.power_mh(**arguments)
 
@@ -404,11 +404,11 @@ def test_bad_acceptance_with_another_law(between, error, text):
 @pytest.mark.parametrize(
     ("proposal", "error", "text"),
     [
-        (OTHER, TypeError, "proposal must be a MarkovChain, got a torch.float64 tensor"),
+        (OTHER, TypeError, "proposal must be an AutoregressiveModel, got a torch.float64 tensor"),
         (markov.MarkovChain(OTHER, "xy|"), ValueError, "proposal must have order 1 over 'ab|'"),
         (markov.MarkovChain(OTHER.repeat(3, 1), "ab|"), ValueError, "proposal must have order 1 over .*got order 2"),
         (OTHER_WORDS.stopped(2), ValueError, "proposal must have tables for 3 steps, got 2"),
-        (SPARSE, ValueError, "proposal must be positive wherever ref is, got a string that only ref can write"),
+        (SPARSE, ValueError, "proposal must be positive wherever model is, got a string that only model can write"),
         (markov.MarkovChain(OTHER, "ab|"), ValueError, "tokens must hold only 2 after the first 2"),
     ],
 )

@@ -25,7 +25,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiltlib import categorical, markov, selection, verify
+from tiltlib import selection, verify
 from tiltlib.categorical import chi_square, kl, sample, tilt, total_variation
 from tiltlib.selection import best_of_n, best_of_n_law, soft_best_of_n, soft_best_of_n_law, soft_best_of_n_stream
 from tiltlib.weights import beta_for_ess, log_mean, normalize
@@ -675,57 +675,6 @@ def test_stream_refuses_candidates_whose_shape_changes(rng, shapes):
 
 # --- selection symbol by symbol --------------------------------------------------------------------------------------
 
-STEPS = markov.MarkovChain(torch.stack([law(0.7, 0.3, 0), law(0.2, 0.8, 0), law(0.6, 0.4, 0)]), "ab|")
-STEP_REWARDS = torch.stack([vector(0, 1, 0), vector(-0.5, 0.7, 0), vector(0.3, 0, 0)])
-BINARY = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
-
-
-def test_symbolwise_selection_on_the_instance_of_the_book():
-    tilted = STEPS.tilt(STEP_REWARDS, 1.0, 2)
-    torch.testing.assert_close(
-        tilted.logps(BINARY).exp(), vector(0.295230, 0.343936, 0.025268, 0.335566), rtol=0, atol=1e-6
-    )
-    blind = torch.zeros(3, 3, dtype=F64)
-    far = selection.soft_best_of_n_chain(STEPS, STEP_REWARDS, 1.0, blind, 10**9).logps(BINARY).exp()
-    torch.testing.assert_close(far, vector(0.309194, 0.360204, 0.023151, 0.307451), rtol=0, atol=1e-6)
-    values = STEPS.soft_values(STEP_REWARDS, 1.0, 2)
-    four = selection.soft_best_of_n_chain(STEPS, STEP_REWARDS, 1.0, values, 4).logps(BINARY).exp()
-    assert (four - tilted.logps(BINARY).exp()).abs().sum().item() / 2 == pytest.approx(0.051442, abs=1e-6)
-    one = selection.soft_best_of_n_chain(STEPS, STEP_REWARDS, 1.0, values, 1)
-    torch.testing.assert_close(one.logps(BINARY), STEPS.logps(BINARY))
-
-
-def test_symbolwise_selection_is_what_selecting_symbols_does(rng):
-    """Draw candidates for each symbol and keep one: the strings follow the exact law, not the tilt."""
-    values, n = STEPS.soft_values(STEP_REWARDS, 0.5, 2), 3
-    law_of = selection.soft_best_of_n_chain(STEPS, STEP_REWARDS, 0.5, values, n).logps(BINARY)
-    tilted = STEPS.tilt(STEP_REWARDS, 0.5, 2).logps(BINARY)
-    m = verify.plan(law_of, tilted)
-    context, strings = torch.full((m,), 2), []
-    for t in range(2):
-        shown = categorical.sample(STEPS.table(t)[context], n, generator=rng)
-        scores = STEP_REWARDS[context[:, None], shown] / 0.5 + values[t + 1][shown]
-        kept = selection.soft_best_of_n(scores, 1.0, generator=rng)
-        context = shown.gather(-1, kept[:, None])[:, 0]
-        strings.append(context)
-    outcome = strings[0] * 2 + strings[1]
-    assert verify.match(outcome, law_of, claim="symbols", versus=[tilted])
-    assert verify.match(outcome, tilted, claim="symbols!tilt", versus=[law_of]).decision == "REJECT"
-
-
-@pytest.mark.parametrize(
-    ("values", "n", "text"),
-    [
-        (torch.zeros(3, 2, dtype=F64), 2, r"log_values must have shape \(L \+ 1, 3\), got \(3, 2\)"),
-        (torch.full((3, 3), -math.inf, dtype=F64), 2, "log_values must be finite where the reference can go, got -inf"),
-        (torch.zeros(3, 3, dtype=F64), 0, "n must be an integer >= 1, got 0"),
-    ],
-)
-def test_bad_symbolwise_selection(values, n, text):
-    with pytest.raises(ValueError, match=text):
-        selection.soft_best_of_n_chain(STEPS, STEP_REWARDS, 1.0, values, n)
-
-
 # --- dtypes, scales, gradients, one temperature per row, empty batches -----------------------------------------------
 
 DTYPES = [F64, torch.float32, torch.bfloat16, torch.float16]
@@ -1059,25 +1008,6 @@ def test_a_generator_is_required(call):
             TypeError,
             "candidates must be a torch.Tensor, got list",
         ),
-        (
-            lambda: selection.soft_best_of_n_chain(
-                STEPS, STEP_REWARDS, torch.tensor(1.0), torch.zeros(3, 3, dtype=F64), 2
-            ),
-            TypeError,
-            "beta must be a number, got a torch.float32 tensor",
-        ),
-        (
-            lambda: selection.soft_best_of_n_chain(
-                STEPS, torch.full((3,), -math.inf), 1.0, torch.zeros(3, 3, dtype=F64), 2
-            ),
-            ValueError,
-            "rewards must be finite where the reference has mass, got -inf",
-        ),
-        (
-            lambda: selection.soft_best_of_n_chain(STEPS, STEP_REWARDS, 1e-3, torch.zeros(3, 3, dtype=F64), 2),
-            ValueError,
-            "rewards / beta [+] log_values must span at most 600 in each context, got 1200 at step 1",
-        ),
     ],
 )
 def test_refusals_name_the_argument(call, error, text):
@@ -1085,45 +1015,11 @@ def test_refusals_name_the_argument(call, error, text):
         call()
 
 
-def test_symbolwise_selection_on_a_float32_chain():
-    rows = torch.log_softmax(torch.arange(9, dtype=torch.float32).view(3, 3).sin() * 5, -1)
-    assert not torch.equal(rows.double().logsumexp(-1), torch.zeros(3, dtype=F64))
-    ref, rewards = markov.MarkovChain(rows, "abc"), vector(0, 1, 2)
-    exact = markov.MarkovChain(torch.log_softmax(rows.double(), -1), "abc")
-    blind = torch.zeros(3, 3)
-    kept = selection.soft_best_of_n_chain(ref, rewards.float(), 0.5, blind, 4)
-    strings = torch.cartesian_prod(torch.arange(3), torch.arange(3))
-    close(kept.logps(strings), selection.soft_best_of_n_chain(exact, rewards, 0.5, blind, 4).logps(strings), 1e-6)
-    # Ties at the top of a huge reward: r / beta overflows, the differences do not.
-    level = selection.soft_best_of_n_chain(exact, vector(1, 1, 1), 1e-320, blind, 4)
-    close(level.logps(strings), exact.logps(strings))
-    # The top is that of each context, among the symbols that may follow.
-    apart = torch.stack([vector(1, 1, 9), vector(2, 2, 9), vector(3, 3, 9)])
-    close(selection.soft_best_of_n_chain(STEPS, apart, 1e-320, blind, 4).logps(BINARY), STEPS.logps(BINARY))
-
-
 # --- edges -----------------------------------------------------------------------------------------------------------
 
 
-def test_symbolwise_selection_with_one_table_per_step(rng):
-    tables = torch.stack([torch.stack([random_law(3, rng) for _ in range(3)]) for _ in range(4)])
-    ref = markov.MarkovChain(tables, "ab ")
-    rewards, values = torch.randn(3, 3, generator=rng, dtype=F64), torch.randn(5, 3, generator=rng, dtype=F64)
-    out = selection.soft_best_of_n_chain(ref, rewards, 0.7, values, 3)
-    for t, context in itertools.product(range(4), range(3)):
-        # With order 1 the context after a symbol is the symbol. Strings start in the last context and reach no other.
-        scores = rewards[context] / 0.7 + values[t + 1]
-        expected = enumerated_soft_law(tables[t, context], scores, 3, 1.0) if t or context == 2 else tables[t, context]
-        close(out.table(t)[context], expected)
-
-
 def test_weights_may_span_600_and_no_more():
-    half, zeros = law(0.5, 0.5), torch.zeros(3, 3, dtype=F64)
+    half = law(0.5, 0.5)
     close(soft_best_of_n_law(half, vector(0, 600), 1.0, 2).exp(), vector(0.25, 0.75))
     with pytest.raises(ValueError, match=r"got 1.0 for a range of 600\.5"):
         soft_best_of_n_law(half, vector(0, 600.5), 1.0, 2)
-    chain = selection.soft_best_of_n_chain(STEPS, vector(0, 600, 0), 1.0, zeros, 2)
-    close(chain.table(0)[2].exp(), vector(0.36, 0.64, 0))
-    later = torch.stack([vector(0, 0, 0), vector(0, 0, 0), vector(0, 600.5, 0)])  # by the value of what comes next
-    with pytest.raises(ValueError, match=r"in each context, got 600\.5 at step 1; beta must be larger"):
-        selection.soft_best_of_n_chain(STEPS, vector(0, 0, 0), 1.0, later, 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import F64, law, random_law, vector
 
-from tiltlib import markov, resampling, smc, verify, weights
+from tiltlib import markov, resampling, smc, stepwise, verify, weights
 
 # Two binary symbols after a start: p1 = (.6, .4), p2 = ((.7, .3), (.2, .8)), weights ((1, 3), (.5, 4)) at the end.
 REF = markov.MarkovChain(torch.stack([law(0.7, 0.3, 0), law(0.2, 0.8, 0), law(0.6, 0.4, 0)]), "ab|")
@@ -19,6 +19,12 @@ TWISTS = torch.stack([vector(1, 1, 1), vector(1, 3, 1), vector(1, 1, 1)]).log()
 NONE = torch.zeros(3, 3, dtype=F64)
 SCHEMES = [resampling.multinomial, resampling.residual, resampling.stratified, resampling.systematic]
 N = 3
+
+
+def twisted_smc(ref, rewards, beta, log_values, n, **options):
+    """The sampler with twists from a table."""
+    gain = stepwise.gain(ref, rewards, beta, log_values, options.get("proposal"))
+    return smc.twisted_smc(ref, gain, len(log_values) - 1, n, **options)
 
 
 def close(a, b, tolerance=1e-12):
@@ -32,8 +38,8 @@ class Prescribed(markov.MarkovChain):
         super().__init__(REF.table(0), REF.alphabet)
         self.symbols = symbols
 
-    def draw(self, step, contexts, *, generator):
-        return self.symbols[step]
+    def draw(self, state, *, generator):
+        return self.symbols[state.step].flatten()
 
 
 def every_system(twists, threshold, ancestors_law=None, wrong=None):
@@ -42,7 +48,7 @@ def every_system(twists, threshold, ancestors_law=None, wrong=None):
     parents = list(itertools.product(range(N), repeat=N))
     cases = list(itertools.product(pick, parents, pick))
     first, chosen, second = (torch.tensor([case[i] for case in cases]) for i in range(3))
-    out = smc.twisted_smc(
+    out = twisted_smc(
         REF,
         REWARDS,
         1.0,
@@ -65,7 +71,7 @@ def every_system(twists, threshold, ancestors_law=None, wrong=None):
     started = torch.where(uneven[:, None], first.gather(-1, chosen), first)
     mass = mass * REF.table(1).exp()[started, second].prod(-1)
     close(mass.sum(), 1.0)
-    assert torch.equal(out.tokens, torch.stack([started, second], -1))
+    assert torch.equal(out.particles, torch.stack([started, second], -1))
     z = out.log_partition.exp()
     if wrong == "dropped":  # count the mean of the first weights, and forget them, where nothing was resampled
         g = REWARDS.exp()[first, second] / twists[1].exp()[first]
@@ -100,16 +106,16 @@ def test_draws_and_z_together_for_every_scheme(scheme, rng):
     joint = vector(0.42, 0.54, 0.04, 1.28) / bound
     target, off = (torch.cat([q, 1 - q.sum(0, keepdim=True)]).log() for q in (joint, joint * 2.344 / Z))
     runs = verify.plan(target, off)
-    out = smc.twisted_smc(REF, REWARDS, 1.0, TWISTS, n, generator=rng, scheme=scheme, threshold=0.9, runs=runs)
+    out = twisted_smc(REF, REWARDS, 1.0, TWISTS, n, generator=rng, scheme=scheme, threshold=0.9, runs=runs)
     z = out.log_partition.exp()
     assert z.max() <= bound
     kept = torch.rand(runs, generator=rng, dtype=F64) * bound < z
     picked = resampling.multinomial(out.log_weights, 1, generator=rng)[:, 0]
-    strings = out.tokens[torch.arange(runs), picked]
+    strings = out.particles[torch.arange(runs), picked]
     outcome = torch.where(kept, strings @ torch.tensor([2, 1]), 4)
     verdict = verify.match(outcome, target, claim="smc", versus=[off])
     assert verdict, verdict.line()
-    shifted = out.tokens[torch.arange(runs), (picked + 1) % n] @ torch.tensor([2, 1])
+    shifted = out.particles[torch.arange(runs), (picked + 1) % n] @ torch.tensor([2, 1])
     assert verify.match(torch.where(kept, shifted, 4), target, claim="smc!shifted").decision == "REJECT"
 
 
@@ -121,11 +127,11 @@ def random_instance(rng, v=3, order=2, length=5):
 def test_exact_values_and_their_proposal_leave_nothing_to_chance(rng):
     ref, rewards, length = random_instance(rng)
     values = ref.soft_values(rewards, 0.7, length)
-    proposal = smc.twisted_proposal(ref, rewards, 0.7, values)
+    proposal = stepwise.twisted_proposal(ref, rewards, 0.7, values)
     tilted = ref.tilt(rewards, 0.7, length)
     close(proposal.kl(tilted, length), 0.0)
     # Multinomial resampling would show: systematic resampling of equal weights changes nothing.
-    out = smc.twisted_smc(
+    out = twisted_smc(
         ref,
         rewards,
         0.7,
@@ -142,7 +148,7 @@ def test_exact_values_and_their_proposal_leave_nothing_to_chance(rng):
     close(out.ess, torch.full((50, length), 7.0), 1e-8)
     assert (out.ancestors == torch.arange(7)).all()
     # With proposals from the reference the weights differ: exp(V_t - V_{t-1}).
-    assert smc.twisted_smc(ref, rewards, 0.7, values, 7, generator=rng, threshold=0).log_weights.std() > 0.1
+    assert twisted_smc(ref, rewards, 0.7, values, 7, generator=rng, threshold=0).log_weights.std() > 0.1
 
 
 def test_without_resampling_weights_are_those_of_the_strings(rng):
@@ -150,19 +156,12 @@ def test_without_resampling_weights_are_those_of_the_strings(rng):
     twists = torch.randn(length + 1, 9, generator=rng, dtype=F64)
     twists[-1] = 0
     proposal = markov.MarkovChain(torch.stack([random_law(3, rng) for _ in range(9)]), ref.alphabet)
-    out = smc.twisted_smc(ref, rewards, 0.7, twists, 9, generator=rng, proposal=proposal, threshold=0, runs=4)
-    y = out.tokens
+    out = twisted_smc(ref, rewards, 0.7, twists, 9, generator=rng, proposal=proposal, threshold=0, runs=4)
+    y = out.particles
     w = ref.logps(y) + ref.total_reward(y, rewards) / 0.7 - proposal.logps(y)
     close(out.log_weights + twists[0, ref.start], w, 1e-10)
     close(out.log_partition, weights.log_mean(w), 1e-10)
     close(out.ess[:, -1], weights.ess(w), 1e-8)
-
-
-def test_beta_divides_the_rewards(rng):
-    ref, rewards, length = random_instance(rng)
-    zeros = torch.zeros(length + 1, 9, dtype=F64)
-    got = smc.log_increments(ref, rewards, 0.5, zeros)
-    close(got, (2 * rewards).expand(length, 9, 3))
 
 
 def test_trace_follows_parents():
@@ -179,21 +178,19 @@ def test_strings_keep_their_own_past(rng):
     table[2, :2] = math.log(0.5)
     table[0, 0] = table[1, 1] = 0  # aaaa or bbbb
     ref = markov.MarkovChain(table, "ab|")
-    out = smc.twisted_smc(
-        ref, vector(0, 0.3, 0), 1.0, torch.zeros(7, 3, dtype=F64), 6, generator=rng, threshold=1, runs=80
-    )
-    assert (out.tokens == out.tokens[..., :1]).all()
+    out = twisted_smc(ref, vector(0, 0.3, 0), 1.0, torch.zeros(7, 3, dtype=F64), 6, generator=rng, threshold=1, runs=80)
+    assert (out.particles == out.particles[..., :1]).all()
     assert (out.ancestors[:, 1:] != torch.arange(6)).any()
 
 
 def test_dead_particles_estimate_zero(rng):
     rewards = vector(-math.inf, 0, 0)  # only "bb" is left, of mass .4 * .8
-    out = smc.twisted_smc(REF, rewards, 1.0, NONE, 2, generator=rng, threshold=1, runs=4000)
+    out = twisted_smc(REF, rewards, 1.0, NONE, 2, generator=rng, threshold=1, runs=4000)
     dead = out.log_partition == -math.inf
     assert dead.any() and not dead.all()
     assert (out.ess[dead, -1] == 0).all() and (out.log_weights[dead] == -math.inf).all()
     alive = out.log_weights > -math.inf
-    assert (out.tokens[alive] == 1).all()
+    assert (out.particles[alive] == 1).all()
     # Z_hat = (k / 2)(j / 2) with resampling between; P(Z_hat > 0) = P(k >= 1) (1 - .2^2), k ~ Bin(2, .4).
     target = vector(0.64 * 0.96, 1 - 0.64 * 0.96).log()
     assert verify.match(dead.long(), target, claim="dead").decision != "REJECT"
@@ -202,10 +199,12 @@ def test_dead_particles_estimate_zero(rng):
 def test_weights_are_those_since_the_last_resampling(rng):
     ref, rewards, length = random_instance(rng)
     zeros = torch.zeros(length + 1, 9, dtype=F64)
-    out = smc.twisted_smc(ref, rewards, 1.0, zeros, 5, generator=rng, runs=3)
-    assert out.tokens.shape == (3, 5, length) and out.ancestors.shape == (3, length, 5) and out.ess.shape == (3, length)
+    out = twisted_smc(ref, rewards, 1.0, zeros, 5, generator=rng, runs=3)
+    assert (
+        out.particles.shape == (3, 5, length) and out.ancestors.shape == (3, length, 5) and out.ess.shape == (3, length)
+    )
     for i in range(3):
-        y = out.tokens[i]
+        y = out.particles[i]
         # Weights since the last resampling, along the strings that survived.
         last = max(t for t in range(length) if t == 0 or out.ess[i, t - 1] < 0.5 * 5)
         per_symbol = rewards[ref.contexts_before(y), y]
@@ -248,7 +247,7 @@ DEAD_SYMBOL = markov.MarkovChain(torch.stack([law(1, 0, 0), law(0.2, 0.8, 0), la
         (
             {"rewards": 1e100 * REWARDS, "beta": 1e-300},
             ValueError,
-            "beta must be so large that rewards / beta and log_values",
+            "beta must be so large that rewards / beta",
         ),
         ({"n": 0}, ValueError, "n must be an integer >= 1, got 0"),
         ({"runs": 1.0}, TypeError, "runs must be an int, got float"),
@@ -259,7 +258,7 @@ DEAD_SYMBOL = markov.MarkovChain(torch.stack([law(1, 0, 0), law(0.2, 0.8, 0), la
 def test_bad_input(change, error, text):
     arguments = {"ref": REF, "rewards": REWARDS, "beta": 1.0, "log_values": NONE, "n": 3, **change}
     with pytest.raises(error, match=text.replace("|", r"\|")):
-        smc.twisted_smc(**{"generator": torch.Generator(), **arguments})
+        twisted_smc(**{"generator": torch.Generator(), **arguments})
 
 
 def test_a_twist_may_vanish_where_the_target_does(rng):
@@ -269,7 +268,7 @@ def test_a_twist_may_vanish_where_the_target_does(rng):
     twists[1, 0] = -math.inf
     runs = 20_000
     for v in (values, twists):
-        z = smc.twisted_smc(REF, rewards, 1.0, v, 50, generator=rng, runs=runs).log_partition.exp()
+        z = twisted_smc(REF, rewards, 1.0, v, 50, generator=rng, runs=runs).log_partition.exp()
         # Z = .4 * .8. Z_hat lies in [0, 1]: Hoeffding's bound on the error of its mean holds except with chance 1e-8.
         assert z.max() <= 1 + 1e-12
         assert abs(z.mean().item() - 0.32) < math.sqrt(math.log(2 / 1e-8) / (2 * runs))
@@ -307,41 +306,14 @@ def test_particles_of_a_smaller_dtype_are_those_of_the_law_it_means(dtype, rng):
     both = []
     for p, r, v in ((small, rewards, twists), (meant, rewards.double(), twists.double())):
         rng.set_state(state)
-        q = smc.twisted_proposal(p, r, 0.7, v)
-        both.append(
-            (*smc.twisted_smc(p, r, 0.7, v, np.int64(9), generator=rng, proposal=q, runs=np.int64(4)), q.table(1))
-        )
+        q = stepwise.twisted_proposal(p, r, 0.7, v)
+        both.append((*twisted_smc(p, r, 0.7, v, np.int64(9), generator=rng, proposal=q, runs=np.int64(4)), q.table(1)))
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*both, strict=True))
-
-
-@pytest.mark.parametrize("beta", [5e-324, 1e-300, 1e-40, 1e-17, 1e17, 1e300])
-@pytest.mark.parametrize("dtype", [F64, torch.float32])
-def test_the_proposal_at_every_beta(beta, dtype, rng):
-    """Without twists: p(a | c) exp(r / beta), and for small beta p on the largest rewards."""
-    ref, _, length = random_instance(rng)
-    rewards = torch.randint(3, (9, 3), generator=rng).to(dtype)
-    q = smc.twisted_proposal(ref, rewards, beta, torch.zeros(length + 1, 9, dtype=dtype))
-    right = torch.log_softmax(ref.table(0) + (rewards.double() - rewards.double().amax(-1, keepdim=True)) / beta, -1)
-    for t in range(length):
-        close(q.table(t).exp(), right.exp())
-    shifted = smc.twisted_proposal(ref, 1e30 * rewards.double(), 1e-300, torch.zeros(length + 1, 9, dtype=F64))
-    best = rewards == rewards.amax(-1, keepdim=True)
-    close(shifted.table(0).exp(), torch.log_softmax(torch.where(best, ref.table(0), -math.inf), -1).exp())
-
-
-def test_a_proposal_keeps_the_row_of_a_context_that_leads_nowhere():
-    rewards = torch.stack([vector(-math.inf, -math.inf, -math.inf), vector(0, 1, 0), vector(1, 2, 0)])
-    q = smc.twisted_proposal(REF, rewards, 0.7, NONE)
-    assert torch.equal(q.table(0)[0], REF.table(0)[0])
-    twists = NONE.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(smc.twisted_proposal(REF, rewards, 0.7, twists).table(0)[2, 1], twists)
-    close(gradient.sum(), 0.0)
-    assert gradient.isfinite().all() and gradient.abs().max() > 0.1
 
 
 def test_nothing_that_was_drawn_has_a_gradient(rng):
     twists = TWISTS.clone().requires_grad_()
-    out = smc.twisted_smc(REF, REWARDS.clone().requires_grad_(), 1.0, twists, 5, generator=rng)
+    out = twisted_smc(REF, REWARDS.clone().requires_grad_(), 1.0, twists, 5, generator=rng)
     assert not any(field.requires_grad for field in out)
 
 
@@ -351,30 +323,6 @@ def test_nothing_that_was_drawn_has_a_gradient(rng):
 def stepped_chain(rng, v=3, length=4):
     tables = torch.stack([torch.stack([random_law(v, rng) for _ in range(v)]) for _ in range(length)])
     return markov.MarkovChain(tables, "abc"[: v - 1] + " ")
-
-
-def test_every_step_has_its_own_table(rng):
-    ref, proposal = stepped_chain(rng), stepped_chain(rng)
-    rewards, twists = torch.randn(3, 3, generator=rng, dtype=F64), torch.randn(5, 3, generator=rng, dtype=F64)
-    twists[-1] = 0
-    increments = smc.log_increments(ref, rewards, 0.7, twists, proposal)
-    chosen = smc.twisted_proposal(ref, rewards, 0.7, twists)
-    for t in range(4):
-        # With order 1 the context after a symbol is the symbol: the columns of V_{t+1}.
-        joint = ref.table(t) + rewards / 0.7 + twists[t + 1]
-        close(increments[t], joint - twists[t][:, None] - proposal.table(t), 1e-10)
-        close(chosen.table(t), torch.log_softmax(joint, -1), 1e-10)
-
-
-def test_the_proposal_is_measured_against_the_target_of_each_step():
-    never_b, always = law(1, 0, 0), law(0.5, 0.5, 0)
-    first = markov.MarkovChain(torch.stack([never_b.expand(3, 3), always.expand(3, 3)]), "ab|")
-    last = markov.MarkovChain(torch.stack([always.expand(3, 3), never_b.expand(3, 3)]), "ab|")
-    for ref, proposal, step, context in ((first, last, 1, 0), (last, first, 0, 2)):
-        smc.log_increments(ref, NONE, 1.0, NONE, ref)
-        message = f"got 0 at step {step} in context {context} for symbol 1"
-        with pytest.raises(ValueError, match=message):
-            smc.log_increments(ref, NONE, 1.0, NONE, proposal)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
@@ -389,7 +337,7 @@ def test_z_counts_the_mean_weight_of_every_resampling(scheme, rng):
         return scheme(log_weights, n, generator=generator)
 
     runs, n = 20, 5
-    out = smc.twisted_smc(ref, rewards, 1.0, twists, n, generator=rng, threshold=0.9, scheme=noted, runs=runs)
+    out = twisted_smc(ref, rewards, 1.0, twists, n, generator=rng, threshold=0.9, scheme=noted, runs=runs)
     # A run that does not resample passes zeros, whose mean weight is 1.
     resampled = torch.stack([(w != 0).any(-1) for w in spent]).sum(0)
     assert len(spent) > 1 and resampled.max() > 2 and resampled.unique().numel() > 1
@@ -398,19 +346,3 @@ def test_z_counts_the_mean_weight_of_every_resampling(scheme, rng):
 
 
 # --- the largest reward that counts ----------------------------------------------------------------------------------
-
-
-def test_a_reward_that_no_string_can_collect_does_not_count():
-    """At small beta the proposal takes the best symbol of those that lead somewhere, with no better one in the way."""
-    never_b = law(0.5, 0, 0.5).expand(3, 3)
-    dead_a = torch.stack([torch.full((3,), -math.inf, dtype=F64), vector(0, 1, 0), vector(0, 0, 0)])
-    lost_a = NONE.clone()
-    lost_a[:2, 0] = -math.inf
-    for table, rewards, twists, best in (
-        (never_b, vector(0, 5, 1), NONE, [2, 2, 2]),
-        (REF.table(0), dead_a + vector(9, 0, 0), lost_a, [None, 1, 1]),
-    ):
-        chosen = smc.twisted_proposal(markov.MarkovChain(table, "ab|"), rewards, 1e-320, twists).table(0)
-        for context, symbol in enumerate(best):
-            expected = table[context] if symbol is None else law(*(float(a == symbol) for a in range(3)))
-            assert torch.equal(chosen[context], expected)

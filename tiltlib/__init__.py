@@ -12,25 +12,29 @@ input: its results are those of float64 on the same numbers, to the digits that 
 A module imports only from the rows above it, and from `_checks` and `_numerics`. A module that needs an optional
 package is imported by no other.
 
-============  ==================================================================  ====================
-module        holds                                                               needs
-============  ==================================================================  ====================
-weights       log weights: normalise, average, effective sample size
-categorical   laws on finitely many outcomes: tilt, divergences, draws
-mixtures      Gaussian mixtures: densities, scores, noise, tilt, all exact
-markov        Markov chains on strings, with exact tilts by additive rewards
-selection     rules that keep one of N candidates, and their exact laws
-resampling    schemes that turn weights into copies
-smc           particles on strings: twisted sequential Monte Carlo
-mcmc          Metropolis-Hastings on strings, toward a power of a chain
-policies      policies to train: a table of logits, a small transformer
-losses        losses and estimators of feedback: policy gradient, DPO, GRPO
-diffusion     noise levels, samplers and the denoising loss, from any score
-guidance      changes of a score or of a step that aim at a tilt
-verify        evidence: E-values, certificates, plans, verdict lines
-figures       figures, tables and explorables of the book                         matplotlib
-data          digits and word frequencies                                         scikit-learn, wordfreq
-============  ==================================================================  ====================
+==============  ==================================================================  ====================
+module          holds                                                               needs
+==============  ==================================================================  ====================
+weights         log weights: normalise, average, effective sample size
+categorical     laws on finitely many outcomes: tilt, divergences, draws
+mixtures        Gaussian mixtures: densities, scores, noise, tilt, all exact
+autoregressive  models of strings that samplers take: four methods, and what follows
+markov          Markov chains on strings, with exact tilts by additive rewards
+selection       rules that keep one of N candidates, and their exact laws
+resampling      schemes that turn weights into copies
+particles       the engine of particle methods: grow, weigh, resample
+stepwise        exact tables on Markov chains for methods that go step by step
+smc             particles on strings: twisted sequential Monte Carlo
+mcmc            Metropolis-Hastings on strings, toward a power of a model
+policies        policies to train: a table of logits, a small transformer
+losses          losses and estimators of feedback: policy gradient, DPO, GRPO
+diffusion       noise levels, samplers and the denoising loss, from any score
+guidance        changes of a score or of a step that aim at a tilt
+verify          evidence: E-values, certificates, plans, verdict lines
+testing         whether a model of yours keeps the rules that samplers rely on
+figures         figures, tables and explorables of the book                         matplotlib
+data            digits and word frequencies                                         scikit-learn, wordfreq
+==============  ==================================================================  ====================
 """
 
 from importlib import import_module
@@ -38,6 +42,7 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 __all__ = [
+    "autoregressive",
     "categorical",
     "data",
     "diffusion",
@@ -47,10 +52,13 @@ __all__ = [
     "markov",
     "mcmc",
     "mixtures",
+    "particles",
     "policies",
     "resampling",
     "selection",
     "smc",
+    "stepwise",
+    "testing",
     "verify",
     "weights",
 ]

@@ -240,7 +240,8 @@ def instance(name: str, value: object, kind: type, made_by: str = "") -> None:
     """Require an object of a class."""
     if not isinstance(value, kind):
         origin = f", from {made_by}" if made_by else ""
-        raise TypeError(f"{name} must be a {kind.__name__}{origin}, got {described(value)}")
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise TypeError(f"{name} must be {article} {kind.__name__}{origin}, got {described(value)}")
 
 
 def squarable(name: str, value: float) -> float:
@@ -301,3 +302,16 @@ def generator(name: str, value: object) -> None:
     """Require a torch.Generator: None would fall back on the global generator without a word."""
     if not isinstance(value, torch.Generator):
         raise TypeError(f"{name} must be a torch.Generator, got {type(value).__name__}")
+
+
+def returned(name: str, value: object, n: int, each: str, device: torch.device | None = None) -> Tensor:
+    """Require what a function of the caller gave: one log weight or value for each string or particle, in float64."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must return a floating-point torch.Tensor, got {described(value)}")
+    if value.shape != (n,):
+        raise ValueError(f"{name} must return shape ({n},), one number per {each}, got {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must return numbers on {device}, got numbers on {value.device}")
+    if n and not bool(value.amax() < math.inf):  # NaN if any is
+        raise ValueError(f"{name} must return numbers that are finite or -inf, got NaN or +inf")
+    return value.double()

@@ -15,20 +15,18 @@ points have to start from the guided law at the first level, not from that of th
 What is a difference of two scores or two log densities is computed in float64, and comes back in the dtype of y.
 """
 
-import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from tiltlib import _checks, _numerics, diffusion, resampling, selection, weights
+from tiltlib import _checks, _numerics, diffusion, resampling, selection
 from tiltlib.diffusion import Score, Step, Transition
 from tiltlib.mixtures import GaussianMixture, Tilted
+from tiltlib.particles import Particles, Scheme, grow
 
 __all__ = [
-    "Particles",
     "classifier_free",
     "exact_value",
     "log_values",
@@ -42,25 +40,6 @@ __all__ = [
 LogValues = Callable[[Tensor, float], Tensor]
 # kernel(score, y, s, s_next): `diffusion.transition` or `posterior_transition`.
 Kernel = Callable[[Score, Tensor, float, float], Transition]
-# A resampling scheme: scheme(log_weights, n, generator=g) gives ancestors.
-Scheme = Callable[..., Tensor]
-
-
-class Particles(NamedTuple):
-    """What `particles` returns.
-
-    Attributes:
-        y: Points at the last level, shape (runs, n, D).
-        log_weights: Their unnormalised log weights since the last resampling, float64, shape (runs, n).
-        log_partition: Estimate of log Z per run, float64, shape (runs,); exp of it is unbiased for Z. -inf where all
-            particles died.
-        ess: Effective sample size after each step, float64, shape (runs, steps); 0 where all particles died.
-    """
-
-    y: Tensor
-    log_weights: Tensor
-    log_partition: Tensor
-    ess: Tensor
 
 
 def _number(name: str, value: float) -> float:
@@ -353,7 +332,8 @@ def particles(
             (runs, n).
 
     Returns:
-        `Particles(y, log_weights, log_partition, ess)`.
+        `Particles(particles, log_weights, log_partition, ancestors, ess)`; the particles are points at the last level,
+        dtype of `y`, shape (runs, n, D).
 
     Raises:
         TypeError: `y`, `levels` or what a function returns is not a floating tensor, or `generator` is not a
@@ -373,38 +353,20 @@ def particles(
     if not 0 <= _number("threshold", threshold) <= 1:
         raise ValueError(f"threshold must lie in [0, 1], got {threshold!r}")
     runs, n, d = y.shape
-
-    def twist(points: Tensor, s: float) -> Tensor:
-        if log_values is None:
-            return torch.zeros(runs, n, dtype=torch.float64, device=y.device)
-        value = _per_point("log_values", log_values(points.to(y.dtype), s), points)
-        _checks.finite("log_values", value)
-        return value.view(runs, n)
-
     guided = proposal is not ref
     points = y.flatten(0, 1)
     (proposal, _), (ref, points) = (_numerics.widened(score, points, torch.float64) for score in (proposal, ref))
-    values = twist(points, numbers[0])
-    log_weights = values
-    if start_log_weights is not None:
-        _checks.finite("start_log_weights", start_log_weights)
-        if start_log_weights.shape != (runs, n):
-            raise ValueError(f"start_log_weights must have shape {(runs, n)}, got {tuple(start_log_weights.shape)}")
-        log_weights = values + start_log_weights.double()
-    log_partition = torch.zeros(runs, dtype=torch.float64, device=y.device)
-    # Equal weights may differ in their last digits; that is no reason to resample.
-    enough = threshold * n * (1 - 1e-9)
-    sizes = [weights.ess(log_weights)]
-    for i, (s, s_next) in enumerate(itertools.pairwise(numbers)):
-        uneven = (sizes[-1] < enough)[:, None]
-        if bool(uneven.any()):
-            itself = torch.arange(n, device=y.device)
-            spent = torch.where(uneven, log_weights, 0.0)
-            parents = torch.where(uneven, scheme(spent, n, generator=generator), itself)
-            log_partition = log_partition + weights.log_mean(spent)
-            log_weights = torch.where(uneven, 0.0, log_weights)
-            values = values.gather(-1, parents)
-            points = points.view(runs, n, d).take_along_dim(parents[..., None], 1).flatten(0, 1)
+
+    def twist(points: Tensor, s: float) -> Tensor:
+        if log_values is None:
+            return torch.zeros(runs * n, dtype=torch.float64, device=y.device)
+        value = _per_point("log_values", log_values(points.to(y.dtype), s), points)
+        _checks.finite("log_values", value)
+        return value
+
+    def step(i: int, state: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        points, values = state
+        s, s_next = numbers[i : i + 2]
         mean, std = kernel(proposal, points, s, s_next)
         if not std > 0:
             raise ValueError(
@@ -412,22 +374,35 @@ def particles(
                 f"got std = {std!r} from level {s!r} to {s_next!r}"
             )
         noise = _numerics.normal(mean, generator)
+        log_ratio: float | Tensor = 0.0
         if guided:
             # Both kernels have one std: log N(y'; ref) - log N(y'; proposal) with y' = mean + std noise.
             gap = (mean - kernel(ref, points, s, s_next).mean) / std
-            log_weights = log_weights - (gap * (gap / 2 + noise)).sum(-1).view(runs, n)
+            log_ratio = -(gap * (gap / 2 + noise)).sum(-1)
         points = mean + std * noise
         if i < len(numbers) - 2:
             ahead = twist(points, s_next)
         else:
-            ahead = _per_point("log_tilt", log_tilt(points.to(y.dtype)), points).view(runs, n)
-            _checks.rewards("log_tilt", ahead)
-        log_weights, values = log_weights + ahead - values, ahead
-        alive = (log_weights > -math.inf).any(-1)
-        sizes.append(torch.where(alive, weights.ess(torch.where(alive[:, None], log_weights, 0.0)), 0.0))
-    return Particles(
-        points.view(runs, n, d).to(y.dtype),
+            ahead = _per_point("log_tilt", log_tilt(points.to(y.dtype)), points)
+            _checks.rewards("log_tilt", ahead.view(runs, n))
+        return (points, ahead), log_ratio + ahead - values
+
+    values = twist(points, numbers[0])
+    log_weights = values.view(runs, n)
+    if start_log_weights is not None:
+        _checks.finite("start_log_weights", start_log_weights)
+        if start_log_weights.shape != (runs, n):
+            raise ValueError(f"start_log_weights must have shape {(runs, n)}, got {tuple(start_log_weights.shape)}")
+        log_weights = log_weights + start_log_weights.double()
+    out = grow(
+        (points, values),
+        step,
+        lambda state, index: (state[0][index], state[1][index]),
+        len(numbers) - 1,
         log_weights,
-        log_partition + log_weights.logsumexp(-1) - math.log(n),
-        torch.stack(sizes[1:], -1),
+        generator=generator,
+        threshold=threshold,
+        scheme=scheme,
     )
+    (points, _), *rest = out
+    return Particles(points.view(runs, n, d).to(y.dtype), *rest)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from tiltlib import _checks, _numerics
+from tiltlib.autoregressive import AutoregressiveModel
 
-__all__ = ["LETTERS_AND_SPACE", "MarkovChain", "RewardLaw", "TiltedChain"]
+__all__ = ["LETTERS_AND_SPACE", "MarkovChain", "RewardLaw", "State", "TiltedChain"]
 
 LETTERS_AND_SPACE = "abcdefghijklmnopqrstuvwxyz "
 
@@ -46,7 +47,19 @@ def _alphabet_size(alphabet: str) -> int:
     return len(alphabet)
 
 
-class MarkovChain:
+class State(NamedTuple):
+    """Begun strings of a chain: all that the next symbols depend on.
+
+    Attributes:
+        step: Number of symbols that they have.
+        contexts: Context of each, int64, shape (n,).
+    """
+
+    step: int
+    contexts: Tensor
+
+
+class MarkovChain(AutoregressiveModel[State]):
     """A law on strings over an alphabet, given by next-symbol log-probabilities per context.
 
     One table serves every step, or each step has its own. In the second case the chain is the law of strings of at most
@@ -350,7 +363,7 @@ class MarkovChain:
         contexts = []
         for symbol in tokens.unbind(-1):
             contexts.append(context)
-            context = self.append(context, symbol)
+            context = self.next_contexts(context, symbol)
         return torch.stack(contexts, -1)
 
     def _check_tokens(self, tokens: Tensor) -> Tensor:
@@ -402,49 +415,87 @@ class MarkovChain:
         table = self.reward_table(rewards, tokens.shape[-1])
         return table[steps, tokens.long()].sum(-1)
 
-    def sample(self, n: int, length: int, *, generator: torch.Generator) -> Tensor:
-        """Draw independent strings, symbol by symbol, by inverting each conditional CDF in float64.
+    def begin(self, n: int) -> State:
+        """Begin n strings.
 
         Args:
             n: Number of strings, >= 1.
-            length: Length L, >= 1.
-            generator: Source of randomness, on the device of the chain.
 
         Returns:
-            Symbol numbers, int64, shape (n, length).
+            The state of n empty strings.
 
         Raises:
-            TypeError: `n` or `length` is not an int, or `generator` no generator.
-            ValueError: `n` < 1 or `length` < 1.
+            TypeError: `n` is not an int.
+            ValueError: `n` < 1.
         """
-        _checks.generator("generator", generator)
         _checks.count("n", n)
-        _checks.count("length", length)
-        context = torch.full((n,), self.start, device=self.device)
-        drawn = []
-        for t in range(length):
-            symbol = self.draw(t, context, generator=generator)
-            drawn.append(symbol)
-            context = self.append(context, symbol)
-        return torch.stack(drawn, -1)
+        return State(0, torch.full((int(n),), self.start, device=self.device))
 
-    def draw(self, step: int, contexts: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Draw the next symbol in each context, by inverting its CDF in float64.
+    def next_logps(self, state: State) -> Tensor:
+        """Compute the law of the next symbol of each string: the rows of their contexts.
+
+        Differentiable in the table that the chain was made of.
 
         Args:
-            step: As for `table`.
-            contexts: Context numbers in 0..V^order - 1, integer tensor, any shape.
+            state: State of n strings.
+
+        Returns:
+            Log-probabilities, float64, shape (n, V).
+
+        Raises:
+            ValueError: strings that are as long as a chain with one table per step.
+        """
+        return self.rows(*state)
+
+    def append(self, state: State, tokens: Tensor) -> State:
+        """Write one more symbol to each string.
+
+        Args:
+            state: State of n strings.
+            tokens: Symbol numbers in 0..V-1, integer tensor, shape (n,).
+
+        Returns:
+            The state of the longer strings.
+
+        Raises:
+            TypeError: `tokens` is not an integer tensor.
+            ValueError: `tokens` out of range, or not one for each string.
+        """
+        _checks.same_shape(tokens=tokens, contexts=state.contexts)
+        return State(state.step + 1, self.next_contexts(state.contexts, tokens))
+
+    def take(self, state: State, index: Tensor) -> State:
+        """Continue some of the strings.
+
+        Args:
+            state: State of n strings.
+            index: Numbers of strings in 0..n-1, integer tensor, shape (m,).
+
+        Returns:
+            The state of these m strings.
+
+        Raises:
+            TypeError: `index` is not an integer tensor.
+            ValueError: `index` out of range.
+        """
+        return State(state.step, state.contexts[_checks.indices("index", index, len(state.contexts))])
+
+    def draw(self, state: State, *, generator: torch.Generator) -> Tensor:
+        """Draw the next symbol of each string, by inverting its CDF in float64.
+
+        Args:
+            state: State of n strings.
             generator: Source of randomness, on the device of the chain.
 
         Returns:
-            Symbol numbers, int64, shape of `contexts`.
+            Symbol numbers, int64, shape (n,).
 
         Raises:
-            TypeError: `contexts` is not an integer tensor, or `generator` no generator.
-            ValueError: as for `table`, or `contexts` out of range.
+            TypeError: `generator` is no generator.
+            ValueError: strings that are as long as a chain with one table per step.
         """
         _checks.generator("generator", generator)
-        contexts = self._check_contexts(contexts)
+        step, contexts = state
         # Many strings share a context: beyond one string per context, turn the whole table into CDFs once.
         whole = contexts.numel() > self._v**self.order
         cdf = _numerics.cdf(self.table(step) if whole else self.rows(step, contexts))
@@ -452,7 +503,7 @@ class MarkovChain:
         u = torch.rand((*contexts.shape, 1), generator=generator, device=cdf.device, dtype=torch.float64)
         return torch.searchsorted(cdf, u, right=True).squeeze(-1)
 
-    def append(self, contexts: Tensor, tokens: Tensor) -> Tensor:
+    def next_contexts(self, contexts: Tensor, tokens: Tensor) -> Tensor:
         """Append a symbol to each context: its oldest symbol leaves.
 
             (c V + a) mod V^order
@@ -737,7 +788,7 @@ class TiltedChain(MarkovChain):
         """
         self._check_step(step)
         contexts = self._check_contexts(contexts)
-        following = self.append(contexts[..., None], torch.arange(self._v, device=contexts.device))
+        following = self.next_contexts(contexts[..., None], torch.arange(self._v, device=contexts.device))
         ref = self.ref.rows(step, contexts)
         best, rest = self._best[step, contexts].unsqueeze(-1), self._rest[step, contexts].unsqueeze(-1)
         gain = self._rewards[contexts] + self._best[step + 1, following] - best

@@ -1,4 +1,4 @@
-"""Metropolis-Hastings on strings: sharpen a chain to a power of itself by rewriting the ends of its strings.
+"""Metropolis-Hastings on strings: sharpen a model to a power of itself by rewriting the ends of its strings.
 
 The target is p^a, normalised over strings. Each move cuts a string x at a uniform place, draws a new end from p, and
 keeps the new string x' with a probability that leaves p^a invariant:
@@ -6,17 +6,18 @@ keeps the new string x' with a probability that leaves p^a invariant:
     accept with probability min(1, (p(x') / p(x))^(a-1) |x| / |x'|)
 
 |x| counts the places where x can be cut: its symbols, the end symbol included. Strings of one length cancel it. With
-different lengths it must stay: without it the chain of strings targets |x| p(x)^a. The end may come from another law q
+different lengths it must stay: without it the moves target |x| p(x)^a. The end may come from another law q
 that is positive wherever p is: then p(x')^a / q(x') over p(x)^a / q(x) stands in place of the power a - 1.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tiltlib import _checks
+from tiltlib.autoregressive import AutoregressiveModel
 from tiltlib.markov import MarkovChain
 
 __all__ = ["Rewritten", "lengths", "log_accept", "power_mh"]
@@ -133,53 +134,54 @@ def _finite_or_excluded(name: str, value: object) -> None:
 
 @torch.no_grad()
 def power_mh(
-    ref: MarkovChain,
+    model: AutoregressiveModel[Any],
     tokens: Tensor,
     power: float,
     steps: int,
     *,
     generator: torch.Generator,
     end: int | None = None,
-    proposal: MarkovChain | None = None,
+    proposal: AutoregressiveModel[Any] | None = None,
 ) -> Rewritten:
     """Move strings toward p^a, each on its own, by drawing their ends anew.
 
         cut k uniform on 0..|x|-1;    x' = x_<k, then drawn from q;    accept by `log_accept`
 
-    Strings of one length target p^a over strings of that length. With `end`, strings end at their first end symbol and
-    are padded with it; the chain has to be one that stops there, such as `MarkovChain.stopped`. Not differentiable.
-    Cost O(n L) draws per move.
+    Strings of one length target p^a over strings of that length. With `end`, strings end at their first end token and
+    are padded with it; the model has to be one that stops there, such as `MarkovChain.stopped` or
+    `autoregressive.Stopped`. Not differentiable. Cost O(n L) draws per move.
 
-    A proposal q other than p has to be positive wherever p is. A symbol that q never writes is in no string that a move
-    leads to, and a string that holds it is never left: p^a would be invariant, but not where the chain goes.
+    A proposal q other than p has to be positive wherever p is. A token that q never writes is in no string that a move
+    leads to, and a string that holds it is never left: p^a would be invariant, but not where the strings go. Of two
+    Markov chains this is proved from their tables; of other models it is taken on trust.
 
     Args:
-        ref: Chain p.
-        tokens: Strings to start from, of positive probability, integer tensor, shape (n, L); n may be 0. They are
-            independent chains: started at draws of p^a, they stay draws of p^a.
-        power: Exponent a, finite and > 0; 1 is the reference.
+        model: Model p.
+        tokens: Strings to start from, of positive probability, integer tensor, shape (n, L); n may be 0. Each moves on
+            its own: started at draws of p^a, they stay draws of p^a.
+        power: Exponent a, finite and > 0; 1 is the model itself.
         steps: Number of moves per string, >= 1.
-        generator: Source of randomness, on the device of the chain.
-        end: Number of the symbol that ends a string, such as `ref.end`. Default: none, all strings have length L.
-        proposal: Chain q that draws the ends, of the same order over the same alphabet; with `end` it has to stop there
-            too. Default: p.
+        generator: Source of randomness, on the device of the model.
+        end: Number of the token that ends a string, such as `MarkovChain.end`. Default: none, all have length L.
+        proposal: Model q that draws the ends, over the same tokens; with `end` it has to stop there too. Default: p.
 
     Returns:
         `Rewritten(tokens, acceptance)`.
 
     Raises:
-        TypeError: `tokens` is not an integer tensor, `steps` not an int, `generator` no generator, or `proposal` no
-            chain.
+        TypeError: `model` or `proposal` is no `AutoregressiveModel`, `tokens` no integer tensor, `steps` not an int, or
+            `generator` no generator.
         ValueError: `tokens` out of range, not of shape (n, L), or of probability 0; `power` not finite and > 0; `steps`
-            < 1; `end` not the number of a symbol; a chain that goes on after `end`; or a proposal of another order
-            or alphabet, too short, or 0 where p is not.
+            < 1; `end` not the number of a token; a model that goes on after `end`; a proposal over another number of
+            tokens; or of two chains a proposal of another order or alphabet, too short, or 0 where p is not.
 
     Source: [karan2025] for strings of one length; book, `power-mh`.
     """
+    _checks.instance("model", model, AutoregressiveModel)
     _checks.generator("generator", generator)
     _checks.positive("power", power)
     _checks.count("steps", steps)
-    logps = ref.logps(tokens)
+    logps = model.logps(tokens).double()
     if tokens.ndim != 2:
         raise ValueError(f"tokens must have shape (n, L), got {tuple(tokens.shape)}")
     impossible = int((logps == -math.inf).sum())
@@ -187,42 +189,69 @@ def power_mh(
         raise ValueError(f"tokens must have positive probability, got {impossible} strings of probability 0")
     tokens, (n, length) = tokens.long(), tokens.shape
     if end is not None:
-        _checks.symbol("end", end, len(ref.alphabet))
-    source = ref if proposal is None else proposal
+        _checks.symbol("end", end, model.next_logps(model.begin(1)).shape[-1])
     if proposal is not None:
-        _covers(ref, proposal, length)
+        _covers(model, proposal, length)
 
     def sizes_of(strings: Tensor) -> Tensor:
         if end is None:
             return torch.full((n,), length, device=strings.device)
         return lengths(strings, end)
 
-    source_logps = logps if proposal is None else source.logps(tokens)
+    source_logps = None if proposal is None else proposal.logps(tokens).double()
     sizes, accepted = sizes_of(tokens), torch.zeros(n, dtype=torch.float64, device=tokens.device)
-    for _ in range(steps):
+    for _ in range(steps if n else 0):
         u = torch.rand(2, n, generator=generator, device=tokens.device, dtype=torch.float64)
         cut = (u[0] * sizes).long()  # u < 1, so cut < sizes
-        context, drawn = torch.full((n,), ref.start, device=tokens.device), []
-        for t, old in enumerate(tokens.unbind(-1)):
-            symbol = torch.where(t < cut, old, source.draw(t, context, generator=generator))
-            drawn.append(symbol)
-            context = ref.append(context, symbol)
-        proposed = torch.stack(drawn, -1)
-        new_logps, new_sizes = ref.logps(proposed), sizes_of(proposed)
-        new_source_logps = new_logps if proposal is None else source.logps(proposed)
+        proposed, new_logps, new_source_logps = _rewrite(model, proposal, tokens, cut, generator)
+        new_sizes = sizes_of(proposed)
         between = {"proposal_logps": source_logps, "new_proposal_logps": new_source_logps}
         accept = u[1].log() < log_accept(logps, new_logps, power, sizes, new_sizes, **between)
         tokens = torch.where(accept[:, None], proposed, tokens)
         logps, sizes = torch.where(accept, new_logps, logps), torch.where(accept, new_sizes, sizes)
-        source_logps = torch.where(accept, new_source_logps, source_logps)
+        if source_logps is not None and new_source_logps is not None:
+            source_logps = torch.where(accept, new_source_logps, source_logps)
         accepted += accept
     return Rewritten(tokens, accepted / steps)
 
 
-def _covers(ref: MarkovChain, proposal: MarkovChain, length: int) -> None:
-    """Require a proposal that can write every string that the reference can."""
-    ref.check_alike("proposal", proposal)
+def _rewrite(
+    model: AutoregressiveModel[Any],
+    proposal: AutoregressiveModel[Any] | None,
+    tokens: Tensor,
+    cut: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Draw the ends of strings anew from `cut` on; return the strings, their log p, and their log q."""
+    n, length = tokens.shape
+    models = [model] if proposal is None else [model, proposal]
+    states = [m.begin(n) for m in models]
+    drawn: list[Tensor] = []
+    terms: list[list[Tensor]] = [[] for _ in models]
+    for t, old in enumerate(tokens.unbind(-1)):
+        token = torch.where(t < cut, old, models[-1].draw(states[-1], generator=generator))
+        drawn.append(token)
+        for m, state, term in zip(models, states, terms, strict=True):
+            term.append(_token_logps(m.next_logps(state), token))
+        if t < length - 1:
+            states = [m.append(state, token) for m, state in zip(models, states, strict=True)]
+    logps = [torch.stack(term, -1).sum(-1) for term in terms]
+    return torch.stack(drawn, -1), logps[0], None if proposal is None else logps[1]
+
+
+def _token_logps(rows: Tensor, token: Tensor) -> Tensor:
+    if int(token.max()) >= rows.shape[-1]:
+        raise ValueError(f"proposal must be over the {rows.shape[-1]} tokens of model, got token {int(token.max())}")
+    return rows.gather(-1, token[:, None])[:, 0].double()
+
+
+def _covers(model: AutoregressiveModel[Any], proposal: AutoregressiveModel[Any], length: int) -> None:
+    """Require a proposal that can write every string that the model can, as far as tables say."""
+    _checks.instance("proposal", proposal, AutoregressiveModel)
+    if not isinstance(model, MarkovChain) or not isinstance(proposal, MarkovChain):
+        return
+    model.check_alike("proposal", proposal)
     if proposal.length is not None and proposal.length < length:
         raise ValueError(f"proposal must have tables for {length} steps, got {proposal.length}")
-    if not bool(ref.kl(proposal, length).isfinite()):
-        raise ValueError("proposal must be positive wherever ref is, got a string that only ref can write")
+    if not bool(model.kl(proposal, length).isfinite()):
+        raise ValueError("proposal must be positive wherever model is, got a string that only model can write")

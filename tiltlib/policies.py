@@ -8,13 +8,15 @@ from it is `losses.kl_estimators(policy.logps(y), tilted.logps(y)).k3.mean()` ov
 with a variance that vanishes at the target.
 """
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor, nn
 
 from tiltlib import _checks, categorical
-from tiltlib.markov import MarkovChain
+from tiltlib.autoregressive import AutoregressiveModel
+from tiltlib.markov import MarkovChain, State
 
 __all__ = ["TabularPolicy", "TransformerPolicy", "natural_step"]
 
@@ -169,7 +171,24 @@ def _embedding(entries: int, width: int, device: torch.device, generator: torch.
     return nn.Parameter(drawn / math.sqrt(width))
 
 
-class TransformerPolicy(nn.Module):
+_Past = list[tuple[Tensor, Tensor] | None]
+
+
+@dataclasses.dataclass
+class _Begun:
+    """Begun strings: last symbol of each, their contexts under the reference, keys and values of the earlier symbols.
+
+    `seen` is what the network makes of the last symbol: the law of the next one, and keys and values that include it.
+    It is computed when it is first asked for.
+    """
+
+    symbols: Tensor
+    at: State
+    past: _Past
+    seen: tuple[Tensor, _Past] | None = None
+
+
+class TransformerPolicy(nn.Module, AutoregressiveModel[_Begun]):
     """A small autoregressive transformer that starts at a reference chain.
 
         pi(y_t | y_<t) = softmax(log p(y_t | context) + f(y_<t))(y_t),    f = 0 before training
@@ -222,12 +241,10 @@ class TransformerPolicy(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def _network(
-        self, previous: Tensor, start: int, past: list[tuple[Tensor, Tensor] | None]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def _network(self, previous: Tensor, start: int, past: _Past) -> tuple[Tensor, _Past]:
         """Compute what the network adds to the reference, for the symbols before positions start, start + 1, ..."""
         x = self.symbols[previous] + self.places[start : start + previous.shape[-1]]
-        now = []
+        now: _Past = []
         for block, before in zip(self.blocks, past, strict=True):
             x, keys_values = block(x, before)
             now.append(keys_values)
@@ -289,36 +306,100 @@ class TransformerPolicy(nn.Module):
         """
         return self.token_logps(tokens).sum(-1)
 
-    @torch.no_grad()
-    def sample(self, n: int, *, generator: torch.Generator) -> Tensor:
-        """Draw independent strings of full length by inverting each conditional CDF in float64.
-
-        Keys and values of earlier positions are kept, so a string costs one pass of the network, not one per symbol.
+    def begin(self, n: int) -> _Begun:
+        """Begin n strings; see `AutoregressiveModel.begin`.
 
         Args:
             n: Number of strings, >= 1.
+
+        Returns:
+            The state of n empty strings.
+
+        Raises:
+            TypeError: `n` is not an int.
+            ValueError: `n` < 1.
+        """
+        at = self.ref.begin(n)
+        return _Begun(torch.full_like(at.contexts, len(self.ref.alphabet)), at, [None] * len(self.blocks))
+
+    @torch.no_grad()
+    def _look(self, state: _Begun) -> tuple[Tensor, _Past]:
+        if state.seen is None:
+            if state.at.step >= self.length:
+                raise ValueError(f"state must hold strings of fewer than {self.length} symbols, got {state.at.step}")
+            added, now = self._network(state.symbols[:, None], state.at.step, state.past)
+            state.seen = torch.log_softmax(self.ref.next_logps(state.at) + added[:, 0], -1), list(now)
+        return state.seen
+
+    def next_logps(self, state: _Begun) -> Tensor:
+        """Compute the law of the next symbol of each string.
+
+        Keys and values of earlier symbols are kept, so a string costs one pass of the network, not one per symbol. Not
+        differentiable: `conditionals` is.
+
+        Args:
+            state: State of n strings.
+
+        Returns:
+            Log-probabilities, dtype of the reference, shape (n, V).
+
+        Raises:
+            ValueError: strings of full length, or parameters that are no longer finite.
+        """
+        return self._look(state)[0]
+
+    def append(self, state: _Begun, tokens: Tensor) -> _Begun:
+        """Write one more symbol to each string; see `AutoregressiveModel.append`.
+
+        Args:
+            state: State of n strings.
+            tokens: Symbol numbers in 0..V-1, integer tensor, shape (n,).
+
+        Returns:
+            The state of the longer strings.
+
+        Raises:
+            TypeError: `tokens` is not an integer tensor.
+            ValueError: `tokens` out of range, or not one for each string; or strings of full length.
+        """
+        at = self.ref.append(state.at, tokens)
+        return _Begun(tokens.long(), at, self._look(state)[1])
+
+    def take(self, state: _Begun, index: Tensor) -> _Begun:
+        """Continue some of the strings; see `AutoregressiveModel.take`.
+
+        Args:
+            state: State of n strings.
+            index: Numbers of strings in 0..n-1, integer tensor, shape (m,).
+
+        Returns:
+            The state of these m strings.
+
+        Raises:
+            TypeError: `index` is not an integer tensor.
+            ValueError: `index` out of range.
+        """
+        at = self.ref.take(state.at, index)
+
+        def taken(past: _Past) -> _Past:
+            return [None if kv is None else (kv[0][index], kv[1][index]) for kv in past]
+
+        seen = None if state.seen is None else (state.seen[0][index], taken(state.seen[1]))
+        return _Begun(state.symbols[index], at, taken(state.past), seen)
+
+    def sample(self, n: int, length: int | None = None, *, generator: torch.Generator) -> Tensor:
+        """Draw independent strings by inverting each conditional CDF in float64.
+
+        Args:
+            n: Number of strings, >= 1.
+            length: Number of symbols, in 1..`length` of the policy. Default: all of them.
             generator: Source of randomness, on the device of the policy.
 
         Returns:
             Symbol numbers, int64, shape (n, length).
 
         Raises:
-            TypeError: `n` is not an int, or `generator` not a generator.
-            ValueError: `n` < 1, or parameters that are no longer finite.
+            TypeError: `n` or `length` is not an int, or `generator` not a generator.
+            ValueError: `n` or `length` out of range, or parameters that are no longer finite.
         """
-        _checks.count("n", n)
-        _checks.generator("generator", generator)
-        n = int(n)
-        device, v = self.symbols.device, len(self.ref.alphabet)
-        symbol = torch.full((n,), v, device=device)
-        context = torch.full((n,), self.ref.start, device=device)
-        past: list[tuple[Tensor, Tensor] | None] = [None] * len(self.blocks)
-        drawn = []
-        for t in range(self.length):
-            added, now = self._network(symbol[:, None], t, past)
-            past = list(now)
-            logps = torch.log_softmax(self.ref.rows(t, context) + added[:, 0], -1)
-            symbol = categorical.sample(logps, 1, generator=generator)[:, 0]
-            drawn.append(symbol)
-            context = self.ref.append(context, symbol)
-        return torch.stack(drawn, -1)
+        return super().sample(n, self.length if length is None else length, generator=generator)

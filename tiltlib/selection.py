@@ -11,21 +11,22 @@ dimensions, one per row, as `weights.beta_for_ess` returns it.
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tiltlib import _checks, _numerics
-from tiltlib.markov import MarkovChain
+from tiltlib.autoregressive import AutoregressiveModel, Gain
 
 __all__ = [
+    "Blockwise",
     "Streamed",
     "best_of_n",
     "best_of_n_law",
     "candidate_counts",
     "soft_best_of_n",
-    "soft_best_of_n_chain",
+    "soft_best_of_n_blocks",
     "soft_best_of_n_draw",
     "soft_best_of_n_law",
     "soft_best_of_n_stream",
@@ -307,56 +308,86 @@ def _log_laplace(s: Tensor, mass: Tensor, w: Tensor) -> Tensor:
     return out
 
 
-def soft_best_of_n_chain(ref: MarkovChain, rewards: Tensor, beta: float, log_values: Tensor, n: int) -> MarkovChain:
-    """Compute the law of strings of which every symbol is a soft best-of-N choice among n candidate symbols.
+class Blockwise(NamedTuple):
+    """What `soft_best_of_n_blocks` returns.
 
-        n candidates a ~ p(. | c);    P(keep a) proportional to exp(r(c, a) / beta + V_{t+1}(c a))
+    Attributes:
+        tokens: Strings, int64, shape (strings, L).
+        alive: Whether at each block some candidate was not excluded, bool, shape (strings,). Where none was left, one
+            was kept by chance.
+    """
 
-    With V = 0 this looks at the reward of the symbol alone. With the exact values it tends to the tilt as n grows. Not
-    differentiable: the result carries no graph.
-    Cost of one `soft_best_of_n_law` per step and context that can be reached.
+    tokens: Tensor
+    alive: Tensor
+
+
+@torch.no_grad()
+def soft_best_of_n_blocks(
+    model: AutoregressiveModel[Any],
+    gain: Gain,
+    length: int,
+    n: int,
+    *,
+    generator: torch.Generator,
+    block: int = 1,
+    strings: int = 1,
+) -> Blockwise:
+    """Write strings block by block: draw n candidates for the next block, keep one by what it earned and promises.
+
+        P(keep i) proportional to exp(sum of log_tilt over the block + V after it)
+
+    One block of L tokens is soft best-of-N of whole strings. Blocks of one token on a Markov chain follow
+    `stepwise.soft_best_of_n_chain`. With the exact V the law tends to the tilt as n grows, whatever the block; with
+    another V it tends to another law. Not differentiable. Cost n L tokens per string.
 
     Args:
-        ref: Reference chain p.
-        rewards: Reward of each symbol, shape (V,), or of each symbol after each context, shape (V^order, V); finite
-            where the reference has mass.
-        beta: Temperature in reward units, > 0.
-        log_values: V, shape (L + 1, V^order), finite where the reference can go; L is the length of the strings.
-        n: Number of candidates per symbol, >= 1.
+        model: Model of the strings.
+        gain: What the strings are worth, such as `smc.by_value(...)` or `stepwise.gain(...)`.
+        length: Number of tokens L, >= 1.
+        n: Number of candidates for each block, >= 1.
+        generator: Source of randomness, on the device of the model.
+        block: Number of tokens in a block, >= 1; the last block is what remains.
+        strings: Number of strings to write, each with candidates of its own, >= 1.
 
     Returns:
-        The exact law, a chain with one table per step, float64. A context that is never reached keeps the row of the
-        reference.
+        `Blockwise(tokens, alive)`.
 
     Raises:
-        TypeError: `rewards` or `log_values` is not a floating tensor, or `n` is not an int.
-        ValueError: `log_values` of another shape or not finite where the reference can go; rewards / beta + log_values
-            that span more than 600 in one context; `rewards`, `beta` and `n` as for `soft_best_of_n_law`.
+        TypeError: `model` is no `AutoregressiveModel`, `gain` no `Gain`, a number that is not an int, or `generator` no
+            generator.
+        ValueError: a number below 1, `length` not that of the gain, or a gain that returns another shape, NaN or +inf.
 
-    Source: book, `blockwise-gap` and `values-break-the-wall`.
+    Source: [mudgal2024]; book, `blockwise-gap`.
     """
-    _checks.count("n", n)
-    _checks.positive("beta", beta)
-    table = ref.reward_table(rewards)
-    length = _checks.value_per_context("log_values", log_values, len(table))
-    reached, tables = ref.contexts(length) > 0, []
-    _checks.finite_where("log_values", log_values, reached, "where the reference can go")
-    for t in range(length):
-        rows, here = ref.table(t).detach().clone(), reached[t]
-        # Only what the reference can do counts: shifted before it is divided, whatever small beta makes of the rest.
-        top = torch.where(rows > -math.inf, table, -math.inf).amax(-1, keepdim=True)
-        scores = _numerics.over(table, torch.where(top > -math.inf, top, 0), beta)
-        scores = torch.where(rows > -math.inf, scores + ref.lookahead(log_values[t + 1].double()), 0)
-        law, supported = _finite_n_inputs(rows[here], scores[here], n)
-        log_w = _log_w(supported, 1.0)
-        if bool((log_w < -600).any()):
-            raise ValueError(
-                f"rewards / beta + log_values must span at most 600 in each context, got {-log_w.min().item():.6g} "
-                f"at step {t}; beta must be larger"
-            )
-        rows[here] = _soft_law(law, log_w, n)
-        tables.append(rows)
-    return MarkovChain(torch.stack(tables), ref.alphabet)
+    _checks.instance("model", model, AutoregressiveModel)
+    _checks.instance("gain", gain, Gain)
+    _checks.generator("generator", generator)
+    for name, number in (("length", length), ("n", n), ("block", block), ("strings", strings)):
+        _checks.count(name, number)
+    gain.check_length(length)
+    n, strings = int(n), int(strings)
+    state = model.begin(strings)
+    alive = torch.ones_like(gain.begin(state, strings), dtype=torch.bool)
+    first = n * torch.arange(strings, device=alive.device)
+    written = []
+    for done in range(0, length, block):
+        pool = model.take(state, torch.arange(strings, device=alive.device).repeat_interleave(n))
+        values = gain.begin(pool, strings * n)
+        scores = torch.zeros_like(values)
+        drawn = []
+        for _ in range(min(block, length - done)):
+            token = model.draw(pool, generator=generator)
+            after = model.append(pool, token)
+            gained, values = gain.step(values, pool, token, after)
+            drawn.append(token)
+            pool, scores = after, scores + gained
+        of_each = scores.view(strings, n)
+        possible = (of_each > -math.inf).any(-1)
+        alive = alive & possible
+        kept = first + soft_best_of_n(torch.where(possible[:, None], of_each, 0.0), 1.0, generator=generator)
+        written.append(torch.stack(drawn, -1)[kept])
+        state = model.take(pool, kept)
+    return Blockwise(torch.cat(written, -1), alive)
 
 
 def candidate_counts(ref_logps: Tensor, n: int, *, generator: torch.Generator) -> Tensor:

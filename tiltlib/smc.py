@@ -1,163 +1,60 @@
-"""Sequential Monte Carlo: strings grown together, symbol by symbol, and resampled when their weights become uneven.
+"""Sequential Monte Carlo: strings grown together, token by token, and resampled when their weights become uneven.
 
-The target is the tilt of a Markov chain by an additive reward. A twist says how much the rest of a string is expected
-to be worth; it steers which prefixes are kept, and cancels from the weight of a finished string. With
+The target is the tilt of any autoregressive model by a weight w of finished strings. A gain splits log w into steps:
+what a token earns, and a value V of what may still come. The value steers which prefixes are kept, and cancels from the
+weight of a finished string. With
 
-    G_t = exp(r(c, a) / beta + V_{t+1}(c a) - V_t(c)),    V_L = 0
-    g_t(c, a) = G_t p(a | c) / q_t(a | c)
+    G_t = exp(log_tilt + V(y_<=t) - V(y_<t)),    g_t = G_t p(y_t | y_<t) / q(y_t | y_<t)
 
-the product of the g_t along a string is w(y) p(y) / q(y), divided by exp(V_0). `log_partition` is V_0 plus the logs of
-the mean weights, one for each resampling and one at the end. `log_weights` belong to the finished strings. So
+the product of the g_t along a string is w(y) p(y) / q(y), divided by exp(V) of the empty string. `log_partition` is
+that V plus the logs of the mean weights, one for each resampling and one at the end. `log_weights` belong to the
+finished strings. So
 
-    E exp(log_partition) = Z    for any twists V
+    E exp(log_partition) = Z    for any values V
     sum_i w_i f(y_i) / sum_i w_i    estimates E_{pi*} f
 
-No twists: zeros of shape (L + 1, V^order). Exact: `ref.soft_values(rewards, beta, L)`. Learned: the soft values of a
-chain that was fitted to samples. With exact values and `twisted_proposal` all weights are equal and every string is a
-draw of the tilt. Weights are carried from step to step until a resampling spends them; dropping them is a bias.
+Gains: `by_value` of any function of the state, `stepwise.gain` of tables on a Markov chain. `particles` is the engine.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tiltlib import _checks, resampling, weights
-from tiltlib.markov import MarkovChain, TiltedChain
+from tiltlib import _checks, particles, resampling
+from tiltlib.autoregressive import AutoregressiveModel, Gain
+from tiltlib.particles import Particles, Scheme
 
-__all__ = ["Particles", "log_increments", "trace", "twisted_proposal", "twisted_smc"]
-
-
-# A resampling scheme: scheme(log_weights, n, generator=g) gives ancestors.
-Scheme = Callable[..., Tensor]
+__all__ = ["by_value", "trace", "twisted_smc"]
 
 
-class Particles(NamedTuple):
-    """What `twisted_smc` returns.
+def by_value(value: Callable[[Any], Tensor], model: AutoregressiveModel[Any]) -> Gain:
+    """Let one function of the state be all: the value on the way, and the log weight of a finished string.
 
-    Attributes:
-        tokens: Finished strings, int64, shape (runs, n, L).
-        log_weights: Their unnormalised log weights since the last resampling, shape (runs, n).
-        log_partition: Estimate of log Z per run, shape (runs,); exp of it is unbiased for Z. -inf where all particles
-            died.
-        ancestors: Particle that each particle continues at each step, int64, shape (runs, L, n); itself where nothing
-            was resampled, and always at step 0.
-        ess: Effective sample size after each step, shape (runs, L); 0 where all particles had died.
-    """
+        log g_t = V(y_<=t) - V(y_<t)
 
-    tokens: Tensor
-    log_weights: Tensor
-    log_partition: Tensor
-    ancestors: Tensor
-    ess: Tensor
-
-
-class _Target(NamedTuple):
-    """The tilt, where it can be at each step, log p(a | c), r(c, a), and V_{t+1}(c a) for each step; all float64."""
-
-    tilted: TiltedChain
-    reached: Tensor
-    tables: Tensor
-    rewards: Tensor
-    ahead: Tensor
-
-
-def _target(ref: MarkovChain, rewards: Tensor, beta: float, log_values: Tensor) -> _Target:
-    gain = ref.reward_table(rewards)
-    length = _checks.value_per_context("log_values", log_values, len(gain))
-    if bool((log_values[-1] != 0).any()):
-        raise ValueError("log_values must be 0 after the last step, since the rewards are the whole weight of a string")
-    tilted = ref.tilt(rewards, beta, length)
-    reached = tilted.contexts(length) > 0
-    _checks.finite_where("log_values", log_values, reached, "wherever the target has mass")
-    tables = torch.stack([ref.table(t) for t in range(length)])
-    ahead = torch.stack([ref.lookahead(values) for values in log_values[1:].double()])
-    return _Target(tilted, reached, tables, gain, ahead)
-
-
-def twisted_proposal(ref: MarkovChain, rewards: Tensor, beta: float, log_values: Tensor) -> MarkovChain:
-    """Let the twists choose the symbols: the proposal of least weight variance, one step ahead.
-
-        q_t(a | c) = p(a | c) exp(r(c, a) / beta + V_{t+1}(c a)) / sum over a
-
-    With the exact values this is the tilt itself. Differentiable.
+    Differentiable in what `value` depends on.
 
     Args:
-        ref: Reference chain p.
-        rewards: As for `log_increments`.
-        beta: As for `log_increments`.
-        log_values: As for `log_increments`.
+        value: Function of a state of n strings, shape (n,): at the end log w, before that any guess of the log of what
+            w will be on average; -inf gives up a string for good.
+        model: Model that the states belong to; the function is tried on one empty string.
 
     Returns:
-        The proposal, float64, with one table per step. A context that leads nowhere keeps the row of the reference.
+        The gain.
 
     Raises:
-        TypeError: `rewards` or `log_values` is not a floating tensor.
-        ValueError: as for `log_increments`.
+        TypeError: `model` is no `AutoregressiveModel`, or `value` returns no floating tensor.
+        ValueError: `value` returns another shape than (n,), NaN or +inf.
 
-    Source: [guarniero2017]; book, `soft-value`.
+    Source: [delmoral2006], [guarniero2017]; book, `smc-unbiased`.
     """
-    _, _, tables, gain, ahead = _target(ref, rewards, beta, log_values)
-    possible = (tables > -math.inf) & (gain > -math.inf) & (ahead > -math.inf)
-    somewhere = possible.any(-1, keepdim=True)
-    # Shift before dividing: r / beta may overflow, (r - max r) / beta only goes to weight 0.
-    top = torch.where(possible, gain, -math.inf).detach().amax(-1, keepdim=True)
-    joint = torch.where(possible, tables + (gain - top) / float(beta) + ahead, -math.inf)
-    # The softmax of a context that leads nowhere would be NaN, in the gradient even where it is masked.
-    rows = torch.log_softmax(torch.where(somewhere, joint, 0.0), -1)
-    return MarkovChain(torch.where(somewhere, rows, tables), ref.alphabet)
-
-
-def log_increments(
-    ref: MarkovChain, rewards: Tensor, beta: float, log_values: Tensor, proposal: MarkovChain | None = None
-) -> Tensor:
-    """Compute the log weight that each symbol adds, for every step and context.
-
-        log g_t(c, a) = log p(a | c) + r(c, a) / beta + V_{t+1}(c a) - V_t(c) - log q_t(a | c)
-
-    Differentiable. Cost O(L V^{order+1}).
-
-    Args:
-        ref: Reference chain p.
-        rewards: Reward of each symbol, shape (V,), or of each symbol after each context, shape (V^order, V); -inf
-            excludes.
-        beta: Temperature in reward units, > 0.
-        log_values: V, shape (L + 1, V^order), the last row 0; -inf only where the target has no mass.
-        proposal: Chain q that symbols are drawn from. Default: the reference.
-
-    Returns:
-        Log increments, float64, shape (L, V^order, V); -inf where the weight is 0 or the proposal never goes.
-
-    Raises:
-        TypeError: `rewards` or `log_values` is not a floating tensor, or `proposal` no chain.
-        ValueError: `log_values` of another shape, not 0 after the last step, with NaN or +inf, or -inf where the target
-            has mass; a proposal that is 0 there, or of another order or alphabet; `rewards` or `beta` as for
-            `MarkovChain.soft_values`, or `beta` so small that an increment leaves float64.
-
-    Source: [guarniero2017]; book, `smc-unbiased`.
-    """
-    proposal = ref if proposal is None else proposal
-    ref.check_alike("proposal", proposal)
-    tilted, reached, tables, gain, ahead = _target(ref, rewards, beta, log_values)
-    steps = []
-    for t, numerator in enumerate(tables + gain / float(beta) + ahead):
-        q = proposal.table(t)
-        missed = reached[t][:, None] & (tilted.table(t) > -math.inf) & (q == -math.inf)
-        if bool(missed.any()):
-            context, symbol = missed.nonzero()[0].tolist()
-            raise ValueError(
-                f"proposal must be positive wherever the target has mass, "
-                f"got 0 at step {t} in context {context} for symbol {symbol}"
-            )
-        # A prefix whose twist is 0 has weight 0 for good; a symbol that is never proposed needs no weight.
-        here = log_values[t].double()[:, None]
-        steps.append(torch.where((here > -math.inf) & (q > -math.inf), numerator - here - q, -math.inf))
-    increments = torch.stack(steps)
-    if not bool((increments < math.inf).all()):
-        raise ValueError(f"beta must be so large that rewards / beta and log_values stay within float64, got {beta!r}")
-    return increments
+    _checks.instance("model", model, AutoregressiveModel)
+    gain = Gain(value)
+    gain.begin(model.begin(1), 1)
+    return gain
 
 
 def trace(tokens: Tensor, ancestors: Tensor) -> Tensor:
@@ -192,14 +89,13 @@ def trace(tokens: Tensor, ancestors: Tensor) -> Tensor:
 
 @torch.no_grad()
 def twisted_smc(
-    ref: MarkovChain,
-    rewards: Tensor,
-    beta: float,
-    log_values: Tensor,
+    model: AutoregressiveModel[Any],
+    gain: Gain,
+    length: int,
     n: int,
     *,
     generator: torch.Generator,
-    proposal: MarkovChain | None = None,
+    proposal: AutoregressiveModel[Any] | None = None,
     threshold: float = 0.5,
     scheme: Scheme = resampling.systematic,
     runs: int = 1,
@@ -210,73 +106,96 @@ def twisted_smc(
         then log_partition += log of the mean weight, and all weights are 1
 
     Independent runs are computed together; each decides on its own when to resample. A run in which every particle has
-    weight 0 estimates Z by 0, and goes on without resampling. All is computed in float64. Not differentiable.
+    weight 0 estimates Z by 0, and goes on without resampling. Weights are float64. Not differentiable.
 
     Args:
-        ref: Reference chain p.
-        rewards: As for `log_increments`.
-        beta: As for `log_increments`.
-        log_values: As for `log_increments`; L is the length of the strings. See the module for the usual choices.
+        model: Model p of the strings.
+        gain: What the strings are worth, such as `by_value(...)` or `stepwise.gain(...)`.
+        length: Number of tokens L, >= 1. Strings that end early: see `autoregressive.Stopped`.
         n: Particles per run, >= 1.
-        generator: Source of randomness, on the device of the chain.
-        proposal: Chain that symbols are drawn from, positive wherever the target is. Default: the reference.
+        generator: Source of randomness, on the device of the model.
+        proposal: Model q that tokens are drawn from; it has to be positive wherever p w is, which `stepwise.gain`
+            proves of a chain and nothing can prove of a model that is only called. Default: p.
         threshold: Resample when ESS / n falls below it, in [0, 1]: 0 is never, 1 whenever weights differ.
         scheme: One of `resampling.multinomial`, `residual`, `stratified`, `systematic`.
         runs: Independent particle systems, >= 1.
 
     Returns:
-        `Particles(tokens, log_weights, log_partition, ancestors, ess)`.
+        `Particles(particles, log_weights, log_partition, ancestors, ess)`; the particles are tokens of strings, int64,
+        shape (runs, n, L).
 
     Raises:
-        TypeError: `rewards` or `log_values` is not a floating tensor, `n` or `runs` not an int, `threshold` no number,
-            or `generator` no generator.
-        ValueError: as for `log_increments`; `n` < 1, `runs` < 1, or `threshold` outside [0, 1].
+        TypeError: `model` or `proposal` is no `AutoregressiveModel`, `gain` no `Gain`, `length`, `n` or `runs` not an
+            int, `threshold` no number, or `generator` no generator.
+        ValueError: `length` < 1 or not that of the gain, `n` < 1, `runs` < 1, `threshold` outside [0, 1]; a gain that
+            returns another shape, NaN or +inf, or -inf for the empty string; a proposal over another number of tokens.
 
     Example:
+        >>> from tiltlib import stepwise
+        >>> from tiltlib.markov import MarkovChain
         >>> words = MarkovChain.fit(["aba", "abba", "ab"], torch.ones(3), order=1)
         >>> reward = torch.tensor([0.0 if symbol == "a" else 1.0 for symbol in words.alphabet])
         >>> values = words.soft_values(reward, 1.0, 8)  # exact; a guess of them will do
-        >>> found = twisted_smc(words, reward, 1.0, values, 100, generator=torch.Generator().manual_seed(0))
+        >>> gain = stepwise.gain(words, reward, 1.0, values)
+        >>> found = twisted_smc(words, gain, 8, 100, generator=torch.Generator().manual_seed(0))
         >>> abs(found.log_partition - words.tilt(reward, 1.0, 8).log_partition).item() < 0.5
         True
 
     Source: [delmoral2006], [guarniero2017]; book, `smc-unbiased` and `particle-law`.
     """
+    _checks.instance("model", model, AutoregressiveModel)
+    _checks.instance("gain", gain, Gain)
     _checks.generator("generator", generator)
-    _checks.count("n", n)
-    _checks.count("runs", runs)
-    _checks.fraction("threshold", threshold, zero=True)
-    increments = log_increments(ref, rewards, beta, log_values, proposal)
-    proposal = ref if proposal is None else proposal
-    device = increments.device
-    itself = torch.arange(n, device=device).expand(runs, n)
-    context = torch.full((runs, n), ref.start, device=device)
-    log_weights = torch.zeros(runs, n, dtype=torch.float64, device=device)
-    log_partition = log_values[0, ref.start].double().expand(runs)
-    # Equal weights may differ in their last digits; that is no reason to resample.
-    enough = threshold * n * (1 - 1e-9)
-    symbols, ancestors, sizes = [], [], [torch.full((runs,), float(n), dtype=torch.float64, device=device)]
-    for t, log_g in enumerate(increments):
-        uneven = ((0 < sizes[-1]) & (sizes[-1] < enough))[:, None]
-        parents = itself
-        if bool(uneven.any()):
-            spent = torch.where(uneven, log_weights, 0.0)
-            parents = torch.where(uneven, scheme(spent, n, generator=generator), itself)
-            log_partition = log_partition + weights.log_mean(spent)
-            log_weights = torch.where(uneven, 0.0, log_weights)
-        context = context.gather(-1, parents)
-        symbol = proposal.draw(t, context, generator=generator)
-        log_weights = log_weights + log_g[context, symbol]
-        context = ref.append(context, symbol)
-        symbols.append(symbol)
-        ancestors.append(parents)
-        alive = (log_weights > -math.inf).any(-1)
-        sizes.append(torch.where(alive, weights.ess(torch.where(alive[:, None], log_weights, 0.0)), 0.0))
-    history = torch.stack(ancestors, 1)
-    return Particles(
-        trace(torch.stack(symbols, 1), history),
-        log_weights,
-        log_partition + log_weights.logsumexp(-1) - math.log(n),
-        history,
-        torch.stack(sizes[1:], -1),
+    for name, number in (("length", length), ("n", n), ("runs", runs)):
+        _checks.count(name, number)
+    gain.check_length(length)
+    if proposal is not None:
+        _checks.instance("proposal", proposal, AutoregressiveModel)
+    n, runs = int(n), int(runs)
+    begun = model.begin(n * runs)
+    values = gain.begin(begun, n * runs)
+    if not bool((values > -math.inf).all()):
+        raise ValueError("log_values must be finite for the empty string, got -inf")
+    tokens: list[Tensor] = []
+
+    def step(t: int, state: tuple[Any, Any, Tensor]) -> tuple[tuple[Any, Any, Tensor], Tensor]:
+        p, q, values = state
+        token = (model if proposal is None else proposal).draw(p if proposal is None else q, generator=generator)
+        correction: float | Tensor = 0.0
+        if proposal is not None:
+            correction = _log_ratio(model.next_logps(p), proposal.next_logps(q), token)
+            if t < length - 1:
+                q = proposal.append(q, token)
+        after = model.append(p, token)
+        gained, ahead = gain.step(values, p, token, after)
+        tokens.append(token.view(runs, n))
+        return (after, q, ahead), gained + correction
+
+    def take(state: tuple[Any, Any, Tensor], index: Tensor) -> tuple[Any, Any, Tensor]:
+        p, q, values = state
+        return model.take(p, index), None if proposal is None else proposal.take(q, index), values[index]
+
+    out = particles.grow(
+        (begun, None if proposal is None else proposal.begin(n * runs), values),
+        step,
+        take,
+        length,
+        torch.zeros(runs, n, dtype=torch.float64, device=values.device),
+        generator=generator,
+        threshold=threshold,
+        scheme=scheme,
     )
+    _, log_weights, log_partition, ancestors, ess = out
+    strings = trace(torch.stack(tokens, 1), ancestors)
+    return Particles(strings, log_weights, values[0] + log_partition, ancestors, ess)
+
+
+def _log_ratio(model_rows: Tensor, proposal_rows: Tensor, token: Tensor) -> Tensor:
+    """Compute log p - log q of the drawn tokens; -inf for one that the proposal cannot write."""
+    if model_rows.shape != proposal_rows.shape:
+        raise ValueError(
+            f"proposal must give as many log-probabilities as model, "
+            f"got shapes {tuple(proposal_rows.shape)} and {tuple(model_rows.shape)}"
+        )
+    p, q = (rows.gather(-1, token[:, None])[:, 0].double() for rows in (model_rows, proposal_rows))
+    return torch.where(q > -math.inf, p - q, -math.inf)

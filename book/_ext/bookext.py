@@ -353,14 +353,14 @@ def first_line(thing: object) -> str:
 
 
 def takes(thing: object) -> str:
-    """What one brings: a Markov chain, a mixture, a function or module of one's own, or only tensors and numbers."""
+    """What one brings: a Markov chain, any model, a mixture, a function or module, or only tensors and numbers."""
     made = thing.__init__ if inspect.isclass(thing) else thing
     types = " ".join(str(p.annotation) for p in inspect.signature(made).parameters.values())
     if "MarkovChain" in types or "TiltedChain" in types:
         return "Markov chain"
     if "GaussianMixture" in types:
         return "mixture"
-    return "your model" if re.search(r"Callable|Module|Score|Policy", types) else "tensors"
+    return "your model" if re.search(r"Callable|Module|Score|Policy|AutoregressiveModel", types) else "tensors"
 
 
 # --- docstrings ----------------------------------------------------------------------------------------------------
