@@ -24,7 +24,20 @@ from scipy.optimize import minimize_scalar
 from scipy.special import gammaln
 from torch import Generator, Tensor
 
-from tiltlib import _checks, categorical, diffusion, losses, mixtures, policies, resampling, selection, verify
+from tiltlib import (
+    _checks,
+    categorical,
+    diffusion,
+    losses,
+    markov,
+    mixtures,
+    policies,
+    resampling,
+    selection,
+    smc,
+    stepwise,
+    verify,
+)
 
 torch.set_num_threads(1)  # after the imports, any of which may reset it
 LINUX = sys.platform == "linux"
@@ -395,6 +408,22 @@ def against_particles(b: int, n: int, g: Generator) -> tuple[Call, ...]:
     return ours, lambda: [peer.systematic(peer.exp_and_normalise(row)) for row in rows]
 
 
+def small_smc(g: Generator) -> tuple[Call, Call]:
+    """Thirty-two particles on a chain of order 2 over 27 symbols: alone, and solving the exact problem first."""
+    rows = torch.randn(27**2, 27, generator=g, dtype=torch.float64).log_softmax(-1)
+    chain, rewards = markov.MarkovChain(rows), torch.randn(27, generator=g, dtype=torch.float64)
+    blind = torch.zeros(25, 27**2, dtype=torch.float64)
+    gain = stepwise.gain(chain, rewards, 1.0, blind)
+
+    def grown() -> object:
+        return smc.twisted_smc(chain, gain, 24, 32, generator=g)
+
+    def solved() -> object:  # a proposal is measured against the exact target
+        return stepwise.gain(chain, rewards, 1.0, blind, chain), grown()
+
+    return grown, solved
+
+
 def against_sum(g: Generator) -> float:
     """Summing the weights up is the step that no method can do without."""
     log_weights = torch.randn(10**6, generator=g, dtype=torch.float64)
@@ -467,6 +496,7 @@ for what, times, b, n in (
     name = f"systematic from log weights / particles: {what}"
     faster(name, times, partial(against_particles, b, n), peer="particles")
 at_most("systematic from log weights / a running sum: one row of 1e6", 12, against_sum)
+faster("32 particles / the exact problem first: order 2, L = 24", 5, small_smc)
 faster("score of a mixture / broadcasting: D = 2, J = 64", 5, partial(score_by_broadcasting, 2, 64, 40_000))
 faster("score of a mixture / broadcasting: D = 64, J = 64", 30, partial(score_by_broadcasting, 64, 64, 4000))
 faster("score, full covariances / autograd: D = 16, J = 16", 2, partial(score_by_autograd, 16, 16, 4000))
