@@ -477,7 +477,7 @@ def soft_best_of_n_stream(
     # The winner, log of the sum of exp((reward - peak) / beta), and the peak, the largest reward, shape (..., 1).
     so_far: tuple[Tensor, Tensor, Tensor] | None = None
     n = 0
-    for candidates, rewards in _checked(chunks, beta):
+    for candidates, rewards in _checked_chunks(chunks, beta):
         top = rewards.amax(-1, keepdim=True).double()
         index, total = _pick(_below(rewards, top, beta).exp_(), generator)
         index = index % rewards.shape[-1]  # a chunk of weight 0 ends the search past its last entry
@@ -498,7 +498,7 @@ def soft_best_of_n_stream(
     return _streamed(*so_far, beta, n)
 
 
-def _checked(chunks: Iterable[tuple[Tensor, Tensor]], beta: float | Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _checked_chunks(chunks: Iterable[tuple[Tensor, Tensor]], beta: float | Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Check each chunk by itself and against the first; give its candidates, and its rewards without their graph."""
     batch: torch.Size | None = None
     event = torch.Size()
@@ -557,9 +557,9 @@ def exponential_best_of_n(rewards: Tensor, beta: float | Tensor, *, generator: t
 
         argmax_i r_i + beta E_i,    E_i ~ Exp(1), independent for every candidate, repeated answers included
 
-    The kept outcome is nearer to the tilt than that of `soft_best_of_n`, at every N: if the rewards are bounded, total
-    variation falls exponentially in N, and their bound need not be known. (Gumbel noise in place of E would be soft
-    best-of-N.) Not differentiable. Cost O(N) per row.
+    The law of the kept outcome is at least as near to the tilt as that of `soft_best_of_n`, at every N. If the rewards
+    are bounded its total variation from the tilt falls exponentially in N, and the bound need not be known. (Gumbel
+    noise in place of E is soft best-of-N.) Not differentiable. Cost O(N) per row.
 
     Args:
         rewards: Reward of each candidate, shape (..., N), floating; -inf excludes a candidate.
@@ -633,7 +633,8 @@ def exponential_best_of_n_law(ref_logps: Tensor, rewards: Tensor, beta: float | 
     log_u = torch.where(gone < 0.5, torch.log1p(-gone.clamp(max=0.5)), _carried(log_fall, torch.zeros_like(gaps)))
     # w_k times N int u^(N-1) over segment k, which is (u^N at its left end - u^N at its right end) / slope.
     share = (log_fall - log_u).exp().clamp(max=1)
-    log_piece = float(n) * log_u + torch.log(-torch.expm1(float(n) * torch.log1p(-share))) - log_slope
+    many = float(n)  # whole numbers above 2^63 do not fit a tensor
+    log_piece = many * log_u + torch.log(-torch.expm1(many * torch.log1p(-share))) - log_slope
     log_piece = torch.where(length > 0, log_piece, -math.inf)
     # w_k times the sum over all segments up to 1 / w_k.
     log_ratio = _carried(log_piece.flip(-1), gaps.flip(-1)).flip(-1)
@@ -685,7 +686,7 @@ def exponential_best_of_n_stream(
     # key of the winner, (reward - peak) / beta + E.
     so_far: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     n = 0
-    for candidates, rewards in _checked(chunks, beta):
+    for candidates, rewards in _checked_chunks(chunks, beta):
         top = rewards.amax(-1, keepdim=True).double()
         log_w = _below(rewards, top, beta)
         log_chunk = log_w.logsumexp(-1)
