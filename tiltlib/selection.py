@@ -500,8 +500,7 @@ def soft_best_of_n_stream(
 
 def _checked_chunks(chunks: Iterable[tuple[Tensor, Tensor]], beta: float | Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Check each chunk by itself and against the first; give its candidates, and its rewards without their graph."""
-    batch: torch.Size | None = None
-    event = torch.Size()
+    first: tuple[torch.Size, torch.Size] | None = None
     for candidates, rewards in chunks:
         _checks.tensor("rewards", rewards)
         if not isinstance(candidates, Tensor):
@@ -511,8 +510,7 @@ def _checked_chunks(chunks: Iterable[tuple[Tensor, Tensor]], beta: float | Tenso
                 f"candidates must have the shape of rewards, then any event dimensions, "
                 f"got {tuple(candidates.shape)} and {tuple(rewards.shape)}"
             )
-        if batch is None:
-            batch, event = rewards.shape[:-1], candidates.shape[rewards.ndim :]
+        batch, event = first = first or (rewards.shape[:-1], candidates.shape[rewards.ndim :])
         if rewards.shape[:-1] != batch:
             raise ValueError(
                 f"rewards must keep the batch shape {tuple(batch)} of the first chunk, got shape {tuple(rewards.shape)}"
@@ -526,7 +524,7 @@ def _checked_chunks(chunks: Iterable[tuple[Tensor, Tensor]], beta: float | Tenso
             _checks.fits("beta", beta, rewards[..., 0])
         _checks.rewards("rewards", rewards)
         yield candidates, rewards.detach()
-    if batch is None:
+    if first is None:
         raise ValueError("chunks must hold at least one pair (candidates, rewards), got none")
 
 
@@ -630,7 +628,7 @@ def exponential_best_of_n_law(ref_logps: Tensor, rewards: Tensor, beta: float | 
     # its own near 0. Both are sums of what lies on one side; a difference would lose a rare best.
     above = torch.cat([p[..., 1:].exp().flip(-1).cumsum(-1).flip(-1), torch.zeros_like(p[..., :1])], -1)
     gone = above + torch.cat([(log_slope[..., :-1] + gaps).exp(), torch.zeros_like(p[..., :1])], -1)
-    log_u = torch.where(gone < 0.5, torch.log1p(-gone.clamp(max=0.5)), _carried(log_fall, torch.zeros_like(gaps)))
+    log_u = torch.where(gone < 0.5, torch.log1p(-gone), _carried(log_fall, torch.zeros_like(gaps)))
     # w_k times N int u^(N-1) over segment k, which is (u^N at its left end - u^N at its right end) / slope.
     share = (log_fall - log_u).exp().clamp(max=1)
     many = float(n)  # whole numbers above 2^63 do not fit a tensor
