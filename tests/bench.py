@@ -191,6 +191,20 @@ def stream(k: int, m: int, n: int, g: Generator, chunk: int = CHUNK) -> tuple[Ca
     return lambda: selection.soft_best_of_n_stream(chunks(), 1.0, generator=g), *naive(ref_logps, rewards, m, n, g)
 
 
+def noise(m: int, n: int, g: Generator) -> float:
+    """A logarithm per candidate for the noise, where a soft choice has one exponential and one number per row."""
+    rewards = torch.randn(m, n, generator=g, dtype=torch.float64)
+    rules = selection.exponential_best_of_n, selection.soft_best_of_n
+    noisy, soft = medians(tuple(partial(rule, rewards, 1.0, generator=g) for rule in rules))
+    return noisy / soft
+
+
+def noise_law_sum(g: Generator) -> float:
+    cases = itertools.product([2, 32, 4096], [2, 100, 10**6, 10**12], [6, 300])
+    laws = [selection.exponential_best_of_n_law(*instance(k, spread, g), 1.0, n).exp() for k, n, spread in cases]
+    return max(abs(math.fsum(law.tolist()) - 1) for law in laws)
+
+
 def peak_memory() -> float:
     """Read the peak resident memory in MB. Not from getrusage: a child inherits that peak from its parent."""
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
@@ -466,6 +480,8 @@ def dpo_against_trl(g: Generator) -> float:
 at_most("exact law, worst relative error: K <= 6, N <= 40, range <= 50", 1e-12, law_error)
 at_most("exact law, |sum - 1|: K <= 4096, N <= 1e12, range <= 300", 1e-13, law_sum)
 at_most("exact law, drift of N |N (P_N/pi* - 1) - c|: N = 1e3 to 1e5", 0.05, law_drift)
+at_most("exact law, noise, |sum - 1|: K <= 4096, N <= 1e12, range <= 300", 1e-13, noise_law_sum)
+at_most("exponential noise / soft best-of-N: 1e5 rows of 64", 1.6, partial(noise, 10**5, 64))
 faster("exact law / ONE naive selection: K = 4096, N = 1e6, range 50", 2, partial(law, 50))
 faster("exact law / ONE naive selection: K = 4096, N = 1e6, range 6", 10, partial(law, 6))
 faster("draws from the exact law / naive: K = 32, M = 1e4, N = 100", 80, partial(law_draws, 100))

@@ -428,6 +428,38 @@ example(
     lambda m, call: call(m.law(LOGITS, rows=True), m(REWARDS, rows=True), beta=0.7, n=1),
 )
 example(
+    "selection.exponential_best_of_n",
+    lambda m, call: call(m(WITH_EXCLUDED, rows=True), 0.7, generator=m.generator()),
+)
+example(
+    "selection.exponential_best_of_n beta",
+    lambda m, call: call(m(POOL, rows=True), m(BETAS, rows=True), generator=m.generator()),
+)
+example(
+    "selection.exponential_best_of_n_law",
+    lambda m, call: call(m.law(LOGITS, rows=True), m(REWARDS, rows=True), beta=0.7, n=4),
+)
+example(
+    "selection.exponential_best_of_n_law beta",
+    lambda m, call: call(m.law(POOL[:3], rows=True), m(POOL[0].round()), beta=m(BETAS[:3], rows=True), n=4),
+)
+example(
+    "selection.exponential_best_of_n_stream",
+    lambda m, call: call(
+        [(m(POOL, rows=True), m(POOL, rows=True)), (m(-POOL, rows=True), m(WITH_EXCLUDED, rows=True))],
+        0.7,
+        generator=m.generator(),
+    ),
+)
+example(
+    "selection.exponential_best_of_n_stream beta",
+    lambda m, call: call(
+        [(m(torch.arange(320).view(40, 4, 2), rows=True), m(POOL, rows=True))] * 2,
+        m(BETAS, rows=True),
+        generator=m.generator(),
+    ),
+)
+example(
     "stepwise.soft_best_of_n_chain",
     lambda m, call: call(chain(m), m(SYMBOL_REWARDS), 0.7, log_values=values(m), n=4),
 )

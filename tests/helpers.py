@@ -76,6 +76,25 @@ def enumerated_soft_law(ref_logps: Tensor, rewards: Tensor, n: int, beta: float)
     return (log_multinomial(counts, ref_logps)[:, None] + chosen).logsumexp(0)
 
 
+def enumerated_exponential_law(
+    ref_logps: Tensor, rewards: Tensor, n: int, beta: float, noise_per: str = "draw"
+) -> Tensor:
+    """Law of best-of-N with exponential noise by enumeration. `noise_per`: each "draw" has its own, or each "outcome".
+
+    From a pool with counts c, y is returned with probability c_y w_y int_0^{1/max w} prod_j (1 - w_j v)^(c_j - [j = y])
+    dv: a polynomial in v, of which a Gauss rule gives the integral, by positive terms.
+    """
+    counts = compositions(len(ref_logps), n)
+    noisy = counts if noise_per == "draw" else counts.clamp(max=1)
+    log_w = torch.where(counts > 0, (rewards - rewards.max()) / beta, -math.inf)
+    w = (log_w - log_w.amax(-1, keepdim=True)).exp()
+    chosen = torch.zeros_like(w)
+    for node, weight in zip(*np.polynomial.legendre.leggauss(n // 2 + 1), strict=True):
+        rest = 1 - w * (1 + node) / 2
+        chosen += weight / 2 * (rest**noisy).prod(-1, keepdim=True) / rest
+    return (log_multinomial(counts, ref_logps)[:, None] + (noisy * w * chosen).log()).logsumexp(0)
+
+
 def enumerated_joint_law(ref_logps: Tensor, rewards: Tensor, n: int, beta: float) -> Tensor:
     """Law of two soft choices from one pool of N candidates, shape (K, K)."""
     counts = compositions(len(ref_logps), n)

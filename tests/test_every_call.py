@@ -153,6 +153,7 @@ OTHER_DTYPES = {
     "categorical.truncate .kept_mass": (F64, "a mass near 1 tells what was cut only by its digits"),
     "selection.candidate_counts": (F64, "counts are whole numbers up to 2^53"),
     "selection.soft_best_of_n_stream .log_mean_weight": (F64, "an estimate over any number of candidates"),
+    "selection.exponential_best_of_n_stream .log_mean_weight": (F64, "an estimate over any number of candidates"),
     "mcmc.power_mh .acceptance": (F64, "a fraction of many moves"),
     "policies.TransformerPolicy.conditionals": (F64, "the network adds to the rows of a chain, which are float64"),
     "policies.TransformerPolicy.next_logps": (F64, "the network adds to the rows of a chain, which are float64"),
@@ -306,6 +307,8 @@ ARGUMENTS = {
 NAN_PASSES = {
     ("selection.soft_best_of_n_stream", 0, None): "a candidate may be anything, and is only handed on",
     ("selection.soft_best_of_n_stream", 2, None): "a candidate may be anything, and is only handed on",
+    ("selection.exponential_best_of_n_stream", 0, None): "a candidate may be anything, and is only handed on",
+    ("selection.exponential_best_of_n_stream", 2, None): "a candidate may be anything, and is only handed on",
     ("losses.grpo mask", 0, -1): "masked",
     ("losses.grpo mask", 1, -1): "masked",
     ("losses.grpo length_norm=sequence", 0, -1): "masked",
@@ -403,7 +406,7 @@ def test_gradients_are_what_the_docstring_says(key):
         return
     assert word, f"{name} says nothing on gradients"
     if word.startswith("not"):
-        winner = name == "selection.soft_best_of_n_stream"  # the candidate is handed on, with its graph
+        winner = name.endswith("best_of_n_stream")  # the candidate is handed on, with its graph
         assert winner or not any(x.requires_grad for x in floating)
         return
     named = set(re.findall(r"`(\w+)`", word.split(", not in")[0]))

@@ -13,6 +13,7 @@ from helpers import (
     candidates,
     check_sampler,
     enumerated_best_law,
+    enumerated_exponential_law,
     enumerated_joint_law,
     enumerated_soft_law,
     instances,
@@ -27,9 +28,19 @@ from hypothesis import strategies as st
 
 from tiltlib import selection, verify
 from tiltlib.categorical import chi_square, kl, sample, tilt, total_variation
-from tiltlib.selection import best_of_n, best_of_n_law, soft_best_of_n, soft_best_of_n_law, soft_best_of_n_stream
+from tiltlib.selection import (
+    best_of_n,
+    best_of_n_law,
+    exponential_best_of_n,
+    exponential_best_of_n_law,
+    exponential_best_of_n_stream,
+    soft_best_of_n,
+    soft_best_of_n_law,
+    soft_best_of_n_stream,
+)
 from tiltlib.weights import beta_for_ess, log_mean, normalize
 
+STREAMS = [soft_best_of_n_stream, exponential_best_of_n_stream]
 TIED = law(0.5, 0.3, 0.2)
 TIED_REWARDS = vector(0, 1, 1)
 UNIFORM = law(1 / 3, 1 / 3, 1 / 3)
@@ -45,7 +56,7 @@ def close(a, b, tolerance=1e-12):
 def test_enumeration_agrees_with_all_sequences():
     r, n, beta = TIED_REWARDS, 3, 0.7
     best, first, soft = torch.zeros(3, dtype=F64), torch.zeros(3, dtype=F64), torch.zeros(3, dtype=F64)
-    joint = torch.zeros(3, 3, dtype=F64)
+    noisy, joint = torch.zeros(3, dtype=F64), torch.zeros(3, 3, dtype=F64)
     for drawn in itertools.product(range(3), repeat=n):
         chance = TIED[list(drawn)].sum().exp()
         rewards = r[list(drawn)]
@@ -58,10 +69,26 @@ def test_enumeration_agrees_with_all_sequences():
             soft[y] += chance * w
             for y2, w2 in zip(drawn, weight, strict=True):
                 joint[y, y2] += chance * w * w2
+        for y, stop in zip(drawn, permute_and_flip(rewards / beta), strict=True):
+            noisy[y] += chance * stop
     close(enumerated_best_law(TIED, r, n).exp(), best)
     close(first, best)  # the first maximal draw has the same law
     close(enumerated_soft_law(TIED, r, n, beta).exp(), soft)
     close(enumerated_joint_law(TIED, r, n, beta).exp(), joint)
+    close(enumerated_exponential_law(TIED, r, n, beta).exp(), noisy)
+
+
+def permute_and_flip(log_w, orders=None):
+    """Run through a pool in a random order, stop at i with probability w_i / max w: where one stops."""
+    stop = torch.zeros_like(log_w)
+    orders = orders or list(itertools.permutations(range(len(log_w))))
+    for order in orders:
+        going_on = 1.0
+        for i in order:
+            here = (log_w[i] - log_w.max()).exp().item()
+            stop[i] += going_on * here / len(orders)
+            going_on *= 1 - here
+    return stop
 
 
 # --- rung b: exact laws ----------------------------------------------------------------------------------------------
@@ -84,6 +111,8 @@ def test_laws_equal_their_enumeration(k, n, spread, rng):
         rewards[-1], rewards[2] = spread, 0  # the full range
     assert relative_error(soft_best_of_n_law(ref, rewards, 1.0, n), enumerated_soft_law(ref, rewards, n, 1.0)) <= 1e-12
     assert relative_error(best_of_n_law(ref, rewards, n), enumerated_best_law(ref, rewards, n)) <= 1e-12
+    noisy = exponential_best_of_n_law(ref, rewards, 1.0, n)
+    assert relative_error(noisy, enumerated_exponential_law(ref, rewards, n, 1.0)) <= 1e-12
 
 
 @pytest.mark.slow
@@ -94,6 +123,8 @@ def test_laws_equal_their_enumeration_for_every_input(instance, n):
         relative_error(soft_best_of_n_law(ref, rewards, beta, n), enumerated_soft_law(ref, rewards, n, beta)) <= 1e-12
     )
     assert relative_error(best_of_n_law(ref, rewards, n), enumerated_best_law(ref, rewards, n)) <= 1e-12
+    noisy = exponential_best_of_n_law(ref, rewards, beta, n)
+    assert relative_error(noisy, enumerated_exponential_law(ref, rewards, n, beta)) <= 1e-12
 
 
 @pytest.mark.parametrize("n", [2, 7, 10**3, 10**6, 10**9, 10**12])
@@ -101,8 +132,9 @@ def test_laws_equal_their_enumeration_for_every_input(instance, n):
 def test_laws_sum_to_one(k, spread, n, rng):
     ref = random_law(k, rng, sharpness=10)
     rewards = spread * torch.rand(k, generator=rng, dtype=F64)
-    for logps in (soft_best_of_n_law(ref, rewards, 1.0, n), best_of_n_law(ref, rewards, n)):
-        assert abs(math.fsum(logps.exp().tolist()) - 1) <= 1e-13
+    for function in LAWS.values():
+        # All at temperature 0.3, so `spread` is the range of rewards / beta.
+        assert abs(math.fsum(function(ref, 0.3 * rewards, n).exp().tolist()) - 1) <= 1e-13
 
 
 @pytest.mark.parametrize(
@@ -176,36 +208,120 @@ def test_laws_on_the_instances_of_the_book():
     assert kl(best_of_n_law(law(0.9, 0.1), vector(0, 1), 10), law(0.9, 0.1)).item() == pytest.approx(0.889836, abs=5e-7)
 
 
+def test_exponential_law_on_the_instance_of_the_book():
+    target = tilt(S0, S0_REWARDS, 1.0)
+    four = exponential_best_of_n_law(S0, S0_REWARDS, 1.0, 4)
+    close(four.exp(), vector(0.215279, 0.334838, 0.449884), 1e-6)
+    close(exponential_best_of_n_law(S0, S0_REWARDS, 0.5, 4).exp(), vector(0.111864, 0.341058, 0.547077), 1e-6)
+    assert kl(four, S0).item() == pytest.approx(0.220085, abs=5e-7)
+    distances = [
+        total_variation(exponential_best_of_n_law(S0, S0_REWARDS, 1.0, n), target).item() for n in (2, 4, 8, 16)
+    ]
+    assert distances == pytest.approx([0.204663, 0.079173, 0.011848, 0.000265], abs=5e-7)
+    # One outcome alone has w / Z > 1, so the bound by E (1 - Z/w)_+^N is attained.
+    lost = (1 - (S0 - target).exp()).clamp(min=0)
+    assert distances == pytest.approx([(target.exp() @ lost**n).item() for n in (2, 4, 8, 16)], rel=1e-12)
+    none = 1 - (S0 - target).exp()[2].item()  # probability that a candidate is refused by rejection
+    assert none**4 == pytest.approx(0.149649, abs=5e-7)
+
+
+@pytest.mark.parametrize(
+    ("m", "tv", "exponential", "soft", "any_rule"),
+    [(10, 0.1, 15, 24, 10), (10, 0.01, 70, 305, 35), (10, 0.001, 167, 3157, 44), (20, 0.001, 2500, 29267, 946)],
+)
+def test_candidates_needed_for_strings(m, tv, exponential, soft, any_rule):
+    """Strings of m fair bits, rewarded by their sum: the least N for a total variation from the tilt."""
+    ones = torch.arange(m + 1, dtype=F64)
+    ref = torch.log_softmax(torch.tensor([math.log(math.comb(m, k)) for k in range(m + 1)], dtype=F64), -1)
+    target = tilt(ref, ones, 1.0)
+    distances = {
+        exponential: lambda n: total_variation(exponential_best_of_n_law(ref, ones, 1.0, n), target),
+        soft: lambda n: total_variation(soft_best_of_n_law(ref, ones, 1.0, n), target),
+        any_rule: lambda n: target.exp() @ (1 - n * (ref - target).exp()).clamp(min=0),
+    }
+    for least, distance in distances.items():
+        assert distance(least) <= tv < distance(least - 1)
+
+
+def test_exponential_law_at_any_range_and_rarity():
+    # Two outcomes; the better one has weight 1, so u = 1 - (a w + b) v up to v = 1 and a (1 - w v) from there.
+    def expected(low, log_w, n):
+        """log-probability of the worse outcome, p = (a, 1 - a), a = e^low."""
+        z = math.exp(low + log_w) - math.expm1(low)
+        start = -math.expm1(n * math.log1p(-z)) / z if z < 1 else 1.0
+        # N a w int_1^{1/w} (a (1 - w v))^(N-1) dv = (a (1 - w))^N
+        first, rest = low + log_w + math.log(start), n * (low + math.log(-math.expm1(log_w)))
+        return max(first, rest) + math.log1p(math.exp(-abs(first - rest)))
+
+    for low, log_w, n in itertools.product((-800, -30, -1, -0.01), (-1e-9, -1, -50, -700, -1e5, -1e300), (1, 2, 5, 40)):
+        ref = vector(low, math.log(-math.expm1(low)))
+        got = exponential_best_of_n_law(ref, vector(log_w, 0), 1.0, n)[0].item()
+        assert got == pytest.approx(expected(low, log_w, n), rel=1e-14, abs=1e-13), (low, log_w, n)
+    # A rare best: N p w int_0^{1/w} (1 - w_0 v)^(N-1) dv, w_0 = w / e.
+    got = exponential_best_of_n_law(vector(0, -800), vector(0, 1), 1.0, 5)[1].item()
+    close(got, -800 + 1 + math.log(1 - (1 - math.exp(-1)) ** 5))
+
+
+@pytest.mark.parametrize(
+    ("rare", "n"), [(1e-18, 4), (1e-13, 2), (1e-9, 40), (1e-3, 40), (1e-6, 10**6), (1e-10, 10**9), (1e-13, 10**12)]
+)
+def test_exponential_law_keeps_a_rare_best(rare, n):
+    # Far above the others it is kept whenever it was drawn. If not, the rest follows the law without it.
+    ref = torch.log_softmax(torch.cat([law(0.3, 0.7 - rare), vector(rare).log()]), -1)
+    logps = exponential_best_of_n_law(ref, vector(0, 1, 300), 1.0, n)
+    assert logps[2].item() == pytest.approx(math.log(-math.expm1(n * math.log1p(-rare))), rel=1e-14)
+    rest = torch.log_softmax(ref[:2], -1)
+    if n <= 40:
+        expected = enumerated_exponential_law(rest, vector(0, 1), n, 1.0)
+    else:  # what is left of the distance to the tilt is below .2^N
+        expected = tilt(rest, vector(0, 1), 1.0)
+    close(logps[:2], expected + n * math.log1p(-rare), 1e-12)
+
+
 # --- rung a: limits without noise ------------------------------------------------------------------------------------
 
 
 @given(instances())
 def test_one_candidate_is_the_reference(instance):
     ref, rewards, beta = instance
-    close(soft_best_of_n_law(ref, rewards, beta, 1), ref)
-    close(best_of_n_law(ref, rewards, 1), ref)
+    for out in (
+        soft_best_of_n_law(ref, rewards, beta, 1),
+        exponential_best_of_n_law(ref, rewards, beta, 1),
+        best_of_n_law(ref, rewards, 1),
+    ):
+        close(out, ref)
 
 
 @pytest.mark.parametrize("n", [2, 5, 10**6])
 def test_limits_of_the_laws(n):
-    close(soft_best_of_n_law(S0, S0_REWARDS, 1e300, n), S0)  # beta to infinity: no selection
-    close(soft_best_of_n_law(S0, vector(3, 3, 3), 1e-9, n), S0)  # equal rewards
+    for function in (soft_best_of_n_law, exponential_best_of_n_law):
+        close(function(S0, S0_REWARDS, 1e300, n), S0)  # beta to infinity: no selection
+        close(function(S0, vector(3, 3, 3), 1e-9, n), S0)  # equal rewards
+        close(function(law(1), vector(-3), 0.1, n), law(1))  # one-point support
     close(best_of_n_law(S0, vector(3, 3, 3), n), S0)
-    close(soft_best_of_n_law(law(1), vector(-3), 0.1, n), law(1))  # one-point support
     close(best_of_n_law(law(1), vector(-3), n), law(1))
     unsupported = law(0.5, 0.3, 0.2, 0)  # an outcome of probability 0 stays there, whatever its reward
     for reward in (-9.0, 0.5, 1.0, 99.0, -math.inf):
         rewards = torch.cat([S0_REWARDS, vector(reward)])
-        close(soft_best_of_n_law(unsupported, rewards, 1.0, n)[:3], soft_best_of_n_law(S0, S0_REWARDS, 1.0, n))
-        close(best_of_n_law(unsupported, rewards, n)[:3], best_of_n_law(S0, S0_REWARDS, n))
-        assert soft_best_of_n_law(unsupported, rewards, 1.0, n)[3].item() == -math.inf
-        assert best_of_n_law(unsupported, rewards, n)[3].item() == -math.inf
+        for function in LAWS.values():
+            close(function(unsupported, rewards, n)[:3], function(S0, S0_REWARDS, n))
+            assert function(unsupported, rewards, n)[3].item() == -math.inf
 
 
 def test_soft_law_tends_to_the_best_of_n_law():
     # beta to 0 at fixed N; a soft choice of weight ratio e^-1/beta differs from the greedy one by as little.
     close(soft_best_of_n_law(S0, S0_REWARDS, 1 / 299, 4).exp(), best_of_n_law(S0, S0_REWARDS, 4).exp())
     close(soft_best_of_n_law(TIED, TIED_REWARDS, 1 / 500, 3).exp(), best_of_n_law(TIED, TIED_REWARDS, 3).exp())
+
+
+@given(instances(), st.integers(1, 10**6))
+def test_exponential_law_tends_to_the_best_of_n_law(instance, n):
+    ref, rewards, _ = instance
+    for beta in (5e-324, 1e-300, 1e-20):
+        cold = exponential_best_of_n_law(ref, rewards, beta, n)
+        gap = rewards.unique().diff().min().item() / beta if len(rewards.unique()) > 1 else math.inf
+        if gap > 10**4:  # a weight ratio of e^-gap, times N at most
+            assert relative_error(cold, best_of_n_law(ref, rewards, n)) <= 1e-9
 
 
 def test_best_of_n_law_for_unbounded_n_is_the_reference_on_the_maximum():
@@ -232,6 +348,67 @@ def test_soft_law_is_near_the_tilt(instance, n):
 
 
 @given(instances(), sizes)
+def test_exponential_law_for_every_input(instance, n):
+    """It lies between soft best-of-N and the tilt, in the order of w, and so does every divergence from the tilt."""
+    ref, rewards, beta = instance
+    target, logps = tilt(ref, rewards, beta), exponential_best_of_n_law(ref, rewards, beta, n)
+    assert logps.exp().sum().item() == pytest.approx(1, abs=1e-13)
+    on = ref > -math.inf
+    soft_law, more = soft_best_of_n_law(ref, rewards, beta, n), exponential_best_of_n_law(ref, rewards, beta, n + 1)
+    order = rewards[on].argsort()
+    ref, target, logps, soft_law, more = (x[on][order] for x in (ref, target, logps, soft_law, more))
+    at_most = torch.stack([x.exp().cumsum(-1) for x in (ref, soft_law, logps, more, target)])
+    assert bool((at_most.diff(dim=0) <= 1e-12).all())
+    assert bool(((logps - ref).diff() >= -1e-12).all()) and bool(((logps - target).diff() <= 1e-12).all())
+    # X_N / pi* is at least 1 - (1 - 1/w)^N for w = w / Z, and 1 - u0^N, u0 = P(one candidate is refused by rejection).
+    ratio = (target - ref).exp()
+    lost, none = (1 - 1 / ratio).clamp(min=0) ** float(n), (1 - 1 / ratio.max()) ** float(n)
+    assert bool((torch.expm1(logps - target) >= -lost - 1e-12).all())
+    assert bool((lost <= none + 1e-12).all())
+    assert total_variation(logps, target).item() <= (target.exp() @ lost).item() + 1e-12
+    assert kl(target, logps).item() <= -math.log1p(-none) + 1e-12 if none < 1 else True
+    for divergence in DIVERGENCES.values():
+        near, nearer, far = (divergence(x, target) for x in (logps, more, soft_law))
+        assert nearer <= near + 1e-12 and near <= far * (1 + 1e-9) + 1e-12
+
+
+DIVERGENCES = {
+    "total variation": lambda q, target: total_variation(q, target).item(),
+    "KL": lambda q, target: kl(q, target).item(),
+    "KL backward": lambda q, target: kl(target, q).item(),
+    "chi-square": lambda q, target: chi_square(q, target).item(),
+    "chi-square backward": lambda q, target: chi_square(target, q).item(),
+}
+
+
+@given(instances(), st.integers(1, 60))
+def test_soft_law_is_monotone(instance, n):
+    """Divergences from the tilt fall in N; those from the reference rise in N and 1 / beta, up to those of others."""
+    ref, rewards, beta = instance
+    target, best = tilt(ref, rewards, beta), best_of_n_law(ref, rewards, n)
+    now, more = (soft_best_of_n_law(ref, rewards, beta, m) for m in (n, n + 1))
+    colder = soft_best_of_n_law(ref, rewards, 0.8 * beta, n)
+    order = rewards.argsort()
+    for low, high in ((ref, now), (now, more), (now, target), (now, best), (now, colder)):
+        assert bool((high[order].exp().cumsum(-1) <= low[order].exp().cumsum(-1) + 1e-12).all())
+    for divergence in DIVERGENCES.values():
+        assert divergence(more, target) <= divergence(now, target) * (1 + 1e-9) + 1e-12
+        for further in (more, colder, best, target):
+            assert divergence(now, ref) <= divergence(further, ref) * (1 + 1e-9) + 1e-12
+
+
+def test_soft_law_is_monotone_only_toward_its_own_target():
+    law_of = {n: soft_best_of_n_law(S0, S0_REWARDS, 1.0, n) for n in (1, 2, 3, 4, 8)}
+    other = [total_variation(q, tilt(S0, S0_REWARDS, 2.0)).item() for q in law_of.values()]
+    assert other == pytest.approx([0.174960, 0.049534, 0.031732, 0.063482, 0.111175], abs=5e-7)
+    middle = [q[1].exp().item() for q in law_of.values()]
+    assert middle == pytest.approx([0.3, 0.341591, 0.343186, 0.337852, 0.319435], abs=5e-7)
+    for n, soft_kl, best_kl in ((2, 0.049578, 0.140638), (4, 0.148927, 0.559751), (16, 0.276644, 1.469645)):
+        assert kl(soft_best_of_n_law(S0, S0_REWARDS, 1.0, n), S0).item() == pytest.approx(soft_kl, abs=5e-7)
+        assert kl(best_of_n_law(S0, S0_REWARDS, n), S0).item() == pytest.approx(best_kl, abs=5e-7)
+
+
+@given(instances(), sizes)
 def test_best_of_n_law_for_every_input(instance, n):
     ref, rewards, _ = instance
     logps = best_of_n_law(ref, rewards, n)
@@ -246,14 +423,16 @@ def test_best_of_n_law_for_every_input(instance, n):
 @given(instances(), st.integers(1, 60), st.floats(-9, 9), st.floats(0.1, 10))
 def test_laws_ignore_the_zero_and_the_unit_of_the_reward(instance, n, shift, scale):
     ref, rewards, beta = instance
-    close(soft_best_of_n_law(ref, rewards * scale, beta * scale, n), soft_best_of_n_law(ref, rewards, beta, n), 1e-11)
-    close(soft_best_of_n_law(ref, rewards + shift, beta, n), soft_best_of_n_law(ref, rewards, beta, n), 1e-11)
+    for function in (soft_best_of_n_law, exponential_best_of_n_law):
+        close(function(ref, rewards * scale, beta * scale, n), function(ref, rewards, beta, n), 1e-11)
+        close(function(ref, rewards + shift, beta, n), function(ref, rewards, beta, n), 1e-11)
     squeezed = rewards.unique(return_inverse=True)[1].double() ** 3  # another increasing function of the reward
     close(best_of_n_law(ref, squeezed, n), best_of_n_law(ref, rewards, n), 1e-12)
 
 
 LAWS = {
     "soft": lambda p, r, n: soft_best_of_n_law(p, r, 0.3, n),
+    "exponential": lambda p, r, n: exponential_best_of_n_law(p, r, 0.3, n),
     "best": best_of_n_law,
 }
 
@@ -393,6 +572,112 @@ def test_stream_follows_the_law_whatever_the_chunks(chunks, excluded, rng):
     check_sampler(draw, *bad_soft_samplers(4, 0.7), rng)
 
 
+def noisy(beta):
+    return lambda rewards, generator: exponential_best_of_n(rewards, beta, generator=generator)
+
+
+def one_noise_per_answer(beta, n):
+    def draw(rows, generator):
+        pool = candidates(S0, rows, n, generator)
+        e = -torch.log1p(-torch.rand(rows, 3, generator=generator, dtype=F64))
+        return pool.gather(1, (S0_REWARDS[pool] + beta * e.gather(1, pool)).argmax(1)[:, None]).squeeze(1)
+
+    return draw, enumerated_exponential_law(S0, S0_REWARDS, n, beta, "outcome")
+
+
+def run_through(beta, n, *, top="pool", ascending=False):
+    """Go through the pool, stop at i with probability w_i / w_top, else at the last: a sampler, and its law."""
+    log_w = S0_REWARDS / beta
+    law_of = torch.zeros(3, dtype=F64)
+    for drawn in itertools.product(range(3), repeat=n):
+        going_on, chance = 1.0, S0[list(drawn)].sum().exp()
+        passed = sorted(drawn) if ascending else drawn
+        best_of_pool = log_w[list(drawn)].max() if top == "pool" else log_w.max()
+        for y in passed:
+            here = (log_w[y] - best_of_pool).exp().item()
+            law_of[y] += chance * going_on * here
+            going_on *= 1 - here
+        law_of[passed[-1]] += chance * going_on
+
+    def draw(rows, generator):
+        pool = candidates(S0, rows, n, generator)
+        pool = pool.sort(1).values if ascending else pool
+        best_of_pool = log_w[pool].amax(1, keepdim=True) if top == "pool" else log_w.max()
+        stops = torch.rand(rows, n, generator=generator, dtype=F64) < (log_w[pool] - best_of_pool).exp()
+        place = torch.where(stops.any(1), stops.long().argmax(1), n - 1)
+        return pool.gather(1, place[:, None]).squeeze(1)
+
+    return draw, law_of.log()
+
+
+def exponential_near_misses(n, beta):
+    """What is near the rule, with the laws of each: at beta = 1 the noise scale cannot be told from its inverse."""
+    found = {
+        "soft": (pooled(soft(beta), S0, S0_REWARDS, n), enumerated_soft_law(S0, S0_REWARDS, n, beta)),
+        "N-1": (pooled(noisy(beta), S0, S0_REWARDS, n - 1), enumerated_exponential_law(S0, S0_REWARDS, n - 1, beta)),
+        "beta*1.05": (
+            pooled(noisy(1.05 * beta), S0, S0_REWARDS, n),
+            enumerated_exponential_law(S0, S0_REWARDS, n, 1.05 * beta),
+        ),
+        "one-noise-per-answer": one_noise_per_answer(beta, n),
+        "known-maximum": run_through(beta, n, top="known"),
+        "ascending": run_through(beta, n, ascending=True),
+        "reference-dropped": (
+            pooled(noisy(beta), UNIFORM, S0_REWARDS, n),
+            enumerated_exponential_law(UNIFORM, S0_REWARDS, n, beta),
+        ),
+        "outcome-missing": emits_less(exponential_best_of_n_law(S0, S0_REWARDS, beta, n), 0),
+    }
+    if beta != 1:
+        found["1/beta"] = (
+            pooled(noisy(1 / beta), S0, S0_REWARDS, n),
+            enumerated_exponential_law(S0, S0_REWARDS, n, 1 / beta),
+        )
+    return found
+
+
+def test_near_misses_of_exponential_noise():
+    at_one, at_half = (exponential_near_misses(4, beta) for beta in (1.0, 0.5))
+    for (table, name), expected in {
+        (True, "soft"): vector(0.261558, 0.337852, 0.400590),
+        (True, "one-noise-per-answer"): vector(0.158138, 0.357688, 0.484174),
+        (True, "known-maximum"): vector(0.256234, 0.293882, 0.449884),
+        (True, "ascending"): vector(0.397980, 0.295190, 0.306830),
+        (False, "soft"): vector(0.138396, 0.342577, 0.519027),
+        (False, "1/beta"): vector(0.332094, 0.327036, 0.340870),
+    }.items():
+        close((at_one if table else at_half)[name][1].exp(), expected, 2e-6)
+    # One noise per distinct answer cannot be told apart by pools of two.
+    close(one_noise_per_answer(1.0, 2)[1], exponential_best_of_n_law(S0, S0_REWARDS, 1.0, 2))
+    # In draw order, with the maximum of the pool, it is the rule itself.
+    close(run_through(1.0, 4)[1], exponential_best_of_n_law(S0, S0_REWARDS, 1.0, 4))
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+@pytest.mark.slow
+def test_exponential_best_of_n_follows_its_law(beta, rng):
+    target = exponential_best_of_n_law(S0, S0_REWARDS, beta, 4)
+    check_sampler(pooled(noisy(beta), S0, S0_REWARDS, 4), target, exponential_near_misses(4, beta), rng)
+
+
+@pytest.mark.parametrize("chunks", [[1, 1, 1, 1], [3, 1], [4]])
+@pytest.mark.parametrize("excluded", [False, True])
+def test_exponential_stream_follows_the_law_whatever_the_chunks(chunks, excluded, rng):
+    def draw(rows, generator):
+        def pieces():
+            for i, c in enumerate(chunks):
+                pool = candidates(S0, rows, c, generator)
+                yield pool, S0_REWARDS[pool]
+                if excluded and i % 2 == 0:
+                    yield pool, torch.full(pool.shape, -math.inf, dtype=F64)
+
+        return exponential_best_of_n_stream(pieces(), 0.5, generator=generator).winner
+
+    near = exponential_near_misses(4, 0.5)
+    wrong = {name: near[name] for name in ("soft", "N-1", "1/beta", "outcome-missing")}
+    check_sampler(draw, exponential_best_of_n_law(S0, S0_REWARDS, 0.5, 4), wrong, rng)
+
+
 def test_two_choices_from_one_pool_are_dependent(rng):
     # The pitfall of a shared pool: the pair follows the joint law, not the product of its margins.
     n = 4
@@ -421,10 +706,70 @@ def test_two_choices_from_one_pool_are_dependent(rng):
 
 def test_draw_limits(rng):
     rewards = vector(0, 3, -math.inf, 3, 1).expand(500, 5)
-    for drawn in (best_of_n(rewards, generator=rng), soft_best_of_n(rewards, 1e-300, generator=rng)):
+    greedy = (
+        best_of_n(rewards, generator=rng),
+        soft_best_of_n(rewards, 1e-300, generator=rng),
+        exponential_best_of_n(rewards, 1e-300, generator=rng),
+    )
+    for drawn in greedy:
         assert drawn.unique().tolist() == [1, 3]  # both maximal candidates, missed with probability 2^-499
-    assert soft_best_of_n(rewards, 1e300, generator=rng).unique().tolist() == [0, 1, 3, 4]  # never the excluded one
-    assert best_of_n(vector(-7), generator=rng).item() == soft_best_of_n(vector(-7), 1.0, generator=rng).item() == 0
+    for rule in (soft_best_of_n, exponential_best_of_n):
+        assert rule(rewards, 1e300, generator=rng).unique().tolist() == [0, 1, 3, 4]  # never the excluded one
+        assert rule(vector(-7), 1.0, generator=rng).item() == 0
+    assert best_of_n(vector(-7), generator=rng).item() == 0
+
+
+def queued(monkeypatch, u):
+    """Let uniforms come from a list, in order."""
+    queue = iter(u.tolist())
+
+    def rand(*size, **kwargs):
+        shape = torch.Size(size[0] if isinstance(size[0], torch.Size) else size)
+        return vector(*(next(queue) for _ in range(shape.numel()))).view(shape)
+
+    monkeypatch.setattr(torch, "rand", rand)
+
+
+@pytest.mark.parametrize("beta", [0.25, 3.0])
+def test_exponential_noise_decides_at_the_difference_of_rewards(beta, monkeypatch):
+    # r + beta E with E = -log(1 - u): the worse candidate wins once beta (E - E') exceeds what it lacks.
+    lacking = 1.75
+    for excess in (-1e-9, 1e-9):
+        noise = vector(0.3 + (lacking + excess) / beta, 0.3)
+        queued(monkeypatch, -torch.expm1(-noise).repeat(2))
+        rewards = vector(5, 5 + lacking)
+        assert exponential_best_of_n(rewards, beta, generator=G).item() == (excess < 0)
+        chunks = [(torch.tensor([i]), rewards[i : i + 1]) for i in range(2)]
+        assert exponential_best_of_n_stream(chunks, beta, generator=G).winner.item() == (excess < 0)
+
+
+def test_exponential_noise_at_the_edges(monkeypatch):
+    # A uniform number of 0 is no noise; the largest one is finite noise, which brings no excluded candidate back.
+    rewards = vector(-math.inf, 0, 1, -math.inf)
+    for u in (0.0, 1 - 2**-53):
+        queued(monkeypatch, vector(*[u] * 8))
+        assert exponential_best_of_n(rewards, 1.0, generator=G).item() == 2
+        assert exponential_best_of_n_stream([(torch.arange(4), rewards)], 1.0, generator=G).winner.item() == 2
+    queued(monkeypatch, vector(1 - 2**-53, 0, 0, 0.9))
+    assert exponential_best_of_n(rewards, 1.0, generator=G).item() == 2
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_exponential_stream_is_one_choice_among_all(chunk, monkeypatch, rng):
+    """With the same noise it keeps what the plain form keeps, however large the rewards and wherever chunks end."""
+    for shift, beta in itertools.product((-1e6, 0, 1e6), (0.5, 1e-3)):
+        rewards = shift + 3 * torch.randn(20, 7, generator=rng, dtype=F64)
+        rewards[0, :4] = -math.inf
+        u = torch.rand(20, 7, generator=rng, dtype=F64)
+        queued(monkeypatch, torch.cat([part.flatten() for part in u.split(chunk, -1)]))
+        numbers = torch.arange(7).expand(20, 7)
+        pieces = zip(numbers.split(chunk, -1), rewards.split(chunk, -1), strict=True)
+        out = exponential_best_of_n_stream(pieces, beta, generator=G)
+        queued(monkeypatch, u.flatten())
+        assert torch.equal(out.winner, exponential_best_of_n(rewards, beta, generator=G))
+        monkeypatch.undo()
+        assert out.n == 7 and isinstance(out.n, int)
+        torch.testing.assert_close(out.log_mean_weight, log_mean(rewards / beta), rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -493,28 +838,30 @@ def test_stream_counts_and_averages(chunk, rng):
     assert torch.equal(rewards, before)
 
 
-def test_stream_keeps_weights_beyond_float64(rng):
+@pytest.mark.parametrize("stream", STREAMS)
+def test_stream_keeps_weights_beyond_float64(stream, rng):
     # exp(r / beta) overflows and underflows; only differences may matter.
     for shift in (-1e6, 1e6):
         pieces = [(torch.tensor([1, 2]), vector(0, -math.inf) + shift), (torch.tensor([3]), vector(-900) + shift)]
-        out = soft_best_of_n_stream(pieces, 1.0, generator=rng)
+        out = stream(pieces, 1.0, generator=rng)
         assert out.winner.item() == 1
         assert out.log_mean_weight.item() == pytest.approx(shift - math.log(3), rel=1e-15)
 
 
-def test_stream_of_strings(rng):
+@pytest.mark.parametrize("stream", STREAMS)
+def test_stream_of_strings(stream, rng):
     # Candidates with an event dimension: the winner is a whole row of it, the one that the same draws pick as a number.
     rewards = torch.rand(5, 8, generator=rng, dtype=F64)
     strings = torch.randint(27, (5, 8, 4), generator=rng)
     numbers = torch.arange(8).expand(5, 8)
     state = rng.get_state()
-    out = soft_best_of_n_stream(zip(strings.split(3, 1), rewards.split(3, 1), strict=True), 0.1, generator=rng)
+    out = stream(zip(strings.split(3, 1), rewards.split(3, 1), strict=True), 0.1, generator=rng)
     rng.set_state(state)
-    index = soft_best_of_n_stream(zip(numbers.split(3, 1), rewards.split(3, 1), strict=True), 0.1, generator=rng)
+    index = stream(zip(numbers.split(3, 1), rewards.split(3, 1), strict=True), 0.1, generator=rng)
     assert out.winner.shape == (5, 4)
     assert torch.equal(out.winner, strings[torch.arange(5), index.winner])
     # Without a batch dimension
-    single = soft_best_of_n_stream([(strings[0], rewards[0])], 0.1, generator=rng)
+    single = stream([(strings[0], rewards[0])], 0.1, generator=rng)
     assert single.winner.shape == (4,) and single.log_mean_weight.shape == ()
 
 
@@ -557,7 +904,13 @@ NOTHING_LEFT = "must leave at least one outcome of positive mass per row"
 
 
 @pytest.mark.parametrize(
-    "draw", [lambda r: best_of_n(r, generator=G), lambda r: soft_best_of_n(r, 1.0, generator=G)], ids=["best", "soft"]
+    "draw",
+    [
+        lambda r: best_of_n(r, generator=G),
+        lambda r: soft_best_of_n(r, 1.0, generator=G),
+        lambda r: exponential_best_of_n(r, 1.0, generator=G),
+    ],
+    ids=["best", "soft", "exponential"],
 )
 @pytest.mark.parametrize(
     ("rewards", "error", "text"),
@@ -578,6 +931,7 @@ def test_bad_candidates(draw, rewards, error, text):
 LAW_CALLS = {
     "best": lambda p, r, n: best_of_n_law(p, r, n),
     "soft": lambda p, r, n: soft_best_of_n_law(p, r, 1.0, n),
+    "exponential": lambda p, r, n: exponential_best_of_n_law(p, r, 1.0, n),
     "draw": lambda p, r, n: selection.soft_best_of_n_draw(p, r, 1.0, n, generator=G),
 }
 
@@ -610,6 +964,9 @@ def test_bad_laws(name, ref, rewards, n, error, text):
         lambda beta: soft_best_of_n(S0_REWARDS, beta, generator=G),
         lambda beta: selection.soft_best_of_n_draw(S0, S0_REWARDS, beta, 2, generator=G),
         lambda beta: soft_best_of_n_stream([(S0_REWARDS, S0_REWARDS)], beta, generator=G),
+        lambda beta: exponential_best_of_n_law(S0, S0_REWARDS, beta, 2),
+        lambda beta: exponential_best_of_n(S0_REWARDS, beta, generator=G),
+        lambda beta: exponential_best_of_n_stream([(S0_REWARDS, S0_REWARDS)], beta, generator=G),
     ],
 )
 def test_bad_temperatures(call, beta):
@@ -642,6 +999,7 @@ def test_bad_counts(call, error, text):
 Y = torch.arange(3)
 
 
+@pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize(
     ("chunks", "error", "text"),
     [
@@ -660,17 +1018,18 @@ Y = torch.arange(3)
         ([(Y[:0], S0_REWARDS[:0])], ValueError, "rewards must have a last dimension of size >= 1"),
     ],
 )
-def test_bad_streams(chunks, error, text):
+def test_bad_streams(stream, chunks, error, text):
     with pytest.raises(error, match=text):
-        soft_best_of_n_stream(chunks, 1.0, generator=G)
+        stream(chunks, 1.0, generator=G)
 
 
+@pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("shapes", [((3, 1), (3, 4)), ((3, 2), (3, 4)), ((3,), (3, 4))])
-def test_stream_refuses_candidates_whose_shape_changes(rng, shapes):
+def test_stream_refuses_candidates_whose_shape_changes(stream, rng, shapes):
     chunks = [(torch.zeros(shape), torch.zeros(3)) for shape in shapes]
     old, new = (re.escape(str(shape[1:])) for shape in shapes)
     with pytest.raises(ValueError, match=f"candidates must keep the event shape {old} of the first chunk, got {new}"):
-        soft_best_of_n_stream(chunks, 1.0, generator=rng)
+        stream(chunks, 1.0, generator=rng)
 
 
 # --- selection symbol by symbol --------------------------------------------------------------------------------------
@@ -708,25 +1067,34 @@ def test_draws_from_float64_are_those_of_the_first_version():
     assert soft_best_of_n_stream(chunks, 0.4, generator=g.manual_seed(13)).winner.tolist() == [11, 3, 14, 24]
 
 
+def test_one_column_of_noise_per_temperature(rng):
+    # Several temperatures for one row choose from the same candidates, each with noise of its own.
+    drawn = exponential_best_of_n(S0_REWARDS, torch.full((400, 1), 1.5, dtype=F64), generator=rng)
+    assert drawn.shape == (400, 1) and drawn.unique().tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("beta", [5e-324, 1e-300, 1e-60, 1e-38])
 def test_small_temperatures_are_greedy_in_every_dtype(dtype, beta, rng):
     for rewards in (vector(10, 11), vector(-11, -10), vector(-math.inf, 6e4), vector(-1, 0)):
         rewards = rewards.to(dtype)
         assert soft_best_of_n(rewards, beta, generator=rng).item() == 1
+        assert exponential_best_of_n(rewards, beta, generator=rng).item() == 1
         ref = law(0.5, 0.5).to(dtype)
         if bool(rewards.isfinite().all()):
             assert selection.soft_best_of_n_draw(ref, rewards, beta, 60, generator=rng).item() == 1
         for order in (rewards, rewards.flip(0)):
             chunks = [(r.view(1), r.view(1)) for r in order]
-            assert soft_best_of_n_stream(chunks, beta, generator=rng).winner == rewards[1]
-    out = soft_best_of_n_stream([(torch.arange(2), vector(0, -1).to(dtype))] * 2, beta, generator=rng)
-    assert out.winner == 0 and out.log_mean_weight.dtype == F64
-    assert out.log_mean_weight.item() == pytest.approx(-math.log(2), rel=1e-15)
-    # Beyond float64 the mean weight is infinite; ties are still broken evenly.
-    tied = [(torch.tensor([i]).expand(500, 1), torch.full((500, 1), 10.0, dtype=dtype)) for i in range(2)]
-    out = soft_best_of_n_stream(tied, 1e-310, generator=rng)
-    assert out.winner.unique().tolist() == [0, 1] and bool((out.log_mean_weight == math.inf).all())
+            for stream in STREAMS:
+                assert stream(chunks, beta, generator=rng).winner == rewards[1]
+    for stream in STREAMS:
+        out = stream([(torch.arange(2), vector(0, -1).to(dtype))] * 2, beta, generator=rng)
+        assert out.winner == 0 and out.log_mean_weight.dtype == F64
+        assert out.log_mean_weight.item() == pytest.approx(-math.log(2), rel=1e-15)
+        # Beyond float64 the mean weight is infinite; ties are still broken evenly.
+        tied = [(torch.tensor([i]).expand(500, 1), torch.full((500, 1), 10.0, dtype=dtype)) for i in range(2)]
+        out = stream(tied, 1e-310, generator=rng)
+        assert out.winner.unique().tolist() == [0, 1] and bool((out.log_mean_weight == math.inf).all())
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e30, 1e300, 1.7e308])
@@ -734,13 +1102,16 @@ def test_rewards_of_every_scale(scale):
     r, g = vector(-1, 0.5, 1), torch.Generator()
     beta = scale * 0.7
     close(soft_best_of_n_law(S0, scale * r, beta, 4), soft_best_of_n_law(S0, r, 0.7, 4))
+    close(exponential_best_of_n_law(S0, scale * r, beta, 4), exponential_best_of_n_law(S0, r, 0.7, 4))
     close(best_of_n_law(S0, scale * r, 4), best_of_n_law(S0, r, 4))
     rows = scale * r.expand(200, 3)
     picked = soft_best_of_n(rows, beta, generator=g.manual_seed(1))
     assert torch.equal(picked, soft_best_of_n(rows / scale, 0.7, generator=g.manual_seed(1)))
-    chunks = [(rows, rows), (rows, rows)]
-    streamed = soft_best_of_n_stream(chunks, beta, generator=g.manual_seed(1))
-    assert streamed.log_mean_weight[0].item() == pytest.approx(log_mean(r / 0.7).item(), rel=1e-13)
+    picked = exponential_best_of_n(rows, beta, generator=g.manual_seed(1))
+    assert torch.equal(picked, exponential_best_of_n(rows / scale, 0.7, generator=g.manual_seed(1)))
+    for stream in STREAMS:
+        streamed = stream([(rows, rows), (rows, rows)], beta, generator=g.manual_seed(1))
+        assert streamed.log_mean_weight[0].item() == pytest.approx(log_mean(r / 0.7).item(), rel=1e-13)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -749,7 +1120,7 @@ def test_laws_in_every_dtype(dtype, rng):
     ref = torch.log_softmax(torch.randn(151_936, generator=rng, dtype=F64), -1).to(dtype)
     rewards = torch.randint(3, ref.shape, generator=rng).to(dtype)
     exact = torch.log_softmax(ref.double(), -1)
-    for function in (best_of_n_law, lambda p, r, n: soft_best_of_n_law(p, r, 0.5, n)):
+    for function in LAWS.values():
         out = function(ref, rewards, 4)
         assert out.dtype == dtype
         # Within one rounding: the same law may be normalised once or twice.
@@ -770,6 +1141,10 @@ def test_half_precision_weights_are_computed_in_float64(dtype, rng):
     drawn = soft_best_of_n(rewards, 0.1, generator=rng)
     rng.set_state(state)
     assert torch.equal(drawn, soft_best_of_n(rewards.double(), 0.1, generator=rng))
+    rng.set_state(state)
+    drawn = exponential_best_of_n(rewards, 0.1, generator=rng)
+    rng.set_state(state)
+    assert torch.equal(drawn, exponential_best_of_n(rewards.double(), 0.1, generator=rng))
 
 
 @pytest.mark.parametrize("default", DTYPES)
@@ -782,6 +1157,8 @@ def test_nothing_depends_on_the_default_dtype(default):
             soft_best_of_n_law(S0, S0_REWARDS, 0.5, 5),
             best_of_n(TIED_REWARDS, generator=g),
             soft_best_of_n(S0_REWARDS, 0.5, generator=g),
+            exponential_best_of_n(S0_REWARDS, 0.5, generator=g),
+            exponential_best_of_n_law(S0, S0_REWARDS, 0.5, 5),
             selection.candidate_counts(S0, 9, generator=g),
             selection.soft_best_of_n_draw(S0, S0_REWARDS, 0.5, 9, generator=g),
             streamed.winner,
@@ -841,9 +1218,12 @@ def test_what_is_not_differentiable_carries_no_graph(rng):
     p, r = S0.clone().requires_grad_(), S0_REWARDS.clone().requires_grad_()
     for n in (1, 4):
         assert not soft_best_of_n_law(p, r, 1.0, n).requires_grad
+        assert not exponential_best_of_n_law(p, r, 1.0, n).requires_grad
     assert not selection.candidate_counts(p, 5, generator=rng).requires_grad
     assert not soft_best_of_n_stream([(Y, r), (Y, r)], 1.0, generator=rng).log_mean_weight.requires_grad
+    assert not exponential_best_of_n_stream([(Y, r), (Y, r)], 1.0, generator=rng).log_mean_weight.requires_grad
     soft_best_of_n(r, 1.0, generator=rng)
+    exponential_best_of_n(r, 1.0, generator=rng)
     selection.soft_best_of_n_draw(p, r, 1.0, 5, generator=rng)
     assert torch.autograd.grad(best_of_n_law(p, r, 4)[0], r, allow_unused=True)[0] is None
 
@@ -854,12 +1234,13 @@ BETAS = vector(0.2, 1, 5)
 
 def test_laws_with_a_temperature_per_row():
     rewards = torch.stack([S0_REWARDS, TIED_REWARDS, vector(0, 2, 1)])
-    looped = torch.stack([soft_best_of_n_law(S0, r, b, 7) for r, b in zip(rewards, BETAS.tolist(), strict=True)])
-    assert torch.equal(soft_best_of_n_law(S0, rewards, BETAS, 7), looped)
-    assert torch.equal(soft_best_of_n_law(S0.float(), rewards.float(), BETAS.float(), 7).argmax(-1), looped.argmax(-1))
-    for n in (1, 7):
-        one = torch.stack([soft_best_of_n_law(S0, S0_REWARDS, b, n) for b in BETAS.tolist()])
-        assert torch.equal(soft_best_of_n_law(S0, S0_REWARDS, BETAS, n), one)
+    for function in (soft_best_of_n_law, exponential_best_of_n_law):
+        looped = torch.stack([function(S0, r, b, 7) for r, b in zip(rewards, BETAS.tolist(), strict=True)])
+        assert torch.equal(function(S0, rewards, BETAS, 7), looped)
+        assert torch.equal(function(S0.float(), rewards.float(), BETAS.float(), 7).argmax(-1), looped.argmax(-1))
+        for n in (1, 7):
+            one = torch.stack([function(S0, S0_REWARDS, b, n) for b in BETAS.tolist()])
+            assert torch.equal(function(S0, S0_REWARDS, BETAS, n), one)
 
 
 def test_draws_with_the_temperatures_of_beta_for_ess(rng):
@@ -872,24 +1253,29 @@ def test_draws_with_the_temperatures_of_beta_for_ess(rng):
     close(soft_best_of_n_law(ref, rewards.double(), beta, 5)[1], ref)
     assert selection.soft_best_of_n_draw(ref, rewards, beta, 5, generator=rng).shape == (3,)
     assert soft_best_of_n_stream([(rewards, rewards)] * 2, beta, generator=rng).winner.shape == (3,)
+    close(exponential_best_of_n_law(ref, rewards.double(), beta, 5)[1], ref)
+    assert exponential_best_of_n(rewards, beta, generator=rng).shape == (3,)
+    assert exponential_best_of_n_stream([(rewards, rewards)] * 2, beta, generator=rng).winner.shape == (3,)
 
 
-@pytest.mark.parametrize("name", ["soft", "draw", "stream"])
+@pytest.mark.parametrize("name", ["soft", "draw", "soft stream", "exponential", "exponential stream"])
 def test_samplers_with_a_temperature_per_row(name, rng):
     """Rows of one batch at two temperatures: each half follows its own law and not that of the other."""
     cold, warm, n = 0.4, 1.2, 3
-    targets = [soft_best_of_n_law(S0, S0_REWARDS, beta, n) for beta in (cold, warm)]
+    noise = "exponential" in name
+    pick, law_of = (exponential_best_of_n, exponential_best_of_n_law) if noise else (soft_best_of_n, soft_best_of_n_law)
+    targets = [law_of(S0, S0_REWARDS, beta, n) for beta in (cold, warm)]
     rows = max(verify.plan(targets[0], targets[1]), verify.plan(targets[1], targets[0]))
     beta = vector(cold, warm)[:, None]
     pool = candidates(S0, 2 * rows, n, rng).view(2, rows, n)
-    if name == "soft":
-        index = soft_best_of_n(S0_REWARDS[pool], beta, generator=rng)
+    if name in ("soft", "exponential"):
+        index = pick(S0_REWARDS[pool], beta, generator=rng)
         drawn = pool.gather(-1, index[..., None]).squeeze(-1)
     elif name == "draw":
         drawn = selection.soft_best_of_n_draw(S0.expand(rows, 3), S0_REWARDS, beta, n, generator=rng)
     else:
         chunks = [(part, S0_REWARDS[part]) for part in pool.split(1, -1)]
-        out = soft_best_of_n_stream(chunks, beta, generator=rng)
+        out = STREAMS[noise](chunks, beta, generator=rng)
         drawn = out.winner
         torch.testing.assert_close(out.log_mean_weight, log_mean(S0_REWARDS[pool] / beta[..., None]))
     assert drawn.shape == (2, rows)
@@ -907,6 +1293,8 @@ def test_temperatures_of_a_batch_of_two_dimensions(rng):
         lambda p, r, b, g: soft_best_of_n_law(p, r, b, 4),
         lambda p, r, b, g: soft_best_of_n(r, b, generator=g),
         lambda p, r, b, g: selection.soft_best_of_n_draw(p, r, b, 4, generator=g),
+        lambda p, r, b, g: exponential_best_of_n_law(p, r, b, 4),
+        lambda p, r, b, g: exponential_best_of_n(r, b, generator=g),
     ]
     for call in calls:
         nested = call(ref, rewards, beta, torch.Generator().manual_seed(1))
@@ -936,6 +1324,21 @@ def test_each_temperature_of_a_draw_has_candidates_of_its_own(rng):
             ValueError,
             r"beta must broadcast to shape \(\), got \(3,\)",
         ),
+        (
+            lambda b: exponential_best_of_n_stream([(Y, S0_REWARDS)], b, generator=G),
+            ValueError,
+            r"beta must broadcast to shape \(\), got \(3,\)",
+        ),
+        (
+            lambda b: exponential_best_of_n(S0_REWARDS.expand(2, 3), b, generator=G),
+            ValueError,
+            r"beta must broadcast against the batch dimensions \(2,\), got shape \(3,\)",
+        ),
+        (
+            lambda b: exponential_best_of_n_law(S0.expand(2, 3), S0_REWARDS, b, 2),
+            ValueError,
+            r"beta must broadcast against the batch dimensions \(2,\), got shape \(3,\)",
+        ),
     ],
 )
 def test_bad_shapes_of_temperatures(call, error, text):
@@ -956,23 +1359,35 @@ def test_the_range_of_each_row_counts():
 def test_empty_batches(dtype):
     p, r, none = torch.zeros(0, 3, dtype=dtype), torch.zeros(3, dtype=dtype), torch.zeros(0, 3, dtype=dtype)
     for n in (1, 4):
-        for out in (best_of_n_law(p, r, n), soft_best_of_n_law(p, r, 1.0, n), soft_best_of_n_law(p, r, none[:, 0], n)):
+        for out in (
+            best_of_n_law(p, r, n),
+            soft_best_of_n_law(p, r, 1.0, n),
+            soft_best_of_n_law(p, r, none[:, 0], n),
+            exponential_best_of_n_law(p, r, 1.0, n),
+            exponential_best_of_n_law(p, r, none[:, 0], n),
+        ):
             assert out.shape == (0, 3) and out.dtype == dtype
     for index in (
         best_of_n(none, generator=G),
         soft_best_of_n(none, 1.0, generator=G),
+        exponential_best_of_n(none, 1.0, generator=G),
         selection.soft_best_of_n_draw(p, r, 1.0, 4, generator=G),
     ):
         assert index.shape == (0,) and index.dtype == torch.int64
     assert selection.candidate_counts(p, 4, generator=G).shape == (0, 3)
-    out = soft_best_of_n_stream([(none, none), (none, none)], 1.0, generator=G)
-    assert out.winner.shape == (0,) and out.log_mean_weight.shape == (0,) and out.n == 6
+    for stream in STREAMS:
+        out = stream([(none, none), (none, none)], 1.0, generator=G)
+        assert out.winner.shape == (0,) and out.log_mean_weight.shape == (0,) and out.n == 6
 
 
 def test_numbers_of_numpy():
     n, beta = np.int64(4), np.float32(0.5)
     assert torch.equal(best_of_n_law(S0, S0_REWARDS, n), best_of_n_law(S0, S0_REWARDS, 4))
     assert torch.equal(soft_best_of_n_law(S0, S0_REWARDS, beta, n), soft_best_of_n_law(S0, S0_REWARDS, 0.5, 4))
+    law_of_four = exponential_best_of_n_law(S0, S0_REWARDS, 0.5, 4)
+    assert torch.equal(exponential_best_of_n_law(S0, S0_REWARDS, beta, n), law_of_four)
+    assert exponential_best_of_n(S0_REWARDS, np.float64(0.5), generator=G).shape == ()
+    assert exponential_best_of_n_stream([(Y, S0_REWARDS)], beta, generator=G).winner.shape == ()
     assert selection.candidate_counts(S0, n, generator=G).sum() == 4
     assert selection.soft_best_of_n_draw(S0, S0_REWARDS, beta, n, generator=G).shape == ()
     assert soft_best_of_n(S0_REWARDS, np.float64(0.5), generator=G).shape == ()
@@ -987,6 +1402,8 @@ def test_numbers_of_numpy():
         lambda: selection.candidate_counts(S0, 2, generator=None),
         lambda: selection.soft_best_of_n_draw(S0, S0_REWARDS, 1.0, 2, generator=None),
         lambda: soft_best_of_n_stream([(Y, S0_REWARDS)], 1.0, generator=None),
+        lambda: exponential_best_of_n(S0_REWARDS, 1.0, generator=None),
+        lambda: exponential_best_of_n_stream([(Y, S0_REWARDS)], 1.0, generator=None),
     ],
 )
 def test_a_generator_is_required(call):

@@ -1,16 +1,17 @@
-"""Best-of-N and soft best-of-N: the draw, and the exact law of what it returns, for every N.
+"""Best-of-N, hard, soft and with exponential noise: the draw, and the exact law of what it returns, for every N.
 
-Draw N candidates from a reference law p and keep one: the best (`best_of_n`), or one with probability proportional to
-w = exp(r / beta) (`soft_best_of_n`). The `_law` functions give the law of the kept candidate without sampling;
-`soft_best_of_n_stream` keeps one of arbitrarily many candidates in constant memory; `candidate_counts` replaces N draws
-by one multinomial count vector.
+Draw N candidates from a reference law p and keep one: the best (`best_of_n`), one with probability proportional to
+w = exp(r / beta) (`soft_best_of_n`), or the best after each reward has received exponential noise of mean beta
+(`exponential_best_of_n`). The `_law` functions give the law of the kept candidate without sampling; the `_stream`
+functions keep one of arbitrarily many candidates in constant memory; `candidate_counts` replaces N draws by one
+multinomial count vector.
 
 All is computed in float64, whatever the dtype of the input. A temperature that is a tensor broadcasts against the batch
 dimensions, one per row, as `weights.beta_for_ess` returns it.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,9 @@ __all__ = [
     "best_of_n",
     "best_of_n_law",
     "candidate_counts",
+    "exponential_best_of_n",
+    "exponential_best_of_n_law",
+    "exponential_best_of_n_stream",
     "soft_best_of_n",
     "soft_best_of_n_blocks",
     "soft_best_of_n_draw",
@@ -39,7 +43,7 @@ _LEFT_TAIL = 38.0
 
 
 class Streamed(NamedTuple):
-    """What `soft_best_of_n_stream` returns.
+    """What `soft_best_of_n_stream` and `exponential_best_of_n_stream` return.
 
     Attributes:
         winner: The kept candidate, shape (...) or (..., L).
@@ -504,6 +508,30 @@ def soft_best_of_n_stream(
     # The winner, log of the sum of exp((reward - peak) / beta), and the peak, the largest reward, shape (..., 1).
     so_far: tuple[Tensor, Tensor, Tensor] | None = None
     n = 0
+    for candidates, rewards in _checked_chunks(chunks, beta):
+        top = rewards.amax(-1, keepdim=True).double()
+        index, total = _pick(_below(rewards, top, beta).exp_(), generator)
+        index = index % rewards.shape[-1]  # a chunk of weight 0 ends the search past its last entry
+        picked, log_chunk = _take(candidates, index), total.log()
+        if so_far is None:
+            so_far = picked, log_chunk, top
+        else:
+            winner, log_total, peak = so_far
+            higher = torch.maximum(peak, top)
+            log_total = log_total + _below(peak, higher, beta).squeeze(-1)
+            log_chunk = log_chunk + _below(top, higher, beta).squeeze(-1)
+            both = torch.logaddexp(log_total, log_chunk)
+            u = torch.rand(both.shape, generator=generator, device=both.device, dtype=torch.float64)
+            replace = u < (log_chunk - both).exp()  # NaN where nothing has weight yet: False
+            so_far = _replaced(winner, picked, replace), both, higher
+        n += rewards.shape[-1]
+    assert so_far is not None  # no chunk is refused
+    return _streamed(*so_far, beta, n)
+
+
+def _checked_chunks(chunks: Iterable[tuple[Tensor, Tensor]], beta: float | Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Check each chunk by itself and against the first; give its candidates, and its rewards without their graph."""
+    first: tuple[torch.Size, torch.Size] | None = None
     for candidates, rewards in chunks:
         _checks.tensor("rewards", rewards)
         if not isinstance(candidates, Tensor):
@@ -513,43 +541,195 @@ def soft_best_of_n_stream(
                 f"candidates must have the shape of rewards, then any event dimensions, "
                 f"got {tuple(candidates.shape)} and {tuple(rewards.shape)}"
             )
-        if so_far is not None and rewards.shape[:-1] != so_far[1].shape:
+        batch, event = first = first or (rewards.shape[:-1], candidates.shape[rewards.ndim :])
+        if rewards.shape[:-1] != batch:
             raise ValueError(
-                f"rewards must keep the batch shape {tuple(so_far[1].shape)} of the first chunk, "
-                f"got shape {tuple(rewards.shape)}"
+                f"rewards must keep the batch shape {tuple(batch)} of the first chunk, got shape {tuple(rewards.shape)}"
+            )
+        if candidates.shape[rewards.ndim :] != event:
+            raise ValueError(
+                f"candidates must keep the event shape {tuple(event)} of the first chunk, "
+                f"got {tuple(candidates.shape[rewards.ndim :])}"
             )
         if isinstance(beta, Tensor):
             _checks.fits("beta", beta, rewards[..., 0])
         _checks.rewards("rewards", rewards)
-        top = rewards.detach().amax(-1, keepdim=True).double()
-        # A chunk that is all -inf has weight 0; shifting by 0 there keeps it from becoming NaN.
-        shift = torch.where(top > -math.inf, top, 0)
-        index, total = _pick(_numerics.over(rewards.detach(), shift, beta).exp_(), generator)
-        index = index % rewards.shape[-1]  # a chunk of weight 0 ends the search past its last entry
-        log_chunk = total.log()
-        where = index.reshape(index.shape + (1,) * (candidates.ndim - index.ndim))
-        picked = torch.take_along_dim(candidates, where, index.ndim).squeeze(index.ndim)
-        if so_far is not None and picked.shape != so_far[0].shape:
-            raise ValueError(
-                f"candidates must keep the event shape {tuple(so_far[0].shape[index.ndim :])} of the first chunk, "
-                f"got {tuple(picked.shape[index.ndim :])}"
-            )
-        if so_far is None:
-            so_far = picked, log_chunk, top
-        else:
-            winner, log_total, peak = so_far
-            higher = torch.maximum(peak, top)
-            shift = torch.where(higher > -math.inf, higher, 0)
-            log_total = log_total + _numerics.over(peak, shift, beta).squeeze(-1)
-            log_chunk = log_chunk + _numerics.over(top, shift, beta).squeeze(-1)
-            both = torch.logaddexp(log_total, log_chunk)
-            u = torch.rand(both.shape, generator=generator, device=both.device, dtype=torch.float64)
-            replace = u < (log_chunk - both).exp()  # NaN where nothing has weight yet: False
-            winner = torch.where(replace.reshape(replace.shape + (1,) * (picked.ndim - replace.ndim)), picked, winner)
-            so_far = winner, both, higher
-        n += rewards.shape[-1]
-    if so_far is None:
+        yield candidates, rewards.detach()
+    if first is None:
         raise ValueError("chunks must hold at least one pair (candidates, rewards), got none")
-    winner, log_total, peak = so_far
+
+
+def _below(rewards: Tensor, top: Tensor, beta: float | Tensor) -> Tensor:
+    """Compute (rewards - top) / beta, which is -inf where all rewards so far are, top among them."""
+    return _numerics.over(rewards, torch.where(top > -math.inf, top, 0), beta)
+
+
+def _take(candidates: Tensor, index: Tensor) -> Tensor:
+    """Take one candidate of each row, with its event dimensions."""
+    where = index.reshape(index.shape + (1,) * (candidates.ndim - index.ndim))
+    return torch.take_along_dim(candidates, where, index.ndim).squeeze(index.ndim)
+
+
+def _replaced(winner: Tensor, picked: Tensor, replace: Tensor) -> Tensor:
+    """Replace the winner in some rows."""
+    return torch.where(replace.reshape(replace.shape + (1,) * (picked.ndim - replace.ndim)), picked, winner)
+
+
+def _streamed(winner: Tensor, log_total: Tensor, peak: Tensor, beta: float | Tensor, n: int) -> Streamed:
+    """Give the result of a stream whose weights, relative to the largest reward, have this sum."""
     _checks.some_left("rewards", log_total)
     return Streamed(winner, log_total + peak.squeeze(-1) / _numerics.double(beta) - math.log(n), n)
+
+
+def exponential_best_of_n(rewards: Tensor, beta: float | Tensor, *, generator: torch.Generator) -> Tensor:
+    """Pick the candidate whose reward is largest after exponential noise of mean beta was added to each.
+
+        argmax_i r_i + beta E_i,    E_i ~ Exp(1), independent for every candidate, repeated answers included
+
+    The law of the kept outcome is at least as near to the tilt as that of `soft_best_of_n`, at every N. If the rewards
+    are bounded its total variation from the tilt falls exponentially in N, and the bound need not be known. (Gumbel
+    noise in place of E is soft best-of-N.) Not differentiable. Cost O(N) per row.
+
+    Args:
+        rewards: Reward of each candidate, shape (..., N), floating; -inf excludes a candidate.
+        beta: Temperature in reward units, > 0; small is greedy, large is uniform. A tensor broadcasts against the batch
+            dimensions; several temperatures for one row choose from the same candidates, each with noise of its own.
+        generator: Source of randomness, on the device of `rewards`.
+
+    Returns:
+        Index of the chosen candidate, int64, shape (...).
+
+    Raises:
+        TypeError: `rewards` is not a floating tensor, or `generator` not a torch.Generator.
+        ValueError: `rewards` has NaN, +inf, or a row that is all -inf, or `beta` is not finite and > 0 or does not fit.
+
+    Source: [mckenna2020] for the rule within one pool, as permute-and-flip; [ding2021] for its form with noise.
+    """
+    top = _candidate_rewards(rewards)
+    _checks.positive_per_row("beta", beta, rewards.shape[:-1])
+    _checks.generator("generator", generator)
+    keys = _add_exponential(_numerics.over(rewards.detach(), top.detach(), beta), generator)
+    return keys.max(-1).indices  # in half the time of argmax
+
+
+def _add_exponential(keys: Tensor, generator: torch.Generator) -> Tensor:
+    """Add Exp(1) noise to float64 keys, in place, by inverting its distribution function."""
+    # 1 - u is exact and never 0, so the noise is finite, and an excluded candidate stays at -inf.
+    u = torch.rand(keys.shape, generator=generator, device=keys.device, dtype=torch.float64)
+    return keys.sub_(u.neg_().add_(1).log_())
+
+
+def exponential_best_of_n_law(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor, n: int) -> Tensor:
+    """Compute the exact law of best-of-N with exponential noise, for any N.
+
+        X_N(y) = N p(y) w(y) int_0^{1/w(y)} u(v)^(N-1) dv,    u(v) = sum_k p_k (1 - w_k v)_+,  w = exp(r / beta)
+
+    On a finite set u is linear between the numbers 1 / w_k, so the integral is a sum of differences of u^N, all of one
+    sign. Only ratios of weights enter, so no range of rewards / beta is too wide; the limit beta to 0 is
+    `best_of_n_law`. Not differentiable: the result carries no graph. Cost O(K log K) per row, whatever N.
+
+    Args:
+        ref_logps: Reference log-probabilities, shape (..., K), normalised.
+        rewards: Finite reward of each outcome, shape (..., K).
+        beta: Temperature in reward units, > 0. A tensor broadcasts against the batch dimensions.
+        n: Number of candidates, >= 1; checked up to 10^12.
+
+    Returns:
+        Log-probabilities of the kept candidate, shape (..., K), in the dtype of `ref_logps`.
+
+    Raises:
+        TypeError: a tensor is not floating, or `n` is not an int.
+        ValueError: `ref_logps` not normalised, `rewards` not finite where the reference has mass, `n` < 1, `beta` not
+            finite and > 0, or shapes that do not fit.
+
+    Source: [ding2021] for the rule; the law over fresh candidates is derived here.
+    """
+    ref, supported = _finite_n_inputs(ref_logps, rewards, n)
+    _checks.positive_per_row("beta", beta, ref.shape[:-1])
+    r, order = supported.detach().sort(-1)
+    # log (w_k / w_{k+1}), from the lowest reward to the highest.
+    gaps = _numerics.over(r[..., :-1], r[..., 1:], beta).detach()
+    order, p = (x.expand(*gaps.shape[:-1], -1) for x in (order, ref.detach().gather(-1, order)))
+    # Segment k is 1 / w_{k+1} < v < 1 / w_k, and 0 < v < 1 / w_k for the highest. There u falls at the slope
+    # sum_{j <= k} p_j w_j, written as w_k times the following; of equal rewards all but the last have length 0.
+    log_slope = _carried(p, gaps)
+    length = torch.cat([-torch.expm1(gaps), torch.ones_like(p[..., :1])], -1)
+    log_fall = log_slope + length.log()
+    # u at the left end of each segment, from whichever side is nearer: N log u needs the digits of 1 - u near 1, and
+    # its own near 0. Both are sums of what lies on one side; a difference would lose a rare best.
+    above = torch.cat([p[..., 1:].exp().flip(-1).cumsum(-1).flip(-1), torch.zeros_like(p[..., :1])], -1)
+    gone = above + torch.cat([(log_slope[..., :-1] + gaps).exp(), torch.zeros_like(p[..., :1])], -1)
+    log_u = torch.where(gone < 0.5, torch.log1p(-gone), _carried(log_fall, torch.zeros_like(gaps)))
+    # w_k times N int u^(N-1) over segment k, which is (u^N at its left end - u^N at its right end) / slope.
+    share = (log_fall - log_u).exp().clamp(max=1)
+    many = float(n)  # whole numbers above 2^63 do not fit a tensor
+    log_piece = many * log_u + torch.log(-torch.expm1(many * torch.log1p(-share))) - log_slope
+    log_piece = torch.where(length > 0, log_piece, -math.inf)
+    # w_k times the sum over all segments up to 1 / w_k.
+    log_ratio = _carried(log_piece.flip(-1), gaps.flip(-1)).flip(-1)
+    law = torch.empty_like(p).scatter(-1, order, p + log_ratio)
+    return law.to(ref_logps.dtype)
+
+
+def _carried(log_terms: Tensor, gaps: Tensor) -> Tensor:
+    """Compute log sum_{j <= k} exp(log_terms_j + gaps_j + ... + gaps_{k-1}) for each k, by doubling, in log K steps."""
+    step = 1
+    while step < log_terms.shape[-1]:  # all terms up to `step` places away are in, and gaps reach as far
+        from_below = log_terms[..., :-step] + gaps
+        log_terms = torch.cat([log_terms[..., :step], torch.logaddexp(log_terms[..., step:], from_below)], -1)
+        gaps = gaps[..., :-step] + gaps[..., step:]
+        step *= 2
+    return log_terms
+
+
+def exponential_best_of_n_stream(
+    chunks: Iterable[tuple[Tensor, Tensor]], beta: float | Tensor, *, generator: torch.Generator
+) -> Streamed:
+    """Keep one of arbitrarily many candidates by best-of-N with exponential noise, in one pass and constant memory.
+
+    Each candidate gets the key r + beta E, E ~ Exp(1), once; the largest key so far is kept. After every chunk the
+    winner is an `exponential_best_of_n` choice among all candidates seen. Chunks of about 2^17 rewards, rows times
+    columns, are fastest. Not differentiable in the rewards: what is carried from chunk to chunk has no graph.
+
+    Args:
+        chunks: Pairs `(candidates, rewards)`. `rewards` has shape (..., C), floating, -inf excludes; C may differ from
+            chunk to chunk. `candidates` has shape (..., C) or (..., C, L), any dtype.
+        beta: Temperature in reward units, > 0. A tensor broadcasts to the batch dimensions of the rewards.
+        generator: Source of randomness, on the device of the tensors.
+
+    Returns:
+        `Streamed(winner, log_mean_weight, n)`, as from `soft_best_of_n_stream`.
+
+    Raises:
+        TypeError: rewards that are not a floating tensor, or `generator` not a torch.Generator.
+        ValueError: no chunk, shapes that do not fit, rewards with NaN or +inf, a row without any finite reward, or
+            `beta` not finite and > 0.
+
+    Source: [ding2021].
+    """
+    if isinstance(beta, Tensor):
+        beta = beta.detach()
+    _checks.positive_per_row("beta", beta, torch.Size())  # its shape is judged with each chunk
+    _checks.generator("generator", generator)
+    # The winner, log of the sum of exp((reward - peak) / beta), the peak, the largest reward, shape (..., 1), and the
+    # key of the winner, (reward - peak) / beta + E.
+    so_far: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    n = 0
+    for candidates, rewards in _checked_chunks(chunks, beta):
+        top = rewards.amax(-1, keepdim=True).double()
+        log_w = _below(rewards, top, beta)
+        log_chunk = log_w.logsumexp(-1)
+        key, index = _add_exponential(log_w, generator).max(-1)
+        picked = _take(candidates, index)
+        if so_far is None:
+            so_far = picked, log_chunk, top, key
+        else:
+            winner, log_total, peak, best = so_far
+            higher = torch.maximum(peak, top)
+            before, now = (_below(x, higher, beta).squeeze(-1) for x in (peak, top))
+            log_total = torch.logaddexp(log_total + before, log_chunk + now)
+            best, key = best + before, key + now
+            so_far = _replaced(winner, picked, key > best), log_total, higher, torch.maximum(best, key)
+        n += rewards.shape[-1]
+    assert so_far is not None  # no chunk is refused
+    return _streamed(*so_far[:3], beta, n)
