@@ -46,6 +46,15 @@ def test_the_same_generator_draws_the_same_strings(rng):
     assert torch.equal(first, second)
 
 
+def test_a_draw_takes_one_number_for_each_string(rng):
+    model = Prefixes(V, L, rng)
+    state, before = model.append(model.begin(9), torch.arange(9) % V), rng.get_state()
+    drawn, after = model.draw(state, generator=rng), rng.get_state()
+    u = torch.rand(9, 1, generator=rng.set_state(before), dtype=F64)
+    assert torch.equal(rng.get_state(), after)
+    assert torch.equal(drawn, (model.next_logps(state).exp().cumsum(-1) <= u).sum(-1))
+
+
 def test_a_model_is_only_called_as_far_as_its_strings_go(rng):
     """A table for L tokens is enough: nothing is appended to finished strings."""
     model = Prefixes(V, L, rng)
@@ -198,6 +207,33 @@ def test_rewriting_on_an_unseen_model(proposal, rng):
     assert verify.match(model.number(out.tokens), target, claim="mh", versus=[model.law()])
     once = mcmc.power_mh(model, start, power, 1, generator=rng, proposal=other)
     assert verify.match(model.number(once.tokens), target, claim="mh!", versus=[model.law()]).decision == "REJECT"
+
+
+# --- gains -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_gain_looks_at_both_states_and_gives_up_for_good(rng):
+    model = Prefixes(V, L, rng)
+    before = model.append(model.begin(3), torch.tensor([0, 1, 2]))
+    token = torch.tensor([2, 2, 1])
+    after = model.append(before, token)
+    gain = autoregressive.Gain(
+        lambda state: state.sum(-1).double() / 10,
+        lambda before, tokens, after: before[:, -1].double() + 100.0 * tokens + 1000.0 * after.shape[-1],
+        length=3,
+    )
+    here = gain.begin(before, 3)
+    close(here, vector(0, 0.1, 0.2))
+    gained, ahead = gain.step(here, before, token, after)
+    close(ahead, vector(0.2, 0.3, 0.3))
+    close(gained, vector(2200.2, 2201.2, 2102.1))
+    lost, _ = gain.step(vector(0, -math.inf, 0.2), before, token, after)
+    assert lost.tolist() == pytest.approx([2200.2, -math.inf, 2102.1])
+    gain.check_length(3)
+    with pytest.raises(ValueError, match="length must be 3, that of the gain, got 2"):
+        gain.check_length(2)
+    with pytest.raises(ValueError, match="values must be finite or -inf"):
+        gain.step(vector(0, math.nan, 0), before, token, after)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -127,9 +127,10 @@ GAINS = torch.zeros(2, 2, 3, dtype=F64)
         (
             {"gains": GAINS[:, :1], "start": torch.zeros(2, 3)},
             ValueError,
-            r"step must return shape \(6,\), one number per particle, got \(3,\)",
+            r"step must return shape \(6,\), one number each, got \(3,\)",
         ),
         ({"gains": GAINS.long()}, TypeError, "step must return a floating-point torch.Tensor, got a torch.int64"),
+        ({"gains": GAINS.to("meta")}, ValueError, "step must return numbers on cpu, got numbers on meta"),
         ({"gains": GAINS / 0}, ValueError, "step must return numbers that are finite or -inf"),
         ({"gains": GAINS + math.inf}, ValueError, "step must return numbers that are finite or -inf"),
         ({"start": torch.zeros(6)}, ValueError, r"log_weights must have shape \(runs, n\) with n >= 1, got \(6,\)"),

@@ -304,12 +304,12 @@ def generator(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Generator, got {type(value).__name__}")
 
 
-def returned(name: str, value: object, n: int, each: str, device: torch.device | None = None) -> Tensor:
+def returned(name: str, value: object, n: int, device: torch.device | None = None) -> Tensor:
     """Require what a function of the caller gave: one log weight or value for each string or particle, in float64."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name} must return a floating-point torch.Tensor, got {described(value)}")
     if value.shape != (n,):
-        raise ValueError(f"{name} must return shape ({n},), one number per {each}, got {tuple(value.shape)}")
+        raise ValueError(f"{name} must return shape ({n},), one number each, got {tuple(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must return numbers on {device}, got numbers on {value.device}")
     if n and not bool(value.amax() < math.inf):  # NaN if any is

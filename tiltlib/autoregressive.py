@@ -210,7 +210,7 @@ class Gain(NamedTuple):
             TypeError: `log_values` returns no floating tensor.
             ValueError: `log_values` returns another shape, NaN or +inf.
         """
-        return _checks.returned("log_values", self.log_values(state), n, "string")
+        return _checks.returned("log_values", self.log_values(state), n)
 
     def step(self, values: Tensor, before: Any, tokens: Tensor, after: Any) -> tuple[Tensor, Tensor]:
         """Compute the log weight that one token adds to each string. Differentiable in what the functions depend on.
@@ -229,11 +229,11 @@ class Gain(NamedTuple):
             ValueError: `values` with NaN or +inf, or a function that returns another shape, NaN or +inf.
         """
         _checks.rewards("values", values)
-        ahead = _checks.returned("log_values", self.log_values(after), len(tokens), "string")
+        ahead = _checks.returned("log_values", self.log_values(after), len(tokens))
         earned = ahead
         if self.log_tilt is not None:
             tilt = self.log_tilt(before, tokens, after)
-            earned = ahead + _checks.returned("log_tilt", tilt, len(tokens), "string")
+            earned = ahead + _checks.returned("log_tilt", tilt, len(tokens))
         # What has value 0 has weight 0 for good, whatever follows.
         return torch.where(values > -math.inf, earned - values, -math.inf), ahead
 

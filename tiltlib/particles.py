@@ -112,7 +112,7 @@ def grow(
             log_weights = torch.where(uneven, 0.0, log_weights)
             state = take(state, (first + parents).flatten())
         state, gained = step(t, state)
-        gained = _checks.returned("step", gained, runs * n, "particle", device)
+        gained = _checks.returned("step", gained, runs * n, device)
         log_weights = log_weights + gained.view(runs, n)
         ancestors.append(parents)
         sizes.append(_ess(log_weights))
