@@ -208,6 +208,19 @@ def test_the_weights_of_a_symbol_may_span_600_and_no_more():
         stepwise.soft_best_of_n_chain(STEPS, vector(0, 0, 0), 1.0, later, 2)
 
 
+def test_each_context_has_a_range_of_its_own():
+    ref = markov.MarkovChain(law(0.4, 0.3, 0.3).expand(3, 3), "abc")
+    rewards = torch.stack([vector(0, 0, 0), vector(-200, -600, 0), vector(0, 0, 0)])
+    values = torch.stack([vector(0, 0, 0), vector(0, 0, 0), vector(0, 600, 300)])
+    # Scores from 0 to 600 after a, from -200 to 300 after b: no context spans more than 600.
+    chain = stepwise.soft_best_of_n_chain(ref, rewards, 1.0, values, 1)
+    close(chain.table(1), ref.table(1))
+    # What the reference cannot do is in no range.
+    never_c = markov.MarkovChain(law(0.5, 0.5, 0).expand(3, 3), "abc")
+    far = torch.stack([vector(0, 0, 0), vector(900, 900, 0)])
+    close(stepwise.soft_best_of_n_chain(never_c, vector(0, 0, 0), 1.0, far, 2).table(0)[2].exp(), vector(0.5, 0.5, 0))
+
+
 # --- gains -----------------------------------------------------------------------------------------------------------
 
 
@@ -266,12 +279,20 @@ def test_a_gain_is_minus_inf_where_the_reward_or_the_value_is():
     assert torch.equal(increments_of(gain, REF, BINARY)[1], vector(-math.inf, -math.inf))
 
 
+ZERO = NONE.clone()
+ZERO[1, 1] = -math.inf
 DEAD = markov.MarkovChain(torch.stack([law(1, 0, 0), law(0.2, 0.8, 0), law(0.6, 0.4, 0)]), "ab|")
 
 
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
+        (
+            {"log_values": ZERO},
+            ValueError,
+            "^log_values must be finite wherever the target has mass, got -inf at step 1 in context 1$",
+        ),
+        ({"rewards": vector(0, 1e308, 0)}, ValueError, "rewards must be so small that totals of 2 symbols differ"),
         ({"proposal": DEAD}, ValueError, "proposal must be positive wherever the target has mass, got 0 at step 1"),
         ({"proposal": REF.table(0)}, TypeError, "proposal must be a MarkovChain, got a torch.float64 tensor"),
         ({"log_values": NONE + 1}, ValueError, "log_values must be 0 after the last step"),
@@ -293,3 +314,11 @@ def test_a_gain_knows_its_length():
     gain = stepwise.gain(REF, REWARDS, 1.0, NONE)
     with pytest.raises(ValueError, match="length must be 2, that of the gain, got 3"):
         smc.twisted_smc(REF, gain, 3, 5, generator=torch.Generator())
+
+
+def test_increments_that_leave_float64_are_refused():
+    assert stepwise.log_increments(REF, 1e100 * REWARDS, 1.0, NONE).isneginf().any()
+    with pytest.raises(
+        ValueError, match="^beta must be so large that rewards / beta and log_values stay within float64"
+    ):
+        stepwise.log_increments(REF, 1e100 * REWARDS, 1e-300, NONE)

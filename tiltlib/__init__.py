@@ -18,7 +18,7 @@ module          holds                                                           
 weights         log weights: normalise, average, effective sample size
 categorical     laws on finitely many outcomes: tilt, divergences, draws
 mixtures        Gaussian mixtures: densities, scores, noise, tilt, all exact
-autoregressive  models of strings that samplers take: four methods, and what follows
+autoregressive  models of strings that samplers take, by four methods
 markov          Markov chains on strings, with exact tilts by additive rewards
 selection       rules that keep one of N candidates, and their exact laws
 resampling      schemes that turn weights into copies
