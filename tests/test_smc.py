@@ -346,3 +346,43 @@ def test_z_counts_the_mean_weight_of_every_resampling(scheme, rng):
 
 
 # --- the largest reward that counts ----------------------------------------------------------------------------------
+
+
+# --- any gain and any proposal ---------------------------------------------------------------------------------------
+
+
+def test_a_function_of_the_state_is_asked_once_for_each_state(rng):
+    """And the last value is the log weight."""
+    seen = []
+
+    def value(state):
+        seen.append(state.step)
+        return torch.zeros(len(state.contexts)) if state.step < 2 else state.contexts.float()
+
+    out = smc.twisted_smc(REF, smc.by_value(value, REF), 2, 9, generator=rng, threshold=0, runs=3)
+    assert out.log_weights.dtype == F64 and seen == [0, 0, 1, 2]
+    close(out.log_weights, out.particles[..., 1].double())
+
+
+def test_what_the_proposal_cannot_write_has_weight_zero(rng):
+    """A sampler that does not follow its own law is not believed."""
+    stuck = markov.MarkovChain(law(0, 1, 0).expand(3, 3), "ab|")
+    stuck.draw = lambda state, *, generator: torch.tensor([0, 1] * 4)
+    out = smc.twisted_smc(
+        REF, smc.by_value(lambda s: torch.zeros(len(s.contexts)), REF), 1, 8, generator=rng, proposal=stuck
+    )
+    assert (out.log_weights[0, ::2] == -math.inf).all()
+    close(out.log_weights[0, 1::2], torch.full((4,), math.log(0.4)))
+
+
+def test_refusals_of_models_and_proposals(rng):
+    flat = smc.by_value(lambda s: torch.zeros(len(s.contexts)), REF)
+    with pytest.raises(TypeError, match="^model must be an AutoregressiveModel, got int"):
+        smc.by_value(lambda s: vector(0), 3)
+    text = r"^proposal must give as many log-probabilities as model, got shapes \(4, 2\) and \(4, 3\)$"
+    with pytest.raises(ValueError, match=text):
+        smc.twisted_smc(REF, flat, 2, 4, generator=rng, proposal=markov.MarkovChain(law(0.5, 0.5).expand(2, 2), "a|"))
+    with pytest.raises(ValueError, match="^log_values must be finite for the empty string, got -inf"):
+        smc.twisted_smc(
+            REF, smc.by_value(lambda s: torch.full((len(s.contexts),), -math.inf), REF), 2, 4, generator=rng
+        )
