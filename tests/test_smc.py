@@ -372,7 +372,7 @@ def test_what_the_proposal_cannot_write_has_weight_zero(rng):
         REF, smc.by_value(lambda s: torch.zeros(len(s.contexts)), REF), 1, 8, generator=rng, proposal=stuck
     )
     assert (out.log_weights[0, ::2] == -math.inf).all()
-    close(out.log_weights[0, 1::2], torch.full((4,), math.log(0.4)))
+    close(out.log_weights[0, 1::2], torch.full((4,), math.log(0.4), dtype=F64))
 
 
 def test_refusals_of_models_and_proposals(rng):
