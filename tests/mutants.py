@@ -32,7 +32,7 @@ WORK = ROOT / "_build/mutants"
 
 # Each module is judged by its own tests, and a mutant that survives them by the rules that every call keeps: these are
 # many, and collecting them for each mutant would take longer than everything else.
-MODULES = """_checks _numerics categorical data diffusion figures guidance losses markov mcmc mixtures policies
+MODULES = """_checks _numerics categorical data diffusion figures guidance losses markov mcmc mixtures policies pool
 resampling selection smc verify weights""".split()
 RULES = ["tests/test_devices.py", "tests/test_every_call.py"]
 NO_RULES = {"data", "figures"}  # they work on the CPU by contract

@@ -20,6 +20,7 @@ categorical   laws on finitely many outcomes: tilt, divergences, draws
 mixtures      Gaussian mixtures: densities, scores, noise, tilt, all exact
 markov        Markov chains on strings, with exact tilts by additive rewards
 selection     rules that keep one of N candidates, and their exact laws
+pool          curves of best-of-N for every N, unbiased, from one scored pool     matplotlib
 resampling    schemes that turn weights into copies
 smc           particles on strings: twisted sequential Monte Carlo
 mcmc          Metropolis-Hastings on strings, toward a power of a chain
@@ -48,6 +49,7 @@ __all__ = [
     "mcmc",
     "mixtures",
     "policies",
+    "pool",
     "resampling",
     "selection",
     "smc",

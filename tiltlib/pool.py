@@ -39,21 +39,18 @@ from numpy.polynomial import legendre
 from scipy.optimize import brentq
 from torch import Tensor
 
-from tiltlib import _checks, _numerics, categorical, selection, verify, weights
+from tiltlib import _checks, _numerics, categorical, selection, weights
 
 __all__ = [
     "Needed",
-    "Scored",
     "curve",
     "divergence",
     "doubts",
     "interval",
-    "main",
     "mean_interval",
     "needed_beta",
     "needed_n",
     "pass_at_k",
-    "read",
     "standard_errors",
 ]
 
@@ -81,20 +78,6 @@ class Needed(NamedTuple):
     best: float
     low: float
     high: float
-
-
-class Scored(NamedTuple):
-    """One scored pool, as `read` returns it.
-
-    Attributes:
-        rewards: Reward of each answer, float64, shape (M,).
-        values: Number of interest of each answer, float64, shape (M,); None if the file has none.
-        log_ratios: log p - log s of each answer, float64, shape (M,); None if the file has none.
-    """
-
-    rewards: Tensor
-    values: Tensor | None
-    log_ratios: Tensor | None
 
 
 class _Pool(NamedTuple):
@@ -152,7 +135,7 @@ def curve(
     Raises:
         TypeError: a tensor is not floating, or `n` not an int.
         ValueError: fewer than two answers, `n` < 1 or > M, numbers not finite, shapes that do not fit, a `beta` not
-            finite and > 0 or too small, an unknown `rule`, or `log_ratios` that are all -inf or come with the hard rule.
+            finite and > 0 or too small, an unknown `rule`, `log_ratios` that are all -inf or come with the hard rule.
 
     Example:
         >>> rewards = torch.tensor([0.0, 1.0, 1.0, 2.0, 3.0, 5.0], dtype=torch.float64)
@@ -272,9 +255,12 @@ def _pools(
         _checks.fits("log_ratios", log_ratios, rewards)
         _checks.some_left("log_ratios", log_ratios.amax(-1))
         if rule == "hard":
-            raise ValueError("log_ratios must be None for the hard rule, got a tensor; the soft and exponential take it")
+            raise ValueError(
+                "log_ratios must be None for the hard rule, got a tensor; the soft and exponential take it"
+            )
     r = rewards.detach().double()
-    log_w = _numerics.over(r, r.amax(-1, keepdim=True), 1.0 if rule == "hard" else beta)
+    # The hard rule asks for the order alone, and rewards that differ must not be rounded to a tie.
+    log_w = r if rule == "hard" else _numerics.over(r, r.amax(-1, keepdim=True), beta)
     log_w, f = torch.broadcast_tensors(log_w, r if values is None else values.detach().double())
     if rule != "hard" and log_w.numel() and float(log_w.amin()) < -600:  # exp(-700) leaves float64
         raise ValueError(
@@ -283,7 +269,7 @@ def _pools(
         )
     ratios = torch.zeros_like(f) if log_ratios is None else log_ratios.detach().double().expand_as(f)
     rows = [x.reshape(math.prod(f.shape[:-1]), m) for x in (log_w, f, ratios)]
-    return [_pool(*row, log_ratios is None) for row in zip(*rows, strict=True)], f.shape[:-1]
+    return [_pool(a, b, c, log_ratios is None) for a, b, c in zip(*rows, strict=True)], f.shape[:-1]
 
 
 def _pool(log_w: Tensor, f: Tensor, log_ratios: Tensor, plain: bool) -> _Pool:
@@ -384,8 +370,8 @@ def _exponential(pool: _Pool, n: int) -> Tensor:
     x, weight = (torch.as_tensor(a, device=like.device) for a in legendre.leggauss(n // 2 + 1))
     out = torch.zeros(n, dtype=torch.float64, device=like.device)
     for s, h in zip(*(a.split(max(1, _BLOCK // max(m, n))) for a in ((1 + x) / 2, weight / 2)), strict=True):
-        alive = (1 - w * s) * pool.ratios[:, None], (pool.f * pool.ratios)[:, None] * w.expand(-1, len(s))
-        out += _forward(*alive, n)[1, 1:] @ h
+        factor, value = (1 - w * s) * pool.ratios[:, None], (pool.f * pool.ratios)[:, None] * w.expand(-1, len(s))
+        out += _forward(factor, value, n)[1, 1:] @ h
     panels = math.ceil(-float(pool.log_w[0]) / math.log(_PANEL))
     if panels == 0:  # one level: nothing lies beyond s = 1
         return out
@@ -459,13 +445,16 @@ def _soft_without_each(pool: _Pool, n: int) -> Tensor:
     m = len(pool.f)
     out = torch.zeros(n, m, dtype=torch.float64, device=pool.f.device)
     for s, weight in _soft_nodes(pool, n):
-        x, v = _factors(pool, s)
-        e_all, d_all = _forward(x, v, n)
-        e, d = torch.ones_like(x), torch.zeros_like(x)
-        for k in range(1, n + 1):
-            d = (m * d_all[k] - k * (x * d + v * e)) / (m - k)
-            e = (m * e_all[k] - k * x * e) / (m - k)
-            out[k - 1] += d @ weight
+        factors = _factors(pool, s)
+        state = _forward(*factors, n)
+        for few in torch.arange(len(s), device=s.device).split(max(1, 2**15 // m)):  # that stay in the cache
+            x, v = (factor[:, few] for factor in factors)
+            e, d = torch.ones_like(x), torch.zeros_like(x)
+            for k, (e_all, d_all) in enumerate(state[:, 1:, few].transpose(0, 1), 1):
+                share = k / (m - k)
+                torch.addcmul(d_all * (1 + share), x, d, value=-share, out=d).addcmul_(v, e, value=-share)
+                torch.addcmul(e_all * (1 + share), x, e, value=-share, out=e)
+                out[k - 1] += d @ weight[few]
     return out
 
 
@@ -526,7 +515,7 @@ def interval(
 
     Raises:
         TypeError: as for `curve`, or `generator` is not a torch.Generator.
-        ValueError: as for `curve`; values outside of [low, high], or bounds that are not finite with low < high; `delta`
+        ValueError: as for `curve`; values outside of [low, high], bounds that are not finite with low < high, `delta`
             outside (0, 1), or `shuffles` < 1.
 
     Source: [waudbysmith2024]; book, `tv-certificate`.
@@ -564,7 +553,7 @@ def mean_interval(x: Tensor, *, low: float, high: float, delta: float = 0.05) ->
 
     Raises:
         TypeError: `x` is not a floating tensor, or a bound not a number.
-        ValueError: values outside of [low, high], bounds that are not finite with low < high, or `delta` outside (0, 1).
+        ValueError: values outside of [low, high], bounds that are not finite with low < high, `delta` outside (0, 1).
 
     Source: [waudbysmith2024]; book, `tv-certificate`.
     """
@@ -680,12 +669,16 @@ def needed_n(
     points = curve(rewards, beta, n, **options)  # type: ignore[arg-type]
     _target(points, target, sigmas)
     mean, error = _averaged(points, standard_errors(rewards, beta, n, **options))  # type: ignore[arg-type]
-    error = torch.where(error > 0, sigmas * error, 0)  # 0 sigmas of an infinite error are none
+    return _first(mean, error, target, sigmas)
+
+
+def _first(mean: Tensor, error: Tensor, target: float, sigmas: float) -> Needed:
+    margin = sigmas * error if sigmas > 0 else torch.zeros_like(error)  # 0 sigmas of an infinite error are none
 
     def first(reached: Tensor) -> float:
         return float(reached.long().argmax()) + 1 if bool(reached.any()) else math.inf
 
-    return Needed(first(mean >= target), first(mean + error >= target), first(mean - error >= target))
+    return Needed(first(mean >= target), first(mean + margin >= target), first(mean - margin >= target))
 
 
 def _target(points: Tensor, target: float, sigmas: float) -> None:
@@ -697,9 +690,7 @@ def _target(points: Tensor, target: float, sigmas: float) -> None:
         raise ValueError(f"rewards must hold at least one pool, got shape {tuple(points.shape[:-1])} of pools")
 
 
-def needed_beta(
-    rewards: Tensor, target: float, n: int, *, rule: str = "soft", sigmas: float = 2.0
-) -> Needed:
+def needed_beta(rewards: Tensor, target: float, n: int, *, rule: str = "soft", sigmas: float = 2.0) -> Needed:
     """Find the temperature at which the reward of the kept answer reaches a target at a given N, and how sure that is.
 
     On every pool the curve of the reward falls with the temperature, from the best of N to the mean. Curves of several
@@ -834,6 +825,7 @@ def doubts(rewards: Tensor, beta: float, n: int, *, rule: str = "soft") -> list[
     if law.ndim != 1:
         raise ValueError(f"rewards must be one pool of shape (M,), got shape {tuple(law.shape)}")
     m = len(law)
+    rewards = rewards.detach()
     if float(rewards.min()) == float(rewards.max()):
         return [f"all {m} rewards are {rewards[0].item():g}: nothing is selected"]
     found = []
@@ -857,7 +849,7 @@ _NUMBERS = ("reward", "value", "logratio")
 class _Lines(NamedTuple):
     """What a file holds: answers by prompt, as flat rows of numbers; the names of these; and the lines left out."""
 
-    prompts: dict[str, array[float]]
+    prompts: "dict[str, array[float]]"
     names: tuple[str, ...]
     bad: list[str]
 
@@ -911,38 +903,45 @@ def _number(record: dict[str, object], name: str) -> float:
 
 def _read(path: Path, progress: Callable[[int], None]) -> _Lines:
     """Read answers line by line; the first good line says which numbers all lines have."""
-    found = _Lines({}, ("reward",), [])
+    prompts: dict[str, array[float]] = {}
+    names: tuple[str, ...] = ()
+    bad = []
     for number, record in _records(path):
         progress(number)
         try:
             if isinstance(record, str):
                 raise ValueError(record)
-            if not found.prompts:
-                found = found._replace(names=tuple(n for n in _NUMBERS if record.get(n) not in (None, "")))
-                if "reward" not in found.names:
-                    raise ValueError("has no reward")
-            row = [_number(record, name) for name in found.names]
+            names = names if prompts else tuple(n for n in _NUMBERS if n == "reward" or record.get(n) not in (None, ""))
+            row = [_number(record, name) for name in names]
         except ValueError as error:
-            found.bad.append(f"line {number} {error}")
-            continue
-        found.prompts.setdefault(str(record.get("prompt", "")), array("d")).extend(row)  # type: ignore[union-attr]
-    return found
-
-
-def _scored(found: _Lines) -> tuple[dict[str, Scored], list[str]]:
-    """Turn rows into pools; a prompt with one answer is no pool."""
-    pools, left_out = {}, []
-    for prompt, numbers in found.prompts.items():
-        columns = torch.tensor(numbers, dtype=torch.float64).view(-1, len(found.names)).unbind(-1)
-        by_name = dict(zip(found.names, columns, strict=True))
-        if len(columns[0]) < 2:
-            left_out.append(f"prompt {prompt!r} has one answer, which is no pool")
+            bad.append(f"line {number} {error}")
         else:
-            pools[prompt] = Scored(by_name["reward"], by_name.get("value"), by_name.get("logratio"))
+            prompts.setdefault(str(record.get("prompt", "")), array("d")).extend(row)
+    return _Lines(prompts, names, bad)
+
+
+class _Scored(NamedTuple):
+    """The answers of one prompt."""
+
+    rewards: Tensor
+    values: Tensor | None
+    log_ratios: Tensor | None
+
+
+def _scored(found: _Lines) -> tuple[list[_Scored], list[str]]:
+    """Turn rows into pools; a prompt with one answer is no pool."""
+    pools, left_out = [], []
+    for prompt, numbers in found.prompts.items():
+        columns = torch.from_numpy(np.array(numbers).reshape(-1, len(found.names)).T.copy())
+        if columns.shape[1] < 2:
+            left_out.append(f"prompt {prompt!r} has one answer, which is no pool")
+            continue
+        by_name = dict(zip(found.names, columns, strict=True))
+        pools.append(_Scored(by_name["reward"], by_name.get("value"), by_name.get("logratio")))
     return pools, left_out
 
 
-def _temperature(pools: list[Scored], fraction: float) -> float:
+def _temperature(pools: list[_Scored], fraction: float) -> float:
     """Find the temperature, one for all, at which pools keep a fraction of their answers: the median over pools."""
     found = []
     for pool in pools:
@@ -982,20 +981,77 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Read a file of scored answers, print the table of its curve and draw it: `python -m tiltlib.pool FILE`.
+def _table(
+    options: argparse.Namespace, pools: list[_Scored], names: tuple[str, ...], progress: Callable[[int, str], None]
+) -> None:
+    """Print the curve, averaged over pools, and what a target needs; write the picture."""
+    smallest = min(len(pool.rewards) for pool in pools)
+    n = max(1, smallest // 2) if options.n is None else options.n
+    if options.beta is not None or options.rule == "hard":
+        beta = 1.0 if options.beta is None else options.beta
+    else:
+        beta = _temperature(pools, options.ess)
+    answers = sum(len(pool.rewards) for pool in pools)
+    print(f"{options.file}: {answers} answers to {len(pools)} prompt{'s' * (len(pools) > 1)}, {smallest} or more each")
+    print(f"rule {options.rule}" + ("" if options.rule == "hard" else f", beta {beta:.6g}"))
+    points, errors = [], []
+    for i, pool in enumerate(pools):
+        progress(i, "pools done")
+        given = {"rule": options.rule, "values": pool.values, "log_ratios": pool.log_ratios}
+        points.append(curve(pool.rewards, beta, n, **given))
+        errors.append(standard_errors(pool.rewards, beta, n, **given))
+    each = torch.stack(points)
+    mean, error = _averaged(each, torch.stack(errors))
+    spread = each.std(0) / math.sqrt(len(pools)) if len(pools) > 1 else torch.full_like(mean, math.nan)
+    sizes = sorted({2**i for i in range(n.bit_length())} | {n})
+    of_law = "hard" if options.rule == "hard" else "soft"
+    print(f"{'N':>7}{'mean':>12}{'s.e.':>10}{'over prompts':>14}{'KL':>9}{'KL <=':>8}{'doubtful':>10}")
+    for size in sizes:
+        # The pool of a draft says nothing simple about the law of p.
+        kls = [] if "logratio" in names else [divergence(x.rewards, beta, size, rule=of_law)[0].item() for x in pools]
+        kl = f"{sum(kls) / len(kls):.4f}" if kls and options.rule != "exponential" else "-"
+        doubtful = sum(bool(doubts(x.rewards, beta, size, rule=of_law)) for x in pools)
+        over = "-" if len(pools) == 1 else f"{spread[size - 1].item():.3g}"
+        print(
+            f"{size:>7}{mean[size - 1].item():>12.6g}{error[size - 1].item():>10.3g}{over:>14}{kl:>9}"
+            f"{math.log(size) - (size - 1) / size:>8.4f}{f'{doubtful}/{len(pools)}':>10}"
+        )
+    if len(pools) == 1:
+        for sentence in doubts(pools[0].rewards, beta, n, rule=of_law):
+            print(f"doubt at N = {n}: {sentence}")
+    if options.target is not None:
+        _print_needed(options, pools, names, mean, error, n)
+    picture = options.picture or Path(f"{options.file}.svg")
+    try:
+        _picture(picture, torch.arange(1, n + 1), mean, error, f"{options.file.name}, {options.rule} best-of-N")
+    except ImportError:
+        print("no picture: it needs the matplotlib package, pip install matplotlib", file=sys.stderr)
+    else:
+        print(f"picture: {picture}")
 
-    The one place of the package, with the verdict lines of `verify`, that prints. Lines that cannot be read are named
-    with their numbers and left out, and all others are used. Memory: eight bytes a number that the file holds.
 
-    Args:
-        argv: Arguments of the command line; None for those of the process.
+def _print_needed(
+    options: argparse.Namespace, pools: list[_Scored], names: tuple[str, ...], mean: Tensor, error: Tensor, n: int
+) -> None:
+    """Print which N reaches a target, and which temperature does at the largest N."""
+    best, low, high = _first(mean, error, options.target, 2.0)
+    print(f"target {options.target:g}: N = {best:g}, from {low:g} to {high:g} within two standard errors")
+    alike = len({len(pool.rewards) for pool in pools}) == 1
+    if options.rule == "hard" or names != ("reward",) or not alike or n < 2:
+        return  # the temperature is found for rewards, and for pools of one size
+    try:
+        rewards = torch.stack([pool.rewards for pool in pools])
+        best, low, high = needed_beta(rewards, options.target, n, rule=options.rule)
+        print(f"at N = {n}: beta = {best:.6g}, from {high:.6g} to {low:.6g} within two standard errors")
+    except ValueError as error_:
+        print(f"at N = {n}: {error_}")
 
-    Returns:
-        Exit status: 0, or 1 if something was left out, or 2 if nothing could be done.
 
-    Raises:
-        ValueError: never; what is wrong with the file is printed.
+def _main(argv: list[str] | None = None) -> int:
+    """Read scored answers, print the table of their curve and draw it; return the exit status.
+
+    Lines that cannot be read are named and left out, all others are used, and the status is 1. It is 2 if nothing could
+    be done. This and `_table` are the only places outside of `verify` that print.
     """
     options = _arguments(argv)
     start = last = time.monotonic()
@@ -1016,8 +1072,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{options.file}: and {len(left_out) - 20} more", file=sys.stderr)
         if not pools:
             raise ValueError(f"{options.file} holds no pool of at least two answers")
-        _table(options, list(pools.values()), len(left_out))
+        _table(options, pools, found.names, progress)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 1 if left_out else 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
