@@ -907,7 +907,8 @@ def _read(path: Path, progress: Callable[[int], None]) -> _Lines:
     names: tuple[str, ...] = ()
     bad = []
     for number, record in _records(path):
-        progress(number)
+        if number % 1024 == 0:
+            progress(number)
         try:
             if isinstance(record, str):
                 raise ValueError(record)
@@ -996,10 +997,10 @@ def _table(
     print(f"rule {options.rule}" + ("" if options.rule == "hard" else f", beta {beta:.6g}"))
     points, errors = [], []
     for i, pool in enumerate(pools):
-        progress(i, "pools done")
         given = {"rule": options.rule, "values": pool.values, "log_ratios": pool.log_ratios}
         points.append(curve(pool.rewards, beta, n, **given))
         errors.append(standard_errors(pool.rewards, beta, n, **given))
+        progress(i + 1, "pools done")
     each = torch.stack(points)
     mean, error = _averaged(each, torch.stack(errors))
     spread = each.std(0) / math.sqrt(len(pools)) if len(pools) > 1 else torch.full_like(mean, math.nan)
@@ -1058,7 +1059,7 @@ def _main(argv: list[str] | None = None) -> int:
 
     def progress(number: int, what: str = "lines read") -> None:
         nonlocal last
-        if number % 1024 == 0 and time.monotonic() - last > 1:
+        if time.monotonic() - last > 1:
             last = time.monotonic()
             print(f"{number:,} {what}, {last - start:.0f} s", file=sys.stderr, flush=True)
 
