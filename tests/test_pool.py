@@ -24,29 +24,26 @@ MARKED = vector(0, 1, 0, 0, 1, 0)  # not monotone in the reward
 
 
 def kept(rewards: Tensor, beta: float, rule: str) -> Tensor:
-    """The chance of each answer of a pool to be kept, from the definition of the rule."""
+    """The chance of each answer of a pool, the last dimension, to be kept, from the definition of the rule."""
     if rule == "soft":
         return torch.softmax(rewards / beta, -1)
     if rule == "hard":
-        best = (rewards == rewards.max()).double()
-        return best / best.sum()
+        best = (rewards == rewards.amax(-1, keepdim=True)).double()
+        return best / best.sum(-1, keepdim=True)
     # i wins at the level s of the largest noisy reward: w_i prod_{j != i} (1 - s w_j), for s up to 1 / max w.
-    x, weight = (torch.tensor(a) for a in legendre.leggauss(len(rewards) // 2 + 1))
-    w = ((rewards - rewards.max()) / beta).exp()
-    others = [torch.cat([w[:i], w[i + 1 :]]) for i in range(len(w))]
-    integrals = [(weight / 2 * (1 - (x[:, None] + 1) / 2 * o).prod(-1)).sum() for o in others]
-    return w * torch.stack(integrals)
+    n = rewards.shape[-1]
+    x, weight = (torch.tensor(a)[:, None] / 2 for a in legendre.leggauss(n // 2 + 1))
+    w = ((rewards - rewards.amax(-1, keepdim=True)) / beta).exp()
+    others = w[..., [[j for j in range(n) if j != i] for i in range(n)]]
+    return w * (weight * (1 - (x + 0.5) * others.unsqueeze(-2)).prod(-1, keepdim=True)).sum((-2, -1))
 
 
 def by_subsets(rewards, beta, n, rule, values=None, log_ratios=None):
     """The mean over all subsets of size N, one by one."""
     f = rewards if values is None else values
-    rho = torch.ones_like(f) if log_ratios is None else log_ratios.exp()
-    total = []
-    for subset in itertools.combinations(range(len(f)), n):
-        s = list(subset)
-        total.append(rho[s].prod() * (kept(rewards[s], beta, rule) * f[s]).sum())
-    return torch.stack(total).mean()
+    s = torch.tensor(list(itertools.combinations(range(len(f)), n)))
+    each = (kept(rewards[s], beta, rule) * f[s]).sum(-1)
+    return (each if log_ratios is None else each * log_ratios[s].sum(-1).exp()).mean()
 
 
 def example_pool(m: int, spread: float, claim: str) -> tuple[Tensor, Tensor]:
@@ -818,6 +815,7 @@ def test_long_files_show_progress(capsys, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_program(tmp_path):
     file = lines(tmp_path / "a.jsonl", [{"reward": x} for x in POOL.tolist()])
     command = [sys.executable, "-W", "error", "-m", "tiltlib.pool", str(file), "--beta", "1"]

@@ -36,6 +36,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.polynomial import legendre
+from numpy.typing import NDArray
 from scipy.optimize import brentq
 from torch import Tensor
 
@@ -54,11 +55,14 @@ __all__ = [
     "standard_errors",
 ]
 
+Floats = NDArray[np.float64]
+
 RULES = ("hard", "soft", "exponential")
 
-# Step of the trapezoid rule in log s, and where it is cut: e^-38 < 2^-53 / 2 on the left, e^-43 < 2^-53 / 100 on the
-# right, as in `selection.soft_best_of_n_law`.
-_STEP, _LEFT_TAIL, _LOG_43 = 0.25, 38.0, math.log(43.0)
+# Step of the trapezoid rule in log s, cut on the right where e^-43 < 2^-53 / 100, as in `selection.soft_best_of_n_law`.
+_STEP, _LOG_43 = 0.25, math.log(43.0)
+# For s < 1 / n the means of exp(-s sum w) over subsets are polynomials of degree 13 to (e / 56)^14 = 4e-19.
+_FLAT = 14
 # On a panel [a, 1.5 a] every mean of products of 1 - w v with w <= 1 / a is a polynomial that stays below 1 on an
 # ellipse of radius 5.8, and 5.8^-22 < 2^-53 / 7: so many nodes represent it, whatever its degree.
 _PANEL, _NODES = 1.5, 22
@@ -116,7 +120,7 @@ def curve(
     Answers may come from a draft s, with `log_ratios` = log p - log s: then the curve is that of p, unbiased, with a
     variance that grows like (1 + chi2(p || s))^N. To ask what selection from the draft with weights w p / s returns,
     pass rewards + beta * log_ratios as `rewards`, and `values`. Not differentiable: the result carries no graph. Cost
-    O(M n) per node: 4 (log n + R + 42) nodes for soft, R the range of rewards / beta, about 55 R + n / 2 for
+    O(M n) per node: 4 (log n + R) + 30 nodes for soft, R the range of rewards / beta, about 55 R + n / 2 for
     exponential, one for hard.
 
     Args:
@@ -344,12 +348,20 @@ def _factors(pool: _Pool, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _soft_nodes(pool: _Pool, n: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield blocks of nodes s = e^t and their weights h s."""
-    start = -math.log(n) - _LEFT_TAIL
-    count = math.ceil((_LOG_43 - float(pool.log_w[0]) - start) / _STEP)
-    t = torch.arange(count, dtype=torch.float64, device=pool.f.device) * _STEP + start
-    for block in t.exp().split(max(1, _BLOCK // max(len(pool.f), n))):
-        yield block, _STEP * block
+    """Yield blocks of nodes s = e^t and their weights h s.
+
+    The nodes below s = 1 / n, infinitely many, see a polynomial: Gauss' nodes stand for them, with the weights that sum
+    its values at all of them. The first 170 leave out e^-42.
+    """
+    count = math.ceil((_LOG_43 - float(pool.log_w[0]) + math.log(n)) / _STEP)
+    many = np.exp(-_STEP * np.arange(170))  # in units of 1 / n
+    x, _, dual = _gauss(_FLAT)
+    at_many = legendre.legvander(2 * many - 1, _FLAT - 1) * (np.arange(_FLAT) + 0.5) @ dual
+    above = np.exp(_STEP * np.arange(1, count + 1))
+    s = np.concatenate([(1 + x) / 2, above]) / n
+    weight = _STEP / n * np.concatenate([many @ at_many, above])
+    size = max(1, _BLOCK // max(len(pool.f), n))
+    yield from zip(*(torch.as_tensor(a, device=pool.f.device).split(size) for a in (s, weight)), strict=True)
 
 
 def _soft(pool: _Pool, n: int) -> Tensor:
@@ -367,7 +379,7 @@ def _exponential(pool: _Pool, n: int) -> Tensor:
     """
     m, like = len(pool.f), pool.f
     w, share = pool.log_w.exp()[:, None], _within(m, n, like)
-    x, weight = (torch.as_tensor(a, device=like.device) for a in legendre.leggauss(n // 2 + 1))
+    x, weight = (torch.as_tensor(a, device=like.device) for a in _gauss(n // 2 + 1)[:2])
     out = torch.zeros(n, dtype=torch.float64, device=like.device)
     for s, h in zip(*(a.split(max(1, _BLOCK // max(m, n))) for a in ((1 + x) / 2, weight / 2)), strict=True):
         factor, value = (1 - w * s) * pool.ratios[:, None], (pool.f * pool.ratios)[:, None] * w.expand(-1, len(s))
@@ -399,20 +411,25 @@ def _exponential(pool: _Pool, n: int) -> Tensor:
     return out
 
 
-def _interpolation(ends: Tensor, panels: int, width: float) -> tuple[Tensor, Tensor]:
-    """Return Gauss' nodes on [-1, 1], and integrals of the interpolating polynomials up to each end; the last, up to 1.
+def _gauss(count: int) -> tuple[Floats, Floats, Floats]:
+    """Return Gauss' nodes and weights on [-1, 1], and what turns Legendre polynomials P_l into interpolation.
 
-    With Legendre polynomials P_l the polynomial that is 1 at node j is weight_j sum_l (l + 1/2) P_l(x_j) P_l, and the
-    integral of (2 l + 1) P_l is P_(l+1) - P_(l-1).
+    The polynomial that is 1 at node j and 0 at the others is sum_l (l + 1/2) P_l dual_lj, dual_lj = weight_j P_l(x_j).
     """
-    x, weight = legendre.leggauss(_NODES)
+    x, weight = legendre.leggauss(count)
+    return x, weight, legendre.legvander(x, count - 1).T * weight
+
+
+def _interpolation(ends: Tensor, panels: int, width: float) -> tuple[Tensor, Tensor]:
+    """Return the nodes of a panel, and integrals of the interpolating polynomials up to each end; the last, up to 1."""
+    x, _, dual = _gauss(_NODES)
     e = ends.cpu().numpy()
     inside = np.expm1(width * (e - np.minimum(np.floor(e), panels - 1))) / math.expm1(width)
     y = np.append(2 * inside.clip(0, 1) - 1, 1.0)
+    # The integral of (2 l + 1) P_l from -1 is P_(l+1) - P_(l-1), with -1 for P_(-1).
     p = legendre.legvander(y, _NODES)
     gained = (p[:, 1:] - np.column_stack([-np.ones_like(y), p[:, : _NODES - 1]])) / 2
-    until = gained @ legendre.legvander(x, _NODES - 1).T * weight
-    return torch.as_tensor(x, device=ends.device), torch.as_tensor(until, device=ends.device)
+    return torch.as_tensor(x, device=ends.device), torch.as_tensor(gained @ dual, device=ends.device)
 
 
 # --- standard errors -------------------------------------------------------------------------------------------------
