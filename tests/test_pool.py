@@ -93,6 +93,19 @@ def test_hard_rule_asks_for_the_order_alone():
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("spread", [0.5, 4.0, 30.0, 590.0])
+def test_the_whole_of_a_large_pool(rule, spread):
+    r, f = example_pool(90, spread, "whole")
+    expected = (kept(r, 1.0, rule) * f).sum()
+    torch.testing.assert_close(pool.curve(r, 1.0, 90, rule=rule, values=f)[89], expected, rtol=0, atol=1e-13)
+    # Clustered below, so that many answers die together.
+    c = r.sort().values
+    c[:60] = c[0] + 1e-3 * r[:60] / spread
+    expected = (kept(c, 1.0, rule) * f).sum()
+    torch.testing.assert_close(pool.curve(c, 1.0, 90, rule=rule, values=f)[89], expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("m", [2, 3, 12])
 @pytest.mark.parametrize("spread", [0.0, 0.3, 4.0, 50.0, 590.0])
 def test_curve_is_the_mean_over_subsets(rule, m, spread):
@@ -157,13 +170,31 @@ def test_two_levels_have_a_closed_form(count):
     r = torch.zeros(m, dtype=F64)
     r[:count] = 1.0
     w = math.exp(1 / 0.5)
-    chance = pool.curve(r, 0.5, n)
-    hard = pool.pass_at_k(r, n)
+    chance, noisy, hard = pool.curve(r, 0.5, n), pool.curve(r, 0.5, n, rule="exponential"), pool.pass_at_k(r, n)
+    x, weight = legendre.leggauss(n)
+    u, weight = (1 + x) / 2, weight / 2
     for k in (1, 2, 17, 64):
         among = [math.comb(count, j) * math.comb(m - count, k - j) / math.comb(m, k) for j in range(k + 1)]
         soft = sum(a * j * w / (j * w + k - j) for j, a in enumerate(among))
         assert chance[k - 1].item() == pytest.approx(soft, abs=1e-12)
         assert hard[k - 1].item() == pytest.approx(1 - among[0], abs=1e-12)
+        wins = [a * j * (weight * (1 - u) ** (j - 1) * (1 - u / w) ** (k - j)).sum() for j, a in enumerate(among) if j]
+        assert noisy[k - 1].item() == pytest.approx(sum(wins), abs=1e-12)
+
+
+@pytest.mark.parametrize("place", [0.02, 0.5, 0.98])
+def test_many_answers_that_die_at_once(place):
+    """One best, many alike, one worst: where on its panel the many die must not matter."""
+    m, n, panel = 200, 64, math.log(pool._PANEL)
+    r = torch.full((m,), -panel * (3 + place), dtype=F64)
+    r[0], r[1] = 0.0, -8 * panel
+    f = vector(3, -1, *[1.0] * (m - 2))
+    expected = 0.0
+    for best, worst in itertools.product((0, 1), (0, 1)):
+        chance = math.comb(m - 2, n - best - worst) / math.comb(m, n)
+        s = [*range(2, 2 + n - best - worst), *[0] * best, *[1] * worst]
+        expected += chance * (kept(r[s], 1.0, "exponential") * f[s]).sum().item()
+    assert pool.curve(r, 1.0, n, rule="exponential", values=f)[-1].item() == pytest.approx(expected, abs=1e-13)
 
 
 def test_pass_at_k():
@@ -196,6 +227,14 @@ def test_a_pool_of_a_draft_is_unbiased_for_the_reference(rule):
 
 
 @pytest.mark.parametrize("rule", ["soft", "exponential"])
+def test_ratios_of_one_change_nothing(rule):
+    r, f = example_pool(400, 3.0, "ones")
+    plain = pool.curve(r, 1.0, 150, rule=rule, values=f)
+    ratios = pool.curve(r, 1.0, 150, rule=rule, values=f, log_ratios=0 * f)
+    torch.testing.assert_close(ratios, plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["soft", "exponential"])
 def test_ratios_multiply_over_a_subset(rule):
     r, f = example_pool(7, 5.0, "ratios")
     ratios = torch.cat([f[1:] * 3, vector(-math.inf)])
@@ -209,6 +248,8 @@ def test_ratios_multiply_over_a_subset(rule):
     one = torch.full((7,), -math.inf, dtype=F64).index_fill(0, torch.tensor(2), 0.0)
     alone = pool.standard_errors(r, 1.0, 2, rule=rule, values=f, log_ratios=one)
     torch.testing.assert_close(alone, jackknifed(r, 1.0, 2, rule, f, one))
+    some = pool.standard_errors(r[:3], 1.0, 2, rule=rule, log_ratios=vector(-1e4, 0.0, -math.inf))
+    torch.testing.assert_close(some, jackknifed(r[:3], 1.0, 2, rule, r[:3], vector(-1e4, 0.0, -math.inf)))
 
 
 # --- draws -----------------------------------------------------------------------------------------------------------
