@@ -484,7 +484,17 @@ def test_more_shuffles_depend_less_on_the_generator():
     assert (spread[64] < spread[1] / 2).all()
 
 
-def test_an_answer_sorted_file_is_no_harm():
+def test_wealth_is_averaged_over_shuffles():
+    """One block is the whole pool, however it is shuffled: more shuffles are no more evidence."""
+    ends = [
+        pool.interval(POOL / 50, 1.0, 6, low=0, high=1, shuffles=s, delta=0.9, generator=verify.rng("one-block"))
+        for s in (1, 9)
+    ]
+    assert ends[0][1] < 0.95
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+
+
+def test_a_sorted_file_is_no_harm():
     """A sorted pool in blocks would look like one that hardly varies: it is shuffled first."""
     r = torch.arange(64, dtype=F64) / 63
     low, high = pool.interval(r, 1.0, 1, low=0, high=1, generator=verify.rng("sorted")).tolist()
@@ -787,6 +797,10 @@ def test_bad_lines_are_named_and_the_others_are_used(capsys, tmp_path):
         assert line.startswith(f"{file}: line {number} {what}")
     clean = run(capsys, lines(tmp_path / "b.jsonl", good), "--beta", 1)[1]
     assert out.splitlines()[1:-1] == clean.splitlines()[1:-1]  # all but the two lines that name the file
+    # A bad line does not say which numbers the others have.
+    reversed_values = [{**g, "value": -g["value"]} for g in good]
+    status, out, _ = run(capsys, lines(tmp_path / "e.jsonl", ['{"reward": NaN}', *reversed_values]), "--beta", 1)
+    assert status == 1 and columns(out, "mean")[0] == ["-2"]
     many = lines(tmp_path / "c.jsonl", [*good, *["nonsense"] * 30])
     assert "and 10 more" in run(capsys, many, "--beta", 1)[2]
 
