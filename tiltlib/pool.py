@@ -447,9 +447,7 @@ def _without_each(pool: _Pool, n: int, rule: str) -> Tensor:
 
 def _leave_out(pool: _Pool, i: int) -> _Pool:
     log_w, f, ratios = (torch.cat([x[:i], x[i + 1 :]]) for x in pool[:3])
-    mean = float(ratios.mean())  # 0 if only answer i has p > 0: then nothing is left of p
-    ratios = ratios / mean if mean > 0 else ratios
-    return _Pool(log_w - log_w[-1], f, ratios, pool.mean_ratio * mean, pool.offset)
+    return _Pool(log_w - log_w[-1], f, ratios, pool.mean_ratio, pool.offset)
 
 
 def _soft_without_each(pool: _Pool, n: int) -> Tensor:
@@ -803,10 +801,14 @@ def divergence(rewards: Tensor, beta: float | Tensor, n: int, *, rule: str = "so
 
     Source: [beirami2024]; book, `bon-kl-bound`.
     """
-    law = _kept_law(rewards, beta, n, rule)
-    kl = categorical.kl(law, torch.full_like(law, -math.log(law.shape[-1])))
+    kl = _moved(_kept_law(rewards, beta, n, rule))
     bound = torch.full_like(kl, math.log(n) - (n - 1) / n)
     return kl.to(rewards.dtype), bound.to(rewards.dtype)
+
+
+def _moved(law: Tensor) -> Tensor:
+    """Compute KL(law || uniform)."""
+    return categorical.kl(law, torch.full_like(law, -math.log(law.shape[-1])))
 
 
 # From here on a pool is said to be doubtful: N above half of it, fewer answers that count, a larger share of one.
@@ -841,8 +843,11 @@ def doubts(rewards: Tensor, beta: float, n: int, *, rule: str = "soft") -> list[
     law = _kept_law(rewards, beta, n, rule)
     if law.ndim != 1:
         raise ValueError(f"rewards must be one pool of shape (M,), got shape {tuple(law.shape)}")
+    return _doubts(rewards.detach(), law, n)
+
+
+def _doubts(rewards: Tensor, law: Tensor, n: int) -> list[str]:
     m = len(law)
-    rewards = rewards.detach()
     if float(rewards.min()) == float(rewards.max()):
         return [f"all {m} rewards are {rewards[0].item():g}: nothing is selected"]
     found = []
@@ -979,6 +984,7 @@ def _picture(path: Path, n: Tensor, mean: Tensor, error: Tensor, title: str) -> 
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     ax = figure.subplots()
+    error = torch.where(error < math.inf, error, math.nan)
     ax.fill_between(n, mean - 2 * error, mean + 2 * error, alpha=0.25, label="two standard errors")
     ax.plot(n, mean, marker="." if len(n) < 65 else "", label="unbiased curve")
     ax.set_xscale("log", base=2)
@@ -993,7 +999,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rule", choices=RULES, default="soft", help="how one of N answers is kept (soft)")
     parser.add_argument("--beta", type=float, help="temperature in reward units")
     parser.add_argument("--ess", type=float, default=0.5, help="else the temperature keeps this share of a pool (0.5)")
-    parser.add_argument("--n", type=int, help="largest N (half of the smallest pool)")
+    parser.add_argument("--n", type=int, help="largest N (half of the smallest pool, at most 256)")
     parser.add_argument("--target", type=float, help="say which N and which temperature reach this mean")
     parser.add_argument("--picture", type=Path, help="where the picture goes (FILE.svg)")
     return parser.parse_args(argv)
@@ -1004,7 +1010,7 @@ def _table(
 ) -> None:
     """Print the curve, averaged over pools, and what a target needs; write the picture."""
     smallest = min(len(pool.rewards) for pool in pools)
-    n = max(1, smallest // 2) if options.n is None else options.n
+    n = min(smallest // 2, 256) if options.n is None else options.n
     if options.beta is not None or options.rule == "hard":
         beta = 1.0 if options.beta is None else options.beta
     else:
@@ -1025,17 +1031,19 @@ def _table(
     of_law = "hard" if options.rule == "hard" else "soft"
     print(f"{'N':>7}{'mean':>12}{'s.e.':>10}{'over prompts':>14}{'KL':>9}{'KL <=':>8}{'doubtful':>10}")
     for size in sizes:
-        # The pool of a draft says nothing simple about the law of p.
-        kls = [] if "logratio" in names else [divergence(x.rewards, beta, size, rule=of_law)[0].item() for x in pools]
-        kl = f"{sum(kls) / len(kls):.4f}" if kls and options.rule != "exponential" else "-"
-        doubtful = sum(bool(doubts(x.rewards, beta, size, rule=of_law)) for x in pools)
+        laws = [_kept_law(pool.rewards, beta, size, of_law) for pool in pools]
+        progress(size, "draws of the table done")
+        kl = f"{sum(_moved(law).item() for law in laws) / len(laws):.4f}"
+        # The pool of a draft says nothing simple about p, and the law of the exponential rule is not computed.
+        kl = "-" if "logratio" in names or options.rule == "exponential" else kl
+        doubtful = sum(bool(_doubts(pool.rewards, law, size)) for pool, law in zip(pools, laws, strict=True))
         over = "-" if len(pools) == 1 else f"{spread[size - 1].item():.3g}"
         print(
             f"{size:>7}{mean[size - 1].item():>12.6g}{error[size - 1].item():>10.3g}{over:>14}{kl:>9}"
             f"{math.log(size) - (size - 1) / size:>8.4f}{f'{doubtful}/{len(pools)}':>10}"
         )
     if len(pools) == 1:
-        for sentence in doubts(pools[0].rewards, beta, n, rule=of_law):
+        for sentence in _doubts(pools[0].rewards, laws[0], n):
             print(f"doubt at N = {n}: {sentence}")
     if options.target is not None:
         _print_needed(options, pools, names, mean, error, n)
@@ -1069,14 +1077,14 @@ def _main(argv: list[str] | None = None) -> int:
     """Read scored answers, print the table of their curve and draw it; return the exit status.
 
     Lines that cannot be read are named and left out, all others are used, and the status is 1. It is 2 if nothing could
-    be done. This and `_table` are the only places outside of `verify` that print.
+    be done. This and what it calls are the only places outside of `verify` that print.
     """
     options = _arguments(argv)
     start = last = time.monotonic()
 
     def progress(number: int, what: str = "lines read") -> None:
         nonlocal last
-        if time.monotonic() - last > 1:
+        if time.monotonic() - last > 5:
             last = time.monotonic()
             print(f"{number:,} {what}, {last - start:.0f} s", file=sys.stderr, flush=True)
 
