@@ -436,6 +436,9 @@ def test_a_pool_without_the_rare_best_does_not_know_of_it():
 
 
 def test_interval_with_one_shuffle_places_the_bets_of_verify():
+    few = vector(0.01, 0.0, 0.02, 0.0, 0.3, 0.0)  # where the largest bet is placed
+    ends = pool.mean_interval(few, low=0, high=1, delta=0.1).tolist()
+    assert ends[1] == pytest.approx(verify.tv_upper_bound(few, delta=0.05), abs=1e-12) and ends[1] < 0.9
     x = torch.rand(40, generator=verify.rng("interval"), dtype=F64)
     low, high = pool.mean_interval(x, low=0, high=1, delta=0.1).tolist()
     assert high == pytest.approx(verify.tv_upper_bound(x, delta=0.05), abs=1e-12)

@@ -399,7 +399,7 @@ def _exponential(pool: _Pool, n: int) -> Tensor:
         factor = torch.where(alive, (1 - w[:here] * s) * pool.ratios[:here, None], 0)
         value = torch.where(alive, (pool.f * pool.ratios)[:here, None] * w[:here], 0)
         # Integrals of the interpolant from the left end of the panels to the end of each answer and the next.
-        cell = ends[: here + 1].floor().clamp(max=panels - 1)[:, None, None]
+        cell = ends[: here + 1].floor()[:, None, None]
         whole = torch.where(panel[:, None] < cell, until[-1], 0)
         part = torch.where(panel[:, None] == cell, until[: here + 1, None], whole)
         pieces = -(part * left * (size / 2)).flatten(1).diff(dim=0)
