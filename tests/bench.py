@@ -32,6 +32,7 @@ from tiltlib import (
     markov,
     mixtures,
     policies,
+    pool,
     resampling,
     selection,
     smc,
@@ -205,6 +206,22 @@ def noise_law_sum(g: Generator) -> float:
     return max(abs(math.fsum(law.tolist()) - 1) for law in laws)
 
 
+def curve_of_a_pool(rule: str, g: Generator) -> tuple[Call, ...]:
+    """All N up to 64 at once, and one exact law of the pool for each N, which is biased besides."""
+    uniform, rewards = torch.full((2048,), -math.log(2048), dtype=torch.float64), instance(2048, 15, g)[1]
+
+    def laws() -> list[Tensor]:
+        return [selection.soft_best_of_n_law(uniform, rewards, 1.0, n) for n in range(1, 65)]
+
+    return partial(pool.curve, rewards, 1.0, 64, rule=rule), laws
+
+
+def errors_of_a_pool(g: Generator) -> float:
+    rewards = instance(2048, 15, g)[1]
+    errors, points = medians((partial(pool.standard_errors, rewards, 1.0, 64), partial(pool.curve, rewards, 1.0, 64)))
+    return errors / points
+
+
 def peak_memory() -> float:
     """Read the peak resident memory in MB. Not from getrusage: a child inherits that peak from its parent."""
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
@@ -220,6 +237,20 @@ def stream_growth(g: Generator) -> float:
     with multiprocessing.get_context("spawn").Pool(1) as fresh:  # in this process the naive code has set the peak
         before, after = fresh.map(stream_peak, [10**5, 10**8], chunksize=2)
     return after - before
+
+
+def curve_peak(rule: str) -> float:
+    rewards = instance(2048, 15, verify.rng("bench", "pool"))[1]
+    pool.standard_errors(rewards[:128], 1.0, 64, rule="soft")
+    before = peak_memory()
+    pool.curve(rewards, 1.0, 64, rule=rule)
+    pool.standard_errors(rewards, 1.0, 64, rule="soft")
+    return peak_memory() - before
+
+
+def curve_growth(g: Generator) -> float:
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:
+        return max(fresh.map(curve_peak, pool.RULES))
 
 
 @cache
@@ -484,6 +515,10 @@ at_most("exact law, noise, |sum - 1|: K <= 4096, N <= 1e12, range <= 300", 1e-13
 at_most("exponential noise / soft best-of-N: 1e5 rows of 64", 1.6, partial(noise, 10**5, 64))
 faster("exact law / ONE naive selection: K = 4096, N = 1e6, range 50", 2, partial(law, 50))
 faster("exact law / ONE naive selection: K = 4096, N = 1e6, range 6", 10, partial(law, 6))
+for rule, times in (("soft", 2), ("exponential", 0.5)):
+    name = f"curve of one pool, {rule} / 64 laws: M = 2048, N <= 64"
+    faster(name, times, partial(curve_of_a_pool, rule))
+at_most("its standard errors / the curve: M = 2048, N <= 64", 6, errors_of_a_pool)
 faster("draws from the exact law / naive: K = 32, M = 1e4, N = 100", 80, partial(law_draws, 100))
 faster("draws from the exact law / naive: K = 32, M = 1e4, N = 1000", 800, partial(law_draws, 1000))
 faster("counts / naive: K = 32, M = 1e4, N = 1000", 10, counts)
@@ -520,6 +555,7 @@ faster("score, full covariances / autograd: D = 64, J = 8", 2, partial(score_by_
 for k, n in ((4, 20_000), (64, 10**5), (4096, 10**6), (2**18, 10**6)):
     at_most(f"match / the same by log-gammas: K = {k}, n = {n:.0e}", 1.5, partial(judged, k, n))
 if LINUX:
+    at_most("curve of one pool, peak memory in MB: M = 2048, N <= 64", 200, curve_growth)
     at_most("stream, growth of peak memory in MB: N = 1e5 to 1e8", 5, stream_growth)
 
 

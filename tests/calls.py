@@ -489,6 +489,49 @@ example(
     ),
 )
 
+for rule in ("hard", "soft", "exponential"):
+    for name in ("curve", "standard_errors"):
+        example(
+            f"pool.{name} rule={rule}", lambda m, call, rule=rule: call(m(POOL[:3], rows=True), 0.7, n=2, rule=rule)
+        )
+    example(
+        f"pool.interval rule={rule}",
+        lambda m, call, rule=rule: call(
+            *(m(numbers(2, 24), rows=True), 0.7, 2),
+            low=-1.0,
+            high=1.0,
+            rule=rule,
+            delta=0.1,
+            values=m(numbers(2, 24) ** 2, rows=True),
+            shuffles=3,
+            generator=m.generator(),
+        ),
+    )
+for name in ("curve", "standard_errors"):
+    example(
+        f"pool.{name} values",
+        lambda m, call: call(m(POOL.round()[:3], rows=True), m(BETAS[:3], rows=True), 4, values=m(POOL[0])),
+    )
+    example(
+        f"pool.{name} log_ratios",
+        lambda m, call: call(m(POOL[:3], rows=True), 0.7, n=2, log_ratios=m(WITH_EXCLUDED[:3] / 4, rows=True)),
+    )
+    example(f"pool.{name} n=M", lambda m, call: call(m(POOL[:3], rows=True), 0.7, 4, log_ratios=m(POOL[1])))
+example("pool.pass_at_k", lambda m, call: call(m(POOL[:3], rows=True, form=lambda x: (x > 0).double()), 3))
+example("pool.mean_interval", lambda m, call: call(m(POOL[:3], rows=True), low=-1, high=1.0, delta=0.1))
+example(
+    "pool.needed_n",
+    lambda m, call: call(*(m(POOL), 0.7, 0.3, 2), rule="hard", values=m(numbers(4)), sigmas=1.0, log_ratios=None),
+)
+for rule in ("soft", "exponential"):
+    example(
+        f"pool.needed_beta rule={rule}",
+        lambda m, call, rule=rule: call(m(POOL[:3]), 0.2, 2, rule=rule, sigmas=0.5),
+    )
+for rule in ("hard", "soft"):
+    example(f"pool.divergence rule={rule}", lambda m, call, rule=rule: call(m(POOL[:3], rows=True), 0.7, 3, rule=rule))
+    example(f"pool.doubts rule={rule}", lambda m, call, rule=rule: call(m(POOL[0]), 0.7, 3, rule=rule))
+
 SCHEMES = {name: getattr(resampling, name) for name in ("multinomial", "residual", "stratified", "systematic")}
 for name in SCHEMES:
     example(f"resampling.{name}", lambda m, call: call(m(WITH_EXCLUDED, rows=True), 9, generator=m.generator()))

@@ -21,6 +21,7 @@ mixtures        Gaussian mixtures: densities, scores, noise, tilt, all exact
 autoregressive  models of strings that samplers take, by four methods
 markov          Markov chains on strings, with exact tilts by additive rewards
 selection       rules that keep one of N candidates, and their exact laws
+pool            curves of best-of-N for every N, unbiased, from one scored pool     matplotlib
 resampling      schemes that turn weights into copies
 particles       the engine of particle methods: grow, weigh, resample
 stepwise        exact tables on Markov chains for methods that go step by step
@@ -54,6 +55,7 @@ __all__ = [
     "mixtures",
     "particles",
     "policies",
+    "pool",
     "resampling",
     "selection",
     "smc",
