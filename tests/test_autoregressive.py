@@ -323,7 +323,7 @@ def gain_of(value):
         (
             lambda m, g: mcmc.power_mh(m, m.strings(), 2.0, 9, generator=g, proposal=Prefixes(4, L, g)),
             ValueError,
-            "proposal must be over the 3 tokens of model",
+            "^proposal must be over the 3 tokens of model, got 4$",
         ),
         (
             lambda m, g: selection.soft_best_of_n_blocks(m, gain_of(0), L, 2, generator=g, block=0),

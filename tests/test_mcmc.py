@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import F64, law, random_law, vector
 
-from tiltlib import categorical, markov, mcmc, verify
+from tiltlib import autoregressive, categorical, markov, mcmc, verify
 
 # Start (.3, .3, .4 end), after a (.5, .1, .4), after b (.2, .6, .2), the end forced at the third place.
 ROWS = torch.stack([law(0.5, 0.1, 0.4), law(0.2, 0.6, 0.2), law(0.3, 0.3, 0.4)])
@@ -451,3 +451,21 @@ def test_no_argument_may_have_a_shape_of_its_own():
         values |= {name: torch.cat([values[name], values[name]]) for name in other}
         with pytest.raises(ValueError, match=r"must have one shape, got .*\(2,\)"):
             mcmc.log_accept(power=2.0, **values)
+
+
+def test_a_proposal_over_other_tokens_is_refused(rng):
+    four = markov.MarkovChain(law(0.25, 0.25, 0.25, 0.25).expand(4, 4), "abc|")
+    with pytest.raises(ValueError, match="^proposal must be over the 3 tokens of model, got 4$"):
+        mcmc.power_mh(FIXED, STRINGS, 2.0, 1, generator=rng, proposal=four)
+
+
+def test_of_a_model_without_tables_the_proposal_is_taken_on_trust(rng):
+    """One that cannot write b: strings with b are never left, and no others get it."""
+    only_a = markov.MarkovChain(law(0.6, 0, 0.4).expand(3, 3), "ab|")
+    open_model = autoregressive.Stopped(FIXED, 2)  # no chain, so nothing is proved
+    strings = torch.tensor([[0, 0, 2], [0, 1, 2], [2, 2, 2], [1, 1, 1]])
+    has_b = (strings == 1).any(-1)
+    for model, proposal in ((open_model, only_a.stopped(3)), (WORDS, autoregressive.Stopped(only_a, 2))):
+        out = mcmc.power_mh(model, strings, 2.0, 20, generator=rng, end=2, proposal=proposal)
+        assert torch.equal((out.tokens == 1).any(-1), has_b)
+        assert torch.equal(out.tokens[has_b], strings[has_b])

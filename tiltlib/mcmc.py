@@ -203,8 +203,9 @@ def power_mh(
     for _ in range(steps if n else 0):
         u = torch.rand(2, n, generator=generator, device=tokens.device, dtype=torch.float64)
         cut = (u[0] * sizes).long()  # u < 1, so cut < sizes
-        proposed, new_logps, new_source_logps = _rewrite(model, proposal, tokens, cut, generator)
-        new_sizes = sizes_of(proposed)
+        proposed = _redrawn(model if proposal is None else proposal, tokens, cut, generator)
+        new_logps, new_sizes = model.logps(proposed).double(), sizes_of(proposed)
+        new_source_logps = None if proposal is None else proposal.logps(proposed).double()
         between = {"proposal_logps": source_logps, "new_proposal_logps": new_source_logps}
         accept = u[1].log() < log_accept(logps, new_logps, power, sizes, new_sizes, **between)
         tokens = torch.where(accept[:, None], proposed, tokens)
@@ -215,40 +216,23 @@ def power_mh(
     return Rewritten(tokens, accepted / steps)
 
 
-def _rewrite(
-    model: AutoregressiveModel[Any],
-    proposal: AutoregressiveModel[Any] | None,
-    tokens: Tensor,
-    cut: Tensor,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Draw the ends of strings anew from `cut` on; return the strings, their log p, and their log q."""
-    n, length = tokens.shape
-    models = [model] if proposal is None else [model, proposal]
-    states = [m.begin(n) for m in models]
-    drawn: list[Tensor] = []
-    terms: list[list[Tensor]] = [[] for _ in models]
+def _redrawn(source: AutoregressiveModel[Any], tokens: Tensor, cut: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw the ends of strings anew, each from its own cut on."""
+    state, drawn = source.begin(len(tokens)), []
     for t, old in enumerate(tokens.unbind(-1)):
-        token = torch.where(t < cut, old, models[-1].draw(states[-1], generator=generator))
-        drawn.append(token)
-        for m, state, term in zip(models, states, terms, strict=True):
-            term.append(_token_logps(m.next_logps(state), token))
-        if t < length - 1:
-            states = [m.append(state, token) for m, state in zip(models, states, strict=True)]
-    logps = [torch.stack(term, -1).sum(-1) for term in terms]
-    return torch.stack(drawn, -1), logps[0], None if proposal is None else logps[1]
-
-
-def _token_logps(rows: Tensor, token: Tensor) -> Tensor:
-    if int(token.max()) >= rows.shape[-1]:
-        raise ValueError(f"proposal must be over the {rows.shape[-1]} tokens of model, got token {int(token.max())}")
-    return rows.gather(-1, token[:, None])[:, 0].double()
+        drawn.append(torch.where(t < cut, old, source.draw(state, generator=generator)))
+        if t < tokens.shape[-1] - 1:
+            state = source.append(state, drawn[-1])
+    return torch.stack(drawn, -1)
 
 
 def _covers(model: AutoregressiveModel[Any], proposal: AutoregressiveModel[Any], length: int) -> None:
     """Require a proposal that can write every string that the model can, as far as tables say."""
     _checks.instance("proposal", proposal, AutoregressiveModel)
-    if not isinstance(model, MarkovChain) or not isinstance(proposal, MarkovChain):
+    of_model, of_proposal = (m.next_logps(m.begin(1)).shape[-1] for m in (model, proposal))
+    if of_proposal != of_model:
+        raise ValueError(f"proposal must be over the {of_model} tokens of model, got {of_proposal}")
+    if not (isinstance(model, MarkovChain) and isinstance(proposal, MarkovChain)):
         return
     model.check_alike("proposal", proposal)
     if proposal.length is not None and proposal.length < length:
