@@ -205,7 +205,13 @@ def power_mh(
         cut = (u[0] * sizes).long()  # u < 1, so cut < sizes
         proposed = _redrawn(model if proposal is None else proposal, tokens, cut, generator)
         new_logps, new_sizes = model.logps(proposed).double(), sizes_of(proposed)
-        new_source_logps = None if proposal is None else proposal.logps(proposed).double()
+        new_source_logps = None
+        if proposal is not None:
+            new_source_logps = proposal.logps(proposed).double()
+            # What is kept of a string may hold a token that the proposal never writes: no move then.
+            possible = new_source_logps > -math.inf
+            new_logps = torch.where(possible, new_logps, -math.inf)
+            new_source_logps = torch.where(possible, new_source_logps, 0.0)
         between = {"proposal_logps": source_logps, "new_proposal_logps": new_source_logps}
         accept = u[1].log() < log_accept(logps, new_logps, power, sizes, new_sizes, **between)
         tokens = torch.where(accept[:, None], proposed, tokens)
