@@ -463,7 +463,7 @@ def test_of_a_model_without_tables_the_proposal_is_taken_on_trust(rng):
     """One that cannot write b: strings with b are never left, and no others get it."""
     only_a = markov.MarkovChain(law(0.6, 0, 0.4).expand(3, 3), "ab|")
     open_model = autoregressive.Stopped(FIXED, 2)  # no chain, so nothing is proved
-    strings = torch.tensor([[0, 0, 2], [0, 1, 2], [2, 2, 2], [1, 1, 1]])
+    strings = torch.tensor([[0, 0, 2], [0, 1, 2], [2, 2, 2], [1, 1, 2]])
     has_b = (strings == 1).any(-1)
     for model, proposal in ((open_model, only_a.stopped(3)), (WORDS, autoregressive.Stopped(only_a, 2))):
         out = mcmc.power_mh(model, strings, 2.0, 20, generator=rng, end=2, proposal=proposal)
