@@ -84,8 +84,8 @@ class Caching(Prefixes):
         return [memory[index], length, [length]]
 
 
-class Rude(Caching):
-    """Reads whatever is in the buffer."""
+class RudeAppend(Caching):
+    """Reads whatever is in the buffer, which `append` shifts."""
 
     def next_logps(self, state):
         memory, length, _ = state
@@ -93,35 +93,146 @@ class Rude(Caching):
 
     def append(self, state, tokens):
         memory, length, written = state
-        memory[:, length] = tokens
-        memory[:, 0] = (memory[:, 0] + 1) % self.v  # as if it kept no copy
-        return [memory, length + 1, written]
+        kept = memory.clone()
+        kept[:, length] = tokens
+        memory[:] = (memory + 1) % self.v
+        return [kept, length + 1, written]
 
 
+class RudeTake(RudeAppend):
+    """The same, with a `take` that shifts."""
+
+    append = Caching.append
+
+    def take(self, state, index):
+        memory, length, _ = state
+        kept = memory[index]
+        memory[:] = (memory + 1) % self.v
+        return [kept, length, [length]]
+
+
+def _later(method, change, least=1):
+    """The right method, changed once strings have some tokens."""
+    return lambda self, state, *rest, **named: (
+        change(self, method(self, state, *rest, **named))
+        if state.shape[1] >= least
+        else method(self, state, *rest, **named)
+    )
+
+
+def _forgetful(self, state):
+    """Gives another answer when it is asked again."""
+    self.asked = getattr(self, "asked", 0) + 1
+    return Prefixes.next_logps(self, state).roll(int(self.asked > 2), -1)
+
+
+def _elsewhere(self, state):
+    """Excludes a token for strings in odd places."""
+    rows = Prefixes.next_logps(self, state).clone()
+    if state.shape[1]:
+        rows[1::2, 0] = -math.inf
+    return rows.log_softmax(-1)
+
+
+AFTER_1 = ", after 1 tokens$"
 BROKEN = {
-    "not-normalised": ("next_logps", lambda self, state: Prefixes.next_logps(self, state) + 0.1),
-    "one-row": ("next_logps", lambda self, state: Prefixes.next_logps(self, state)[0]),
-    "no-tensor": ("next_logps", lambda self, state: Prefixes.next_logps(self, state).tolist()),
+    "not-normalised": (
+        {"next_logps": lambda self, state: Prefixes.next_logps(self, state) + 0.1},
+        "^next_logps must be log-probabilities that sum to 1 .* got logsumexp = 0.1, after 0 tokens$",
+    ),
+    "one-row": (
+        {"next_logps": lambda self, state: Prefixes.next_logps(self, state)[0]},
+        r"^next_logps must return shape \(6, 'V'\), got \(3,\), after 0 tokens$",
+    ),
+    "fewer-rows": (
+        {"next_logps": _later(Prefixes.next_logps, lambda self, rows: rows[:2])},
+        r"^next_logps must return shape \(6, 'V'\), got \(2, 3\)" + AFTER_1,
+    ),
+    "fewer-tokens": (
+        {"next_logps": _later(Prefixes.next_logps, lambda self, rows: rows[:, :2].log_softmax(-1))},
+        r"^next_logps must return shape \(6, 'V'\), got \(6, 2\)" + AFTER_1,
+    ),
+    "no-tensor": (
+        {"next_logps": _later(Prefixes.next_logps, lambda self, rows: rows.tolist())},
+        "^next_logps must return a floating tensor" + AFTER_1,
+    ),
+    "whole-numbers": (
+        {"next_logps": _later(Prefixes.next_logps, lambda self, rows: rows.long())},
+        "^next_logps must return a floating tensor" + AFTER_1,
+    ),
+    "places": (
+        {"next_logps": lambda self, state: self.tables[1][torch.arange(len(state)) % 3]},
+        "^next_logps must give equal rows to empty strings, got numbers that differ by .*, after 0 tokens$",
+    ),
+    "reading-counts": (
+        {"next_logps": _forgetful},
+        "^reading must leave a state as it was, got numbers that differ by .*, after 0",
+    ),
+    "excluded-elsewhere": (
+        {"next_logps": _elsewhere},
+        "^append after take must know what each string holds, got -inf at other places, after 0 tokens$",
+    ),
     "whole-batch": (
-        "next_logps",
-        lambda self, state: (
-            Prefixes.next_logps(self, state).roll(1, 0) if state.shape[1] else self.tables[0].repeat(len(state), 1)
-        ),
+        {
+            "next_logps": lambda self, state: (
+                Prefixes.next_logps(self, state).roll(1, 0) if state.shape[1] else self.tables[0].repeat(len(state), 1)
+            )
+        },
+        "^append after take must know what each string holds, got numbers that differ by .*, after 0 tokens$",
     ),
     "last-token-only": (
-        "append",
-        lambda self, state, tokens: (
-            torch.cat([state * 0, tokens[:, None]], -1) if len(state) % 2 else torch.cat([state, tokens[:, None]], -1)
-        ),
+        {
+            "append": lambda self, state, tokens: torch.cat([state * (len(state) % 2 == 0), tokens[:, None]], -1),
+        },
+        "^append after take must know|^a row must not depend on other strings, .*, after 2 tokens$",
     ),
-    "take-ignores-order": ("take", lambda self, state, index: state[index.sort().values]),
-    "take-nothing": (
-        "take",
-        lambda self, state, index: state[: len(index)] if len(index) <= len(state) else state[index * 0],
+    "take-ignores-order": (
+        {"take": lambda self, state, index: state[index.sort().values]},
+        "^take must continue the strings that it is asked for, got numbers that differ by .*" + AFTER_1,
     ),
-    "greedy-draws": ("draw", lambda self, state, generator: Prefixes.next_logps(self, state).argmax(-1)),
-    "uniform-draws": ("draw", lambda self, state, generator: torch.randint(self.v, (len(state),), generator=generator)),
-    "float-draws": ("draw", lambda self, state, generator: torch.zeros(len(state), dtype=F64)),
-    "logps-of-the-first": ("logps", lambda self, tokens: self.tables[0][0][tokens[:, 0]]),
-    "logps-per-token": ("logps", lambda self, tokens: tokens.double()),
+    "take-drops": (
+        {"take": lambda self, state, index: state[index.unique()]},
+        r"^take must continue the strings that it is asked for, got shape \(.*\) for \(7, 3\), after 0 tokens$",
+    ),
+    "greedy-draws": (
+        {"draw": lambda self, state, generator: Prefixes.next_logps(self, state).argmax(-1)},
+        "^draws must follow next_logps, got evidence 1e.*, after 0 tokens$",
+    ),
+    "uniform-draws": (
+        {"draw": _later(Prefixes.draw, lambda self, token: torch.arange(len(token)) % self.v, 2)},
+        "^draws must follow next_logps, got evidence 1e.*, after 2 tokens$",
+    ),
+    "float-draws": (
+        {"draw": lambda self, state, generator: torch.zeros(len(state), dtype=F64)},
+        r"^draw must return int64 of shape \(6,\), got torch.float64 of shape \(6,\), after 0 tokens$",
+    ),
+    "columns": (
+        {"draw": _later(Prefixes.draw, lambda self, token: token[:, None])},
+        r"^draw must return int64 of shape \(6,\), got torch.int64 of shape \(6, 1\)" + AFTER_1,
+    ),
+    "negative-draws": (
+        {"draw": _later(Prefixes.draw, lambda self, token: token - self.v)},
+        r"^draw must return tokens in 0\.\.2" + AFTER_1,
+    ),
+    "draws-from-1": (
+        {"draw": _later(Prefixes.draw, lambda self, token: token * 0 + self.v)},
+        r"^draw must return tokens in 0\.\.2" + AFTER_1,
+    ),
+    "logps-of-the-first": (
+        {"logps": lambda self, tokens: self.tables[0][0][tokens[:, 0]]},
+        "^logps must be the sum of the rows along the string, got numbers that differ by .*, after 3 tokens$",
+    ),
+    "logps-per-token": (
+        {"logps": lambda self, tokens: tokens.double()},
+        r"^logps must be the sum of the rows along the string, got shape \(6, 3\) for \(6,\), after 3 tokens$",
+    ),
+    "draws-what-is-excluded": (
+        {
+            "next_logps": _later(
+                Prefixes.next_logps, lambda self, rows: torch.tensor([0.0, -math.inf, -math.inf]).expand(len(rows), 3)
+            ),
+            "draw": _later(Prefixes.draw, lambda self, token: token * 0 + 1),
+        },
+        "^draw must not return what is excluded" + AFTER_1,
+    ),
 }

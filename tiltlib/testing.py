@@ -57,15 +57,15 @@ def check_model(
         raise ValueError(f"n must be at least 2, to see whether strings are mixed up, got {n}")
     _checks.generator("generator", generator)
     strings, rows = _write_and_read(model, int(length), int(n), generator)
-    for t, expected in enumerate(rows):
-        _check_order_and_take(model, strings, t, expected, rows[t + 1] if t + 1 < len(rows) else None, generator)
-    terms = [row.gather(-1, token[:, None])[:, 0].double() for row, token in zip(rows, strings.T, strict=True)]
-    stated = model.logps(strings)
-    _require(tuple(stated.shape) == (n,), f"logps must have shape ({n},), got {tuple(stated.shape)}")
-    _same(stated, torch.stack(terms, -1).sum(-1), "logps must be the sum of the rows along the string")
-    _check_draws(model, model.begin(draws), rows[0][0], "of empty strings", generator)
-    copied = model.take(_begun(model, strings[:1, :-1]), torch.zeros(draws, dtype=torch.int64, device=strings.device))
-    _check_draws(model, copied, rows[-1][0], f"after {length - 1} tokens", generator)
+    for t in range(length):
+        _check_order_and_take(model, strings, t, rows[t : t + 2], generator)
+    terms = torch.stack([_of_tokens(row, token) for row, token in zip(rows, strings.T, strict=True)])
+    _same(model.logps(strings), terms.sum(0), "logps must be the sum of the rows along the string", length)
+    _check_draws(model, model.begin(draws), rows[0][0], 0, generator)
+    if length > 1:
+        copies = torch.zeros(draws, dtype=torch.int64, device=strings.device)
+        state = model.take(_begun(model, strings[:, :-1]), copies)
+        _check_draws(model, state, rows[-1][0], length - 1, generator)
 
 
 def _write_and_read(
@@ -77,110 +77,91 @@ def _write_and_read(
     rows: list[Tensor] = []
     for t in range(length):
         row = model.next_logps(state)
-        _require(
-            isinstance(row, Tensor) and row.is_floating_point(), f"next_logps must return a floating tensor{_at(t)}"
-        )
-        _require(
-            row.ndim == 2 and len(row) == n, f"next_logps must return shape ({n}, V){_at(t)}, got {tuple(row.shape)}"
-        )
+        _require(isinstance(row, Tensor) and row.is_floating_point(), "next_logps must return a floating tensor", t)
+        shape = (n, row.shape[-1] if t == 0 else rows[0].shape[-1])
+        _require(tuple(row.shape) == shape, f"next_logps must return shape {(n, 'V')}, got {tuple(row.shape)}", t)
         try:
             _checks.logps("next_logps", row)
         except ValueError as error:
-            raise AssertionError(f"{error}{_at(t)}") from None
+            raise AssertionError(f"{error}, after {t} tokens") from None
         if t == 0:
-            _same(row, row[:1].expand_as(row), "next_logps must give equal rows to empty strings")
-        else:
-            _require(row.shape == rows[0].shape, f"V must not change, got {row.shape[-1]}{_at(t)}")
+            _same(row, row[:1].expand_as(row), "next_logps must give equal rows to empty strings", t)
         kept = row.clone()
         token = model.draw(state, generator=generator)
+        described = f"{token.dtype} of shape {tuple(token.shape)}"
         _require(
             token.dtype == torch.int64 and tuple(token.shape) == (n,),
-            f"draw must return int64 tokens of shape ({n},){_at(t)}, got {token.dtype} and {tuple(token.shape)}",
+            f"draw must return int64 of shape ({n},), got {described}",
+            t,
         )
-        inside = bool((token >= 0).all()) and bool((token < row.shape[-1]).all())
-        _require(inside, f"draw must return tokens in 0..{row.shape[-1] - 1}{_at(t)}")
-        _require(
-            bool((row.gather(-1, token[:, None]) > -math.inf).all()), f"draw must not return what is excluded{_at(t)}"
-        )
-        _same(model.next_logps(state), kept, f"reading must leave a state as it was{_at(t)}")
+        v = shape[1]
+        _require(bool(((token >= 0) & (token < v)).all()), f"draw must return tokens in 0..{v - 1}", t)
+        _require(bool((_of_tokens(row, token) > -math.inf).all()), "draw must not return what is excluded", t)
+        _same(model.next_logps(state), kept, "reading must leave a state as it was", t)
         rows.append(kept)
         tokens.append(token)
         if t < length - 1:
             old, state = state, model.append(state, token)
-            _same_or_refused(
-                model, old, kept, f"a state that append has moved must give its old rows or be refused{_at(t)}"
-            )
+            _same_or_refused(model, old, kept, "a state that append has moved", t)
     return torch.stack(tokens, -1), rows
 
 
 def _check_order_and_take(
-    model: AutoregressiveModel[Any],
-    strings: Tensor,
-    t: int,
-    expected: Tensor,
-    following: Tensor | None,
-    generator: torch.Generator,
+    model: AutoregressiveModel[Any], strings: Tensor, t: int, rows: list[Tensor], generator: torch.Generator
 ) -> None:
-    """Check the rows after t tokens for strings in another order, each alone, and copied ones."""
+    """Check the rows after t tokens, and one more, for strings in another order, each alone, and copied ones."""
     n = len(strings)
     order = torch.randperm(n, generator=generator, device=strings.device)
     for index in (order, *order.split(1)):
         row = model.next_logps(_begun(model, strings[index, :t]))
-        _same(row, expected[index], f"a row must not depend on other strings, nor on its place among them{_at(t)}")
+        _same(row, rows[0][index], "a row must not depend on other strings, nor on its place among them", t)
     # More strings than there are, so that some occur twice; the last one never.
     index = torch.randint(n - 1, (n + 1,), generator=generator, device=strings.device)
     state = _begun(model, strings[:, :t])
     taken = model.take(state, index)
-    _same(model.next_logps(taken), expected[index], f"take must continue the strings that it is asked for{_at(t)}")
-    _same_or_refused(
-        model, state, expected, f"a state that take has moved must give its old rows or be refused{_at(t)}"
-    )
-    if following is not None:
+    _same(model.next_logps(taken), rows[0][index], "take must continue the strings that it is asked for", t)
+    _same_or_refused(model, state, rows[0], "a state that take has moved", t)
+    if len(rows) > 1:
         longer = model.append(model.take(_begun(model, strings[:, :t]), index), strings[index, t])
-        _same(model.next_logps(longer), following[index], f"append after take must know what each string holds{_at(t)}")
+        _same(model.next_logps(longer), rows[1][index], "append after take must know what each string holds", t)
 
 
-def _check_draws(
-    model: AutoregressiveModel[Any], state: Any, row: Tensor, which: str, generator: torch.Generator
-) -> None:
+def _check_draws(model: AutoregressiveModel[Any], state: Any, row: Tensor, t: int, generator: torch.Generator) -> None:
     law = torch.log_softmax(row.double(), -1)
     verdict = verify.match(model.draw(state, generator=generator), law, claim="draws")
-    _require(
-        verdict.decision != "REJECT", f"draws {which} must follow next_logps, got evidence 1e{verdict.log10_e:.0f}"
-    )
+    _require(verdict.decision != "REJECT", f"draws must follow next_logps, got evidence 1e{verdict.log10_e:.0f}", t)
+
+
+def _of_tokens(row: Tensor, token: Tensor) -> Tensor:
+    return row.gather(1, token[:, None])[:, 0].double()
 
 
 def _begun(model: AutoregressiveModel[Any], tokens: Tensor) -> Any:
     state = model.begin(len(tokens))
-    for token in tokens.unbind(-1):
+    for token in tokens.T:
         state = model.append(state, token)
     return state
 
 
-def _at(t: int) -> str:
-    return f", after {t} tokens"
-
-
-def _require(condition: bool, message: str) -> None:
+def _require(condition: bool, rule: str, t: int) -> None:
     if not condition:
-        raise AssertionError(message)
+        raise AssertionError(f"{rule}, after {t} tokens")
 
 
-def _same(found: Tensor, expected: Tensor, rule: str) -> None:
+def _same(found: Tensor, expected: Tensor, rule: str, t: int) -> None:
     """Require the same numbers to half of the digits of float32 or less, and -inf at the same places."""
-    _require(found.shape == expected.shape, f"{rule}; got shape {tuple(found.shape)} for {tuple(expected.shape)}")
+    _require(found.shape == expected.shape, f"{rule}, got shape {tuple(found.shape)} for {tuple(expected.shape)}", t)
     tolerance = max(math.sqrt(torch.finfo(dtype).eps) for dtype in (found.dtype, expected.dtype, torch.float32))
     found, expected = found.double(), expected.double()
     excluded = expected == -math.inf
-    _require(bool(((found == -math.inf) == excluded).all()), f"{rule}; got -inf at other places")
-    gap = torch.where(excluded, 0.0, found - expected).abs() / expected.abs().clamp(min=1)
-    worst = torch.where(excluded, 0.0, gap).max().item()
-    _require(worst <= tolerance, f"{rule}; got numbers that differ by {worst:.2g}")
+    _require(bool(((found == -math.inf) == excluded).all()), f"{rule}, got -inf at other places", t)
+    gap = torch.where(excluded, 0.0, (found - expected).abs() / expected.abs().clamp(min=1)).max().item()
+    _require(gap <= tolerance, f"{rule}, got numbers that differ by {gap:.2g}", t)
 
 
-def _same_or_refused(model: AutoregressiveModel[Any], state: Any, expected: Tensor, rule: str) -> None:
+def _same_or_refused(model: AutoregressiveModel[Any], state: Any, expected: Tensor, which: str, t: int) -> None:
     try:
         row = model.next_logps(state)
     except Exception:  # whatever it says: it does not go on with wrong numbers
         return
-    _same(row, expected, rule)
+    _same(row, expected, f"{which} must give its old rows or be refused", t)
