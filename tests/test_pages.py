@@ -178,7 +178,9 @@ def visit(contexts, base):
 # How long a chapter is as it opens, and how much of that is code and printed output, in CSS pixels. Folded parts count
 # with the line that opens them, figures and tables not at all.
 SIZE = """() => {
-  const height = (e) => (e.checkVisibility() ? e.getBoundingClientRect().height : 0);
+  // What a closed box holds, such as a solution, is there but not seen.
+  const seen = (e) => e.checkVisibility({opacityProperty: true, visibilityProperty: true});
+  const height = (e) => (seen(e) ? e.getBoundingClientRect().height : 0);
   const code = [...document.querySelectorAll(".cell_input, .cell_output div.highlight, .cell_output > pre")];
   const shown = code.filter((e) => !e.closest("details:not([open]) > :not(summary)") && !e.closest("figure"));
   return [document.documentElement.scrollHeight, shown.map(height).reduce((a, b) => a + b, 0)];
