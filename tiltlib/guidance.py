@@ -350,8 +350,6 @@ def particles(
     if y.ndim != 3 or not y.shape[1]:
         raise ValueError(f"y must have shape (runs, n, D) with n >= 1 and D >= 1, got {tuple(y.shape)}")
     _checks.finite("y", y)
-    if not 0 <= _number("threshold", threshold) <= 1:
-        raise ValueError(f"threshold must lie in [0, 1], got {threshold!r}")
     runs, n, d = y.shape
     guided = proposal is not ref
     points = y.flatten(0, 1)
