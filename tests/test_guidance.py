@@ -821,7 +821,7 @@ NOISELESS = partial(diffusion.transition, churn=0.0)
             "log_values must return a floating-point torch.Tensor, got float",
         ),
         ({"log_tilt": lambda y: y[:, 0] > 0}, TypeError, "log_tilt must return a floating-point .* got a torch.bool"),
-        ({"threshold": math.nan}, ValueError, "threshold must be finite, got nan"),
+        ({"threshold": math.nan}, ValueError, r"threshold must lie in \[0, 1\], got nan"),
         ({"levels": vector(1, 2)}, ValueError, "levels must decrease strictly"),
         ({"threshold": 1.1}, ValueError, r"threshold must lie in \[0, 1\], got 1.1"),
         ({"log_values": lambda y, s: y}, ValueError, r"log_values must return shape \(8,\), one number per point"),
