@@ -172,6 +172,7 @@ def test_particles_on_an_unseen_model(zeros, rng):
     assert verify.match(drawn, far, claim="unseen!", versus=[target]).decision == "REJECT"
 
 
+@pytest.mark.slow
 def test_the_estimate_of_z_is_unbiased_on_an_unseen_model(rng):
     model, log_w, target = instance(rng)
     tables = soft_values(model, log_w)

@@ -408,6 +408,7 @@ def every_system(
 @pytest.mark.parametrize("threshold", [0.0, 0.97, 1.0])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("kernel", [diffusion.transition, diffusion.posterior_transition])
+@pytest.mark.slow
 def test_particles_are_unbiased(monkeypatch, threshold, guided, kernel):
     # The proposal is guided by a score that no value has: any will do.
     proposal = (lambda y, s: normal(1.0)(y, s) + 0.2 * torch.cos(y)) if guided else None

@@ -623,6 +623,7 @@ def test_a_tilt_point_by_point(kind, sign, rng):
 
 
 @given(st.integers(0, 10**6), st.sampled_from(KINDS))
+@pytest.mark.slow
 def test_tilts_add_up(seed, kind):
     rng = verify.rng(f"tilts-{seed}")
     mixture, x = random_mixture(kind, rng), normal((5, D), rng)

@@ -693,6 +693,7 @@ def test_rloo_trains_to_the_tilt(rng):
     arrives(policy.law(), target, near_miss, 1e-3)
 
 
+@pytest.mark.slow
 def test_policy_gradient_trains_to_the_tilt(rng):
     ref, rewards, target, near_miss = tabular_instance(rng)
     policy = TabularPolicy(ref)

@@ -94,6 +94,7 @@ def test_hard_rule_asks_for_the_order_alone():
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("spread", [0.5, 4.0, 30.0, 590.0])
+@pytest.mark.slow
 def test_the_whole_of_a_large_pool(rule, spread):
     r, f = example_pool(90, spread, "whole")
     expected = (kept(r, 1.0, rule) * f).sum()
@@ -313,6 +314,7 @@ def pools(draw: st.DrawFn, max_m: int = 10) -> tuple[Tensor, Tensor, float]:
 
 
 @given(pools())
+@pytest.mark.slow
 def test_properties_of_every_pool(drawn):
     r, f, beta = drawn
     m = len(r)
@@ -333,6 +335,7 @@ def test_properties_of_every_pool(drawn):
 
 
 @given(pools(max_m=6))
+@pytest.mark.slow
 def test_errors_are_the_jackknife_of_every_pool(drawn):
     r, f, beta = drawn
     m = len(r)
@@ -375,6 +378,7 @@ def test_several_temperatures_for_one_pool():
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.slow
 def test_blocks_of_nodes_change_nothing(rule, monkeypatch):
     r, f = example_pool(30, 40.0, "blocks")
     results = [

@@ -315,6 +315,7 @@ def test_soft_law_tends_to_the_best_of_n_law():
 
 
 @given(instances(), st.integers(1, 10**6))
+@pytest.mark.slow
 def test_exponential_law_tends_to_the_best_of_n_law(instance, n):
     ref, rewards, _ = instance
     for beta in (5e-324, 1e-300, 1e-20):
@@ -556,6 +557,7 @@ def test_soft_best_of_n_draw_for_any_n(n, rng):
 
 @pytest.mark.parametrize("chunks", [[1, 1, 1, 1], [3, 1], [1, 2, 1], [4]])
 @pytest.mark.parametrize("excluded", [False, True])
+@pytest.mark.slow
 def test_stream_follows_the_law_whatever_the_chunks(chunks, excluded, rng):
     """Streaming is soft best-of-N; chunks that are excluded as a whole, at any place, change nothing."""
 

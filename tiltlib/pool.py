@@ -750,9 +750,15 @@ def needed_beta(rewards: Tensor, target: float, n: int, *, rule: str = "soft", s
     def reached(level: float) -> float:
         if level <= reward(warmest):
             return math.inf
-        if level >= reward(coldest):
+        if level >= best:
             return 0.0
-        return math.exp(brentq(lambda t: reward(t) - level, coldest, warmest, xtol=1e-12, rtol=1e-14))
+        # The colder, the more nodes a curve takes: go no further than needed.
+        cold = math.log(widest)
+        while reward(cold) < level:
+            if cold == coldest:
+                return 0.0
+            cold = max(coldest, cold - 1)
+        return math.exp(brentq(lambda t: reward(t) - level, cold, warmest, xtol=1e-12, rtol=1e-14))
 
     at = reached(target)
     if not 0 < at < math.inf:  # closer to an end than any temperature that the curves are computed at
