@@ -469,3 +469,10 @@ def test_of_a_model_without_tables_the_proposal_is_taken_on_trust(rng):
         out = mcmc.power_mh(model, strings, 2.0, 20, generator=rng, end=2, proposal=proposal)
         assert torch.equal((out.tokens == 1).any(-1), has_b)
         assert torch.equal(out.tokens[has_b], strings[has_b])
+
+
+def test_a_single_string_is_written_with_its_own_context(rng):
+    """Fewer strings than places: after a comes b, after b comes a."""
+    cycle = markov.MarkovChain(torch.stack([law(0, 1, 0), law(1, 0, 0), law(1, 0, 0)]), "ab|")
+    out = mcmc.power_mh(cycle, torch.tensor([[0, 1, 0, 1]]), 2.0, 20, generator=rng)
+    assert out.tokens.tolist() == [[0, 1, 0, 1]] and out.acceptance.item() == 1

@@ -65,6 +65,44 @@ def test_last_digits_are_no_difference_and_others_are(rng):
                 testing.check_model(model, 2, generator=rng)
 
 
+def test_a_model_may_refuse_strings_that_are_longer_than_asked_for(rng):
+    def append(self, state, tokens):
+        assert state.shape[1] < 2
+        return Prefixes.append(self, state, tokens)
+
+    testing.check_model(type("Strict", (Prefixes,), {"append": append})(3, 3, rng), 3, generator=rng)
+
+
+def test_draws_are_looked_at_after_one_token_too(rng):
+    late = type(
+        "Late",
+        (Prefixes,),
+        {
+            "draw": lambda self, state, generator: (
+                Prefixes.draw(self, state, generator=generator)
+                if state.shape[1] == 0 or len(state) < 100
+                else torch.arange(len(state)) % 3
+            )
+        },
+    )
+    with pytest.raises(AssertionError, match="^draws must follow next_logps, got evidence 1e.*, after 1 tokens$"):
+        testing.check_model(late(3, 2, rng), 2, generator=rng)
+
+
+def test_log_probabilities_of_long_strings_are_compared_by_their_digits(rng):
+    chain = markov.MarkovChain(torch.full((2, 2), 0.5).log(), "a ")
+    for off, passes in ((1e-4, True), (1e-3, False)):
+        logps = lambda self, tokens, off=off: (1 + off) * markov.MarkovChain.logps(self, tokens)  # noqa: E731
+        model = type("Off", (markov.MarkovChain,), {"logps": logps})(chain.table(0), "a ")
+        if passes:
+            testing.check_model(model, 40, generator=rng, n=2)
+        else:
+            with pytest.raises(
+                AssertionError, match="^logps must be the sum of the rows along the string, got numbers"
+            ):
+                testing.check_model(model, 40, generator=rng, n=2)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
