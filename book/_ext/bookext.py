@@ -158,7 +158,7 @@ class Evidence(SphinxPostTransform):
         self.refer(links, " · some of it below ", others)
         self.refer(links, " · also here, about ", [(self.env.book_entries[x].statement.page, x) for x in about])
         if not cells:
-            return [nodes.paragraph("", text, classes=["evidence"]), links]
+            return [nodes.paragraph("", f"{text} ", *links.children, classes=["evidence"])]
         opening = nodes.raw("", f'<details class="evidence"><summary>{escape(text)}</summary>', format="html")
         body = nodes.container("", links, *cells, classes=["evidence-body"], is_div=True)
         return [opening, body, nodes.raw("", "</details>", format="html")]
