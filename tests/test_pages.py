@@ -425,5 +425,5 @@ def test_the_page_shows_what_it_computes(visit):
     torch.testing.assert_close(drawn / drawn.sum(1, keepdim=True), laws.exp(), rtol=1e-5, atol=1e-7)
     found = re.findall(r"(?:soft|noise|best) ([\d.]+)(?:·10−(\d+))?", box.query_selector("output").inner_text())
     shown = [float(digits) * 10 ** -int(power or 0) for digits, power in found]
-    exact = [measure(*pair).item() for measure in (total_variation, kl) for pair in ((goal, law) for law in laws)]
+    exact = [total_variation(goal, law).item() for law in laws] + [kl(goal, law).item() for law in laws[:2]]
     assert shown == pytest.approx(exact, rel=5e-3)

@@ -133,17 +133,17 @@
   const bar = (fill) => `<rect x="6" width="14" height="14" ${fill}/>`;
   const DASH = line(0, 7, 26, 7, START), THICK = line(0, 7, 26, 7, GOAL);
   const digits = (x) => (x === 0 || x >= 1e-3 ? x.toPrecision(3) : `${x.toExponential(2).replace("e-", "·10<sup>−")}</sup>`);
-  const rounded = (x) => (x < 1e-12 ? "0" : x === Infinity ? "∞" : digits(x)); // of numbers near 1 no more is known
+  const rounded = (x) => (x < 1e-12 ? "below 10<sup>−12</sup>" : digits(x)); // no more is left of differences
 
   const explorables = {
-    "soft-best-of-n"(root, { p = [0.5, 0.3, 0.2], rewards: r = [0, 1, 2], n = 4, beta = 1 }) {
+    "soft-best-of-n"(root, { p = [0.5, 0.3, 0.2], rewards: r = [0, 1, 2], n = 16, beta = 1 }) {
       const sizes = [...new Set(decades(0, 4).map(Math.round))], betas = [0.05, 0.063, 0.08, ...decades(-1, 1)];
       const getN = control(root, "N", "candidates", sizes, n), getBeta = control(root, "β", "temperature", betas, beta);
       root.querySelector(".bk-key").innerHTML = key(bar(SOFT), "soft") + key(bar(NOISE), "exponential noise")
         + key(bar(HARD), "best") + key(DASH, "<i>p</i>, the reference") + key(THICK, "<i>π*</i>, the tilt");
-      const rules = [ // name, law, fill of a bar, line of a curve, and the place of its name, by the index of a size
+      const rules = [ // name, law, fill of a bar, line of a curve, and where its name stands: index of a size, below or above
         ["soft", (m, b) => softBestOfN(p, r, m, b), SOFT, CURVE, 20, -6],
-        ["noise", (m, b) => exponentialBestOfN(p, r, m, b), NOISE, `stroke="${GREEN}" stroke-width="2.5"`, 8, 16],
+        ["noise", (m, b) => exponentialBestOfN(p, r, m, b), NOISE, `stroke="${GREEN}" stroke-width="2.5"`, 8, 14],
         ["best", (m) => bestOfN(p, r, m), HARD, 'stroke="currentColor" stroke-width="2.5" opacity="0.4"', 24, -8],
       ];
       return (width, height, panels) => {
@@ -155,15 +155,16 @@
         const one = ([name, law, , style, where, lift]) => {
           const path = sizes.map((m) => at(m, totalVariation(law(m, b), goal))), [u, v] = path[where];
           const end = path.findIndex((q) => q[1] >= height - PAD) + 1 || path.length; // below the picture it stops
-          const there = v < height - PAD - 20 ? text(u + 4, v + lift, name, "start") : "";
+          const there = v < height - PAD - 20 ? text(u + (lift < 0 ? 4 : -8), v + lift, name, lift < 0 ? "start" : "end") : "";
           return curve(path.slice(0, end), style) + there + point(at(N, totalVariation(law(N, b), goal)), style);
         };
         panels[1].innerHTML = svg(width, height, "Total variation of each rule from the tilt, against N",
           axes(width, height, "TV to the tilt") + below(width, height, "N")
           + [0, 2, 4].map((e) => text(x(e), height - PAD + 16, power(e))).join("")
           + [0, -2, -4, -6].map((e) => text(PAD - 6, y(e) + 4, power(e), "end")).join("") + rules.map(one).join(""));
-        const say = (measure) => rules.map(([name], i) => `${name} ${rounded(measure(laws[i]))}`).join(", ");
-        return `TV to <i>π*</i>: ${say((law) => totalVariation(law, goal))} &emsp; KL(<i>π*</i> ‖ law): ${say((law) => kl(goal, law))}`;
+        const say = (several, measure) => several.map((law, i) => `${rules[i][0]} ${rounded(measure(law))}`).join(", ");
+        return `TV to <i>π*</i>: ${say(laws, (law) => totalVariation(law, goal))} &emsp; `
+          + `KL(<i>π*</i> ‖ law): ${say(laws.slice(0, 2), (law) => kl(goal, law))}`; // that of the best leaves float64
       };
     },
 
