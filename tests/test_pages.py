@@ -351,24 +351,33 @@ CASES = [([0.5, 0.3, 0.2], [0, 1, 2], n, beta) for n in (1, 2, 4, 1000, 10**6) f
 CASES += [([0.7, 0.1, 0.1, 0.1], [-3, 5, 5, 0], 7, 0.3), ([1.0], [2], 5, 1)]
 
 
-def test_the_page_computes_the_law_that_tiltlib_computes(visit):
+def laws_of(logps, rewards, n, beta):
+    """Soft, exponential and hard selection, as the page orders them."""
+    from tiltlib import selection
+
+    soft = selection.soft_best_of_n_law(logps, rewards, beta, n)
+    noise = selection.exponential_best_of_n_law(logps, rewards, beta, n)
+    return torch.stack([soft, noise, selection.best_of_n_law(logps, rewards, n)])
+
+
+def test_the_page_computes_the_laws_that_tiltlib_computes(visit):
     from tiltlib.categorical import tilt, total_variation
-    from tiltlib.selection import soft_best_of_n_law
 
     page = visit("search.html")  # the script is on every page, and this one is light
     for p, rewards, n, beta in CASES:
         logps, r = torch.tensor(p, dtype=torch.float64).log(), torch.tensor(rewards, dtype=torch.float64)
-        law, goal = soft_best_of_n_law(logps, r, beta, n), tilt(logps, r, beta)
+        laws, goal = laws_of(logps, r, n, beta), tilt(logps, r, beta)
         ours, our_goal, tv = page.evaluate(
             """([p, r, n, beta]) => {
-              const law = bookjs.softBestOfN(p, r, n, beta), goal = bookjs.tilt(p, r, beta);
-              return [law, goal, bookjs.totalVariation(law, goal)];
+              const soft = bookjs.softBestOfN(p, r, n, beta), goal = bookjs.tilt(p, r, beta);
+              const others = [bookjs.exponentialBestOfN(p, r, n, beta), bookjs.bestOfN(p, r, n)];
+              return [[soft, ...others], goal, bookjs.totalVariation(soft, goal)];
             }""",
             [p, rewards, n, beta],
         )
-        torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), law.exp(), rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), laws.exp(), rtol=1e-9, atol=1e-15)
         torch.testing.assert_close(torch.tensor(our_goal, dtype=torch.float64), goal.exp(), rtol=1e-12, atol=1e-15)
-        assert tv == pytest.approx(total_variation(law, goal).item(), rel=1e-6, abs=1e-13)
+        assert tv == pytest.approx(total_variation(laws[0], goal).item(), rel=1e-6, abs=1e-13)
 
 
 def churned_variance(A, B, g, c):
@@ -401,7 +410,6 @@ def test_the_page_computes_the_variances_that_the_book_proves(visit):
 
 def test_the_page_shows_what_it_computes(visit):
     from tiltlib.categorical import kl, tilt, total_variation
-    from tiltlib.selection import soft_best_of_n_law
 
     name = next((n for n in TOC if 'data-name="soft-best-of-n"' in (HTML / f"{n}.html").read_text("utf-8")), None)
     assert name, "no page holds the soft best-of-N interactive"
@@ -410,13 +418,12 @@ def test_the_page_shows_what_it_computes(visit):
     n, beta = (float(s.get_attribute("aria-valuetext").split(" = ")[1]) for s in box.query_selector_all("input"))
     logps = torch.tensor(options.get("p", [0.5, 0.3, 0.2]), dtype=torch.float64).log()
     r = torch.tensor(options.get("rewards", [0, 1, 2]), dtype=torch.float64)
-    law, goal = soft_best_of_n_law(logps, r, beta, int(n)), tilt(logps, r, beta)
+    laws, goal = laws_of(logps, r, int(n), beta), tilt(logps, r, beta)
 
     heights = box.evaluate("e => [...e.querySelectorAll('.bk-panels rect')].map((bar) => +bar.getAttribute('height'))")
-    torch.testing.assert_close(torch.tensor(heights).double() / math.fsum(heights), law.exp(), rtol=1e-5, atol=1e-7)
-    found = re.findall(r"[=≤] ([\d.]+)(?:·10−(\d+))?", box.query_selector("output").inner_text())
-    tv, bound, divergence = (float(digits) * 10 ** -int(power or 0) for digits, power in found)
-    ratio = (goal - logps).exp()
-    assert tv == pytest.approx(total_variation(law, goal).item(), rel=5e-3)
-    assert bound == pytest.approx((((goal.exp() * ratio).sum() - 0.75) / n).item(), rel=5e-3)
-    assert divergence == pytest.approx(kl(goal, law).item(), rel=5e-3)
+    drawn = torch.tensor(heights).double().view(-1, 3).T  # outcome by outcome, a bar for each rule
+    torch.testing.assert_close(drawn / drawn.sum(1, keepdim=True), laws.exp(), rtol=1e-5, atol=1e-7)
+    found = re.findall(r"(?:soft|noise|best) ([\d.]+)(?:·10−(\d+))?", box.query_selector("output").inner_text())
+    shown = [float(digits) * 10 ** -int(power or 0) for digits, power in found]
+    exact = [total_variation(goal, law).item() for law in laws] + [kl(goal, law).item() for law in laws[:2]]
+    assert shown == pytest.approx(exact, rel=5e-3)

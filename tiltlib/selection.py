@@ -603,7 +603,7 @@ def exponential_best_of_n(rewards: Tensor, beta: float | Tensor, *, generator: t
         TypeError: `rewards` is not a floating tensor, or `generator` not a torch.Generator.
         ValueError: `rewards` has NaN, +inf, or a row that is all -inf, or `beta` is not finite and > 0 or does not fit.
 
-    Source: [mckenna2020] for the rule within one pool, as permute-and-flip; [ding2021] for its form with noise.
+    Source: [mckenna2020] and [ding2021] for the rule; book, `exponential-noise` and `exponential-noise-nearer`.
     """
     top = _candidate_rewards(rewards)
     _checks.positive_per_row("beta", beta, rewards.shape[:-1])
@@ -642,7 +642,7 @@ def exponential_best_of_n_law(ref_logps: Tensor, rewards: Tensor, beta: float | 
         ValueError: `ref_logps` not normalised, `rewards` not finite where the reference has mass, `n` < 1, `beta` not
             finite and > 0, or shapes that do not fit.
 
-    Source: [ding2021] for the rule; the law over fresh candidates is derived here.
+    Source: [ding2021] for the rule; the law over fresh candidates is derived in the book, `exponential-noise`.
     """
     ref, supported = _finite_n_inputs(ref_logps, rewards, n)
     _checks.positive_per_row("beta", beta, ref.shape[:-1])
@@ -705,7 +705,7 @@ def exponential_best_of_n_stream(
         ValueError: no chunk, shapes that do not fit, rewards with NaN or +inf, a row without any finite reward, or
             `beta` not finite and > 0.
 
-    Source: [ding2021].
+    Source: [ding2021]; book, `exponential-noise`.
     """
     if isinstance(beta, Tensor):
         beta = beta.detach()

@@ -2,7 +2,7 @@
 // Interactives of the book, computed in the page: no library, no network. A page says
 // <div class="bk-explorable" data-name="..." data-options='{...}'>, see tiltlib.figures.explorable.
 (() => {
-  const BLUE = "#3b82c4", ORANGE = "#d9722e", PAD = 34, TOP = 20; // room for the labels of the axes, in pixels
+  const BLUE = "#3b82c4", ORANGE = "#d9722e", GREEN = "#2e9e6b", PAD = 34, TOP = 20; // room for the labels of the axes, in pixels
   const sum = (x) => x.reduce((a, b) => a + b, 0);
   const dot = (x, y) => sum(x.map((a, k) => a * y[k]));
 
@@ -28,13 +28,33 @@
     }
     return law;
   }
+  // X_N(y) = N p w int_0^{1/w} u^{N-1} dv with u(v) = E_p (1 - w v)_+, which is linear between the numbers 1/w.
+  function exponentialBestOfN(p, r, n, beta) {
+    const l = logWeights(r, beta), w = l.map(Math.exp);
+    const logU = (v) => { // from whichever side is nearer: the power N needs the digits of 1 - u near 1
+      const gone = sum(p.map((q, k) => q * Math.min(1, w[k] * v)));
+      return gone < 0.5 ? Math.log1p(-gone) : Math.log(sum(p.map((q, k) => q * Math.max(0, 1 - w[k] * v))));
+    };
+    const ends = [...new Set(w)].sort((a, b) => b - a).map((x) => [1 / x, sum(p.map((q, k) => (w[k] <= x ? q * w[k] : 0)))]);
+    let from = 0, total = 0; // N int_0^v u^{N-1}, segment by segment
+    const upTo = new Map(ends.map(([v, slope]) => {
+      const a = logU(from);
+      if (slope > 0) total += (Math.exp(n * a) * -Math.expm1(n * (logU(v) - a))) / slope;
+      from = v;
+      return [v, total];
+    }));
+    return p.map((q, k) => (q > 0 ? q * w[k] * upTo.get(1 / w[k]) : 0));
+  }
+  function bestOfN(p, r, n) { // ties broken over draws
+    const mass = (test) => sum(p.map((q, k) => (test(r[k]) ? q : 0)));
+    return p.map((q, k) => {
+      const below = mass((x) => x < r[k]), level = mass((x) => x === r[k]);
+      return q > 0 ? (q / level) * ((below + level) ** n - below ** n) : 0;
+    });
+  }
   const totalVariation = (a, b) => sum(a.map((x, k) => Math.abs(x - b[k]))) / 2;
   // sum a log(a/b) = sum a (d - log(1 + d)) with d = b/a - 1, as sum a d = 0: exact also where a is nearly b.
   const kl = (a, b) => sum(a.map((x, k) => (x > 0 ? x * (b[k] / x - 1 - Math.log1p(b[k] / x - 1)) : b[k])));
-  const bound = (p, r, n, beta) => { // (CV^2 + 1/4) / N, as CV^2 = E_p[(w/Z)^2] - 1
-    const pi = tilt(p, r, beta);
-    return (dot(pi, pi.map((x, k) => (p[k] > 0 ? x / p[k] : 0))) - 0.75) / n;
-  };
 
   // Guidance of scale g and noise factor c on the pair N(0, A) in N(0, B): the variance at the end, and the tilt's. In the
   // book's integral q = exp(-c^2 u) and u = e^t; the trapezoid rule in t, as above.
@@ -69,18 +89,21 @@
   const START = 'stroke="currentColor" stroke-width="2" stroke-dasharray="3 3"';
   const GOAL = `stroke="${ORANGE}" stroke-width="4"`, CURVE = `stroke="${BLUE}" stroke-width="2.5"`;
   const below = (width, height, name) => text((width + PAD) / 2, height - 3, name);
-  const point = ([x, y]) => `<circle cx="${x}" cy="${y}" r="6" fill="${BLUE}" stroke="currentColor" stroke-width="1.5"/>`;
+  const point = ([x, y], style = `stroke="${BLUE}"`) => // in the colour of its curve
+    `<circle cx="${x}" cy="${y}" r="6" fill="${style.match(/stroke="([^"]*)"/)[1]}" stroke="currentColor" stroke-width="1.5"/>`;
 
-  // One bar per outcome, with a dashed mark where it starts and, if there is a goal, a thick one where it goes.
-  function bars(width, height, label, law, start, goal, names) {
-    const y = scale(0, 1, height - PAD, TOP), step = (width - PAD - 4) / law.length;
-    const one = (v, k) => {
-      const x = PAD + step * (k + 0.5), mark = (u, style) => line(x - step * 0.4, y(u), x + step * 0.4, y(u), style);
-      return `<rect x="${x - step * 0.28}" y="${y(v)}" width="${step * 0.56}" height="${y(0) - y(v)}" fill="${BLUE}"/>`
-        + mark(start[k], START) + (goal ? mark(goal[k], GOAL) : "") + text(x, height - PAD + 16, names[k]);
+  // A bar per outcome and law, with a dashed mark where it starts and, if there is a goal, a thick one where it goes.
+  function bars(width, height, label, laws, fills, start, goal, names) {
+    const y = scale(0, 1, height - PAD, TOP), step = (width - PAD - 4) / names.length, wide = (0.64 / laws.length) * step;
+    const one = (name, k) => {
+      const x = PAD + step * (k + 0.5), mark = (u, style) => line(x - step * 0.42, y(u), x + step * 0.42, y(u), style);
+      const bar = (law, i) => `<rect x="${x - step * 0.32 + i * wide}" y="${y(law[k])}" width="${wide * 0.9}"
+        height="${y(0) - y(law[k])}" ${fills[i]}/>`;
+      return laws.map(bar).join("") + mark(start[k], START) + (goal ? mark(goal[k], GOAL) : "")
+        + text(x, height - PAD + 16, name);
     };
     return svg(width, height, label, axes(width, height, "probability") + below(width, height, "reward of the outcome")
-      + [0, 0.5, 1].map((v) => text(PAD - 6, y(v) + 4, v, "end")).join("") + law.map(one).join(""));
+      + [0, 0.5, 1].map((v) => text(PAD - 6, y(v) + 4, v, "end")).join("") + names.map(one).join(""));
   }
 
   // A slider over a list of values; returns a function that tells the chosen one.
@@ -106,46 +129,55 @@
   };
   const key = (mark, words) =>
     `<span><svg width="26" height="14" aria-hidden="true" fill="currentColor">${mark}</svg> ${words}</span>`;
-  const BAR = `<rect x="6" width="14" height="14" fill="${BLUE}"/>`;
+  const SOFT = `fill="${BLUE}"`, NOISE = `fill="${GREEN}"`, HARD = 'fill="currentColor" opacity="0.4"';
+  const bar = (fill) => `<rect x="6" width="14" height="14" ${fill}/>`;
   const DASH = line(0, 7, 26, 7, START), THICK = line(0, 7, 26, 7, GOAL);
   const digits = (x) => (x === 0 || x >= 1e-3 ? x.toPrecision(3) : `${x.toExponential(2).replace("e-", "·10<sup>−")}</sup>`);
+  const rounded = (x) => (x < 1e-12 ? "below 10<sup>−12</sup>" : digits(x)); // no more is left of differences
 
   const explorables = {
-    "soft-best-of-n"(root, { p = [0.5, 0.3, 0.2], rewards: r = [0, 1, 2], n = 4, beta = 1 }) {
+    "soft-best-of-n"(root, { p = [0.5, 0.3, 0.2], rewards: r = [0, 1, 2], n = 16, beta = 1 }) {
       const sizes = [...new Set(decades(0, 4).map(Math.round))], betas = [0.05, 0.063, 0.08, ...decades(-1, 1)];
       const getN = control(root, "N", "candidates", sizes, n), getBeta = control(root, "β", "temperature", betas, beta);
-      root.querySelector(".bk-key").innerHTML = key(BAR, "<i>P<sub>N</sub></i>, soft best-of-<i>N</i>")
-        + key(DASH, "<i>p</i>, the reference") + key(THICK, "<i>π*</i>, the tilt");
+      root.querySelector(".bk-key").innerHTML = key(bar(SOFT), "soft") + key(bar(NOISE), "exponential noise")
+        + key(bar(HARD), "best") + key(DASH, "<i>p</i>, the reference") + key(THICK, "<i>π*</i>, the tilt");
+      const rules = [ // name, law, fill of a bar, line of a curve, and where its name stands: index of a size, below or above
+        ["soft", (m, b) => softBestOfN(p, r, m, b), SOFT, CURVE, 20, -6],
+        ["noise", (m, b) => exponentialBestOfN(p, r, m, b), NOISE, `stroke="${GREEN}" stroke-width="2.5"`, 8, 14],
+        ["best", (m) => bestOfN(p, r, m), HARD, 'stroke="currentColor" stroke-width="2.5" opacity="0.4"', 24, -8],
+      ];
       return (width, height, panels) => {
-        const N = getN(), b = getBeta(), goal = tilt(p, r, b), law = softBestOfN(p, r, N, b);
-        const tvAt = (m) => totalVariation(softBestOfN(p, r, m, b), goal), boundAt = (m) => bound(p, r, m, b);
-        panels[0].innerHTML = bars(width, height, "Probability of each outcome", law, p, goal, r);
+        const N = getN(), b = getBeta(), goal = tilt(p, r, b), laws = rules.map(([, law]) => law(N, b));
+        panels[0].innerHTML = bars(width, height, "Probability of each outcome", laws, rules.map((rule) => rule[2]), p, goal, r);
 
         const low = 1e-6, x = scale(0, 4, PAD, width - 16), y = scale(0, Math.log10(low), TOP, height - PAD);
         const at = (m, v) => [x(Math.log10(m)), y(Math.log10(Math.min(1, Math.max(low, v))))];
-        const limit = sizes.map((m) => at(m, boundAt(m))), exact = sizes.map((m) => at(m, tvAt(m)));
-        const [lx, ly] = limit[20], [ex, ey] = exact[20];
-        panels[1].innerHTML = svg(width, height, "Total variation against N",
-          axes(width, height, "TV") + below(width, height, "N")
+        const one = ([name, law, , style, where, lift]) => {
+          const path = sizes.map((m) => at(m, totalVariation(law(m, b), goal))), [u, v] = path[where];
+          const end = path.findIndex((q) => q[1] >= height - PAD) + 1 || path.length; // below the picture it stops
+          const there = v < height - PAD - 20 ? text(u + (lift < 0 ? 4 : -8), v + lift, name, lift < 0 ? "start" : "end") : "";
+          return curve(path.slice(0, end), style) + there + point(at(N, totalVariation(law(N, b), goal)), style);
+        };
+        panels[1].innerHTML = svg(width, height, "Total variation of each rule from the tilt, against N",
+          axes(width, height, "TV to the tilt") + below(width, height, "N")
           + [0, 2, 4].map((e) => text(x(e), height - PAD + 16, power(e))).join("")
-          + [0, -2, -4, -6].map((e) => text(PAD - 6, y(e) + 4, power(e), "end")).join("")
-          + curve(limit, START) + text(lx + 6, ly - 8, "bound", "start")
-          + curve(exact, CURVE) + text(ex - 8, ey + 14, "exact TV", "end") + point(at(N, tvAt(N))));
-        return `TV(<i>P<sub>N</sub></i>, <i>π*</i>) = ${digits(tvAt(N))} ≤ ${digits(boundAt(N))} = (CV² + ¼)/<i>N</i>`
-          + ` &emsp; KL(<i>π*</i> ‖ <i>P<sub>N</sub></i>) = ${digits(kl(goal, law))}`;
+          + [0, -2, -4, -6].map((e) => text(PAD - 6, y(e) + 4, power(e), "end")).join("") + rules.map(one).join(""));
+        const say = (several, measure) => several.map((law, i) => `${rules[i][0]} ${rounded(measure(law))}`).join(", ");
+        return `TV to <i>π*</i>: ${say(laws, (law) => totalVariation(law, goal))} &emsp; `
+          + `KL(<i>π*</i> ‖ law): ${say(laws.slice(0, 2), (law) => kl(goal, law))}`; // that of the best leaves float64
       };
     },
 
     tilt(root, { p = [0.14, 0.3, 0.28, 0.15, 0.07, 0.035, 0.015, 0.007, 0.003], rewards: r = [...p.keys()], beta = 2 }) {
       const getBeta = control(root, "β", "temperature", decades(-1, 2).reverse(), beta);
-      root.querySelector(".bk-key").innerHTML = key(BAR, "<i>π*</i>, the tilt")
+      root.querySelector(".bk-key").innerHTML = key(bar(SOFT), "<i>π*</i>, the tilt")
         + key(DASH, "<i>p</i>, the reference, and the tangent of slope <i>β</i>");
       const start = dot(p, r), top = Math.max(...r), far = 1.1 * kl(tilt(p, r, 0.01), p);
       const finely = Array.from({ length: 121 }, (_, i) => tilt(p, r, 10 ** (2 - i / 40)));
       const frontier = [[0, start], ...finely.map((pi) => [kl(pi, p), dot(pi, r)]), [far, top]];
       return (width, height, panels) => {
         const b = getBeta(), pi = tilt(p, r, b), mean = dot(pi, r), cost = kl(pi, p);
-        panels[0].innerHTML = bars(width, height, "Probability of each outcome", pi, p, null, r);
+        panels[0].innerHTML = bars(width, height, "Probability of each outcome", [pi], [SOFT], p, null, r);
 
         const x = scale(0, far, PAD, width - 4), y = scale(start - 0.12 * (top - start), top, height - PAD, TOP + 8);
         const path = frontier.map(([u, v]) => [x(u), y(v)]), cx = x(cost), cy = y(mean);
@@ -208,7 +240,7 @@
     // Follows the box, not the window: on a window event the box may still have its old width.
     new ResizeObserver(update).observe(root.querySelector(".bk-panels"));
   }
-  window.bookjs = { tilt, softBestOfN, totalVariation, kl, bound, churnVariance, tiltVariance, normalDistance };
+  window.bookjs = { tilt, softBestOfN, exponentialBestOfN, bestOfN, totalVariation, kl, churnVariance, tiltVariance, normalDistance };
   const ready = () => document.querySelectorAll(".bk-explorable").forEach(start);
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", ready);
   else ready();
