@@ -528,7 +528,7 @@ for rule in ("soft", "exponential"):
         f"pool.needed_beta rule={rule}",
         lambda m, call, rule=rule: call(m(POOL[:3]), 0.2, 2, rule=rule, sigmas=0.5),
     )
-for rule in ("hard", "soft"):
+for rule in ("hard", "soft", "exponential"):
     example(f"pool.divergence rule={rule}", lambda m, call, rule=rule: call(m(POOL[:3], rows=True), 0.7, 3, rule=rule))
     example(f"pool.doubts rule={rule}", lambda m, call, rule=rule: call(m(POOL[0]), 0.7, 3, rule=rule))
 

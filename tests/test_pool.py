@@ -10,7 +10,17 @@ import sys
 
 import pytest
 import torch
-from helpers import F64, S0, S0_REWARDS, compositions, enumerated_best_law, enumerated_soft_law, log_multinomial, vector
+from helpers import (
+    F64,
+    S0,
+    S0_REWARDS,
+    compositions,
+    enumerated_best_law,
+    enumerated_exponential_law,
+    enumerated_soft_law,
+    log_multinomial,
+    vector,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.polynomial import legendre
@@ -348,13 +358,17 @@ def test_errors_are_the_jackknife_of_every_pool(drawn):
 @given(pools(), st.integers(1, 10))
 def test_divergence_is_below_its_bound(drawn, n):
     r, _, beta = drawn
-    for rule in ("hard", "soft"):
+    for rule in RULES:
         kl, bound = pool.divergence(r, beta, min(n, len(r)), rule=rule)
         assert 0 <= kl + 1e-12 and kl <= bound + 1e-12
     uniform = torch.full((len(r),), -math.log(len(r)), dtype=F64)
-    law = selection.soft_best_of_n_law(uniform, r, beta, min(n, len(r)))
-    kl = pool.divergence(r, beta, min(n, len(r)))[0]
-    torch.testing.assert_close(kl, categorical.kl(law, uniform), rtol=0, atol=1e-13)
+    for rule, law_of in {
+        "exponential": selection.exponential_best_of_n_law,
+        "soft": selection.soft_best_of_n_law,
+    }.items():
+        law = law_of(uniform, r, beta, min(n, len(r)))
+        kl = pool.divergence(r, beta, min(n, len(r)), rule=rule)[0]
+        torch.testing.assert_close(kl, categorical.kl(law, uniform), rtol=0, atol=1e-13)
     # Farther than one N less, and not farther than the hard rule.
     assert kl <= pool.divergence(r, beta, min(n, len(r)), rule="hard")[0] + 1e-12
 
@@ -564,6 +578,9 @@ def test_divergence_of_the_whole_pool_is_that_of_repeated_draws():
     assert bound.item() == math.log(4) - 3 / 4
     assert pool.divergence(POOL, 1.0, 1)[0].item() == pytest.approx(0, abs=1e-14)
     assert pool.divergence(POOL, 1e-2, 4)[0].item() == pytest.approx(kl.item(), abs=1e-12)
+    law = enumerated_exponential_law(torch.full((6,), -math.log(6), dtype=F64), POOL, 4, 2.0)
+    noisy = pool.divergence(POOL, 2.0, 4, rule="exponential")[0].item()
+    assert noisy == pytest.approx((law.exp() * (law + math.log(6))).sum().item(), abs=1e-12)
 
 
 def test_doubts_say_what_is_wrong():
@@ -578,6 +595,10 @@ def test_doubts_say_what_is_wrong():
     equal = pool.doubts(torch.full((50,), 2.0, dtype=F64), 1.0, 2)
     assert equal == ["all 50 rewards are 2: nothing is selected"]
     assert pool.doubts(vector(*range(40)), 1.0, 4, rule="hard") == []
+    # The rule that is asked for: the exponential one keeps the best more often than the soft one.
+    one = torch.cat([torch.zeros(99, dtype=F64), vector(4)])
+    found = [pool.doubts(one, 1.0, 50, rule=rule) for rule in ("soft", "exponential")]
+    assert found == [[], ["one answer is kept with chance 0.27: the curve hangs on its reward"]]
 
 
 # --- wrong arguments -------------------------------------------------------------------------------------------------
@@ -648,7 +669,7 @@ ALIVE = {"low": 0.0, "high": 5.0, "generator": torch.Generator()}
         (lambda: pool.needed_beta(0 * POOL, 0.0, 3), "the mean reward 0 and the best of 3 0, got 0.0"),
         (lambda: pool.needed_beta(POOL, 3.0, 3, rule="hard"), "rule must be one of 'soft', 'exponential', got 'hard'"),
         (lambda: pool.divergence(POOL, 1.0, 7), "n must be at most 6"),
-        (lambda: pool.divergence(POOL, 1.0, 2, rule="exponential"), "rule must be one of 'hard', 'soft', got"),
+        (lambda: pool.divergence(POOL, 1.0, 2, rule="best"), "rule must be one of 'hard', 'soft', 'exponential', got"),
         (lambda: pool.doubts(POOL.expand(2, 6), 1.0, 2), "rewards must be one pool of shape (M,), got shape (2, 6)"),
     ],
 )
@@ -771,7 +792,8 @@ def test_command_line_says_what_a_target_needs(capsys, tmp_path):
     assert f"at N = 5: beta = {beta.best:.6g}, from {beta.high:.6g} to {beta.low:.6g} within two" in out
     _, out, _ = run(capsys, file, "--beta", 1, "--n", 5, "--target", 9, "--rule", "exponential")
     assert "N = inf" in out and "at N = 5: target must lie strictly between the mean reward 2 and the best of 5" in out
-    assert all(row == ["-"] for row in columns(out, "KL"))
+    noisy = [f"{pool.divergence(POOL, 1.0, n, rule='exponential')[0].item():.4f}" for n in (1, 2, 4, 5)]
+    assert [row[0] for row in columns(out, "KL")] == noisy
 
 
 def test_command_line_of_a_draft(capsys, tmp_path):

@@ -16,6 +16,8 @@ The number f is the reward unless `values` are given: true rewards where `reward
 Nothing says what more than M answers would do: U_M of the soft rule is the self-normalised estimate, with the bias of
 soft best-of-M. The temperature at which a wanted share of the pool counts is `weights.beta_for_ess`.
 
+The theory is in the book, "One scored pool": `pool-curve`, `pool-curve-rules` and what follows from them.
+
 From the command line: `python -m tiltlib.pool FILE` reads answers, one a line, prints a table and draws the curve.
 
     {"prompt": "a", "reward": 0.7}                                JSON lines, or CSV with these columns
@@ -61,7 +63,8 @@ RULES = ("hard", "soft", "exponential")
 
 # Step of the trapezoid rule in log s, cut on the right where e^-43 < 2^-53 / 100, as in `selection.soft_best_of_n_law`.
 _STEP, _LOG_43 = 0.25, math.log(43.0)
-# For s <= 1 / n the polynomial through 14 Gauss nodes misses a mean of exp(-s sum w) by at most 14! / 28! = 3e-19.
+# For s <= 1 / n the polynomial through 14 Gauss nodes misses D_N by at most 14! / 28! = 3e-19 of its value for |f| at
+# 0, which changes U_N by 5e-19 of its value for |f| (book, `pool-curve-quadrature`, part 3).
 _FLAT = 14
 # On a panel [a, 1.5 a] every mean of products of 1 - w v with w <= 1 / a is a polynomial that stays below 1 on an
 # ellipse of radius 5.8, and 5.8^-22 < 2^-53 / 7: so many nodes represent it, whatever its degree.
@@ -113,7 +116,7 @@ def curve(
         D_k <- (1 - k/m) D_k + (k/m) (x D_{k-1} + v E_{k-1})
 
     E_k and D_k are means over subsets of size k of prod x and of sum_i v_i prod_{j != i} x_j. Soft: x = exp(-s w) and
-    v = f w x, by the trapezoid rule in log s, of relative error 1.8e-16 (book, `soft-bon-quadrature`). Exponential:
+    v = f w x, by the trapezoid rule in log s, of relative error 1.8e-16 for f >= 0. Exponential:
     x = 1 - w s and v = f w while s < 1 / w, by Gauss' rule on pieces. Hard: a sum, sum_i f_i (N / i) C(i, N) / C(M, N)
     over answers in ascending order. All terms are convex combinations, so nothing cancels.
 
@@ -146,7 +149,8 @@ def curve(
         >>> [round(u, 4) for u in curve(rewards, 1.0, 4).tolist()]
         [2.0, 2.8827, 3.4532, 3.8827]
 
-    Source: [verdun2025] and [beirami2024] for what is estimated.
+    Source: book, `pool-curve`, `pool-curve-quadrature`, `pool-curve-rules`; `pool-curve-interval` for a draft.
+        [verdun2025] and [beirami2024] for what is estimated.
     """
     pools, shape = _pools(rewards, beta, n, rule, values, log_ratios)
     out = torch.empty(*shape, n, dtype=torch.float64, device=rewards.device).view(-1, n)
@@ -189,7 +193,7 @@ def standard_errors(
         TypeError: as for `curve`.
         ValueError: as for `curve`.
 
-    Source: [beirami2024] and [verdun2025] for what is estimated.
+    Source: book, `pool-curve-variance`.
     """
     pools, shape = _pools(rewards, beta, n, rule, values, log_ratios)
     m = rewards.shape[-1]
@@ -222,6 +226,8 @@ def pass_at_k(correct: Tensor, n: int) -> Tensor:
     Example:
         >>> pass_at_k(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64), 4)[3].item()
         0.9285714285714286
+
+    Source: [chen2021]; book, `pool-curve-rules`.
     """
     _checks.tensor("correct", correct)
     wrong = correct[(correct != 0) & (correct != 1)]
@@ -456,6 +462,8 @@ def _soft_without_each(pool: _Pool, n: int) -> Tensor:
         E_k = (1 - k/M) E_k' + (k/M) x_i E_{k-1}',    D_k = (1 - k/M) D_k' + (k/M) (x_i D_{k-1}' + v_i E_{k-1}')
 
     A subtraction, and yet safe for k <= M/2: an error in E_{k-1}' comes into E_k' times x_i k / (M - k) <= 1.
+
+    Source: book, `pool-curve-variance`.
     """
     m = len(pool.f)
     out = torch.zeros(n, m, dtype=torch.float64, device=pool.f.device)
@@ -533,7 +541,7 @@ def interval(
         ValueError: as for `curve`; values outside of [low, high], bounds that are not finite with low < high, `delta`
             outside (0, 1), or `shuffles` < 1.
 
-    Source: [waudbysmith2024]; book, `tv-certificate`.
+    Source: [waudbysmith2024]; book, `pool-curve-interval`.
     """
     pools, shape = _pools(rewards, beta, n, rule, values, None)
     _checks.count("shuffles", shuffles)
@@ -570,7 +578,7 @@ def mean_interval(x: Tensor, *, low: float, high: float, delta: float = 0.05) ->
         TypeError: `x` is not a floating tensor, or a bound not a number.
         ValueError: values outside of [low, high], bounds that are not finite with low < high, `delta` outside (0, 1).
 
-    Source: [waudbysmith2024]; book, `tv-certificate`.
+    Source: [waudbysmith2024]; book, `pool-curve-interval`, `tv-certificate`.
     """
     _checks.tensor("x", x)
     _bounded("x", x.detach(), low, high)
@@ -678,7 +686,7 @@ def needed_n(
         >>> needed_n(rewards, 1.0, 3.0, 5)
         Needed(best=3.0, low=1.0, high=inf)
 
-    Source: [beirami2024] and [verdun2025] for what is estimated.
+    Source: book, `pool-curve`: the curve of the reward rises in N on every pool; `pool-curve-variance`.
     """
     options = {"rule": rule, "values": values, "log_ratios": log_ratios}
     points = curve(rewards, beta, n, **options)  # type: ignore[arg-type]
@@ -728,7 +736,7 @@ def needed_beta(rewards: Tensor, target: float, n: int, *, rule: str = "soft", s
         ValueError: as for `curve`; no pool; `target` not between the mean reward and the best of N, as when all rewards
             of each pool are equal; or `sigmas` < 0.
 
-    Source: [verdun2025] for what is estimated.
+    Source: book, `pool-curve`, `pool-curve-variance`; [verdun2025] for what is estimated.
     """
     _checks.one_of("rule", rule, ("soft", "exponential"))
     hard = curve(rewards, 1.0, n, rule="hard")
@@ -774,13 +782,13 @@ def needed_beta(rewards: Tensor, target: float, n: int, *, rule: str = "soft", s
 
 def _kept_law(rewards: Tensor, beta: float | Tensor, n: int, rule: str) -> Tensor:
     """Compute the exact law of what a rule keeps of N draws, with replacement, from the answers of the pool."""
-    _checks.one_of("rule", rule, ("hard", "soft"))
     _pools(rewards, beta, n, rule, None, None)
     wide = rewards.detach().double()
     uniform = torch.full_like(wide, -math.log(wide.shape[-1]))
     if rule == "hard":
         return selection.best_of_n_law(uniform, wide, n)
-    return selection.soft_best_of_n_law(uniform, wide, beta, n)
+    noisy = {"soft": selection.soft_best_of_n_law, "exponential": selection.exponential_best_of_n_law}
+    return noisy[rule](uniform, wide, beta, n)
 
 
 def divergence(rewards: Tensor, beta: float | Tensor, n: int, *, rule: str = "soft") -> tuple[Tensor, Tensor]:
@@ -796,7 +804,7 @@ def divergence(rewards: Tensor, beta: float | Tensor, n: int, *, rule: str = "so
         rewards: Reward of each answer, shape (..., M), M >= 2, finite.
         beta: Temperature in reward units, > 0, as for `curve`.
         n: The N, 1 <= n <= M.
-        rule: "hard" or "soft".
+        rule: "hard", "soft" or "exponential".
 
     Returns:
         Estimate and bound in nats, each of shape (...), in the dtype of `rewards`.
@@ -805,7 +813,7 @@ def divergence(rewards: Tensor, beta: float | Tensor, n: int, *, rule: str = "so
         TypeError: `rewards` is not a floating tensor, or `n` not an int.
         ValueError: as for `curve`.
 
-    Source: [beirami2024]; book, `bon-kl-bound`.
+    Source: [beirami2024]; book, `bon-kl-bound`; `pool-curve-bias` for the law of the pool.
     """
     kl = _moved(_kept_law(rewards, beta, n, rule))
     bound = torch.full_like(kl, math.log(n) - (n - 1) / n)
@@ -831,7 +839,7 @@ def doubts(rewards: Tensor, beta: float, n: int, *, rule: str = "soft") -> list[
         rewards: Reward of each answer, shape (M,), M >= 2, finite.
         beta: Temperature in reward units, > 0.
         n: The N, 1 <= n <= M.
-        rule: "hard" or "soft".
+        rule: "hard", "soft" or "exponential".
 
     Returns:
         A sentence for each doubt; an empty list if there is none.
@@ -1034,14 +1042,12 @@ def _table(
     mean, error = _averaged(each, torch.stack(errors))
     spread = each.std(0) / math.sqrt(len(pools)) if len(pools) > 1 else torch.full_like(mean, math.nan)
     sizes = sorted({2**i for i in range(n.bit_length())} | {n})
-    of_law = "hard" if options.rule == "hard" else "soft"
     print(f"{'N':>7}{'mean':>12}{'s.e.':>10}{'over prompts':>14}{'KL':>9}{'KL <=':>8}{'doubtful':>10}")
     for size in sizes:
-        laws = [_kept_law(pool.rewards, beta, size, of_law) for pool in pools]
+        laws = [_kept_law(pool.rewards, beta, size, options.rule) for pool in pools]
         progress(size, "draws of the table done")
         kl = f"{sum(_moved(law).item() for law in laws) / len(laws):.4f}"
-        # The pool of a draft says nothing simple about p, and the law of the exponential rule is not computed.
-        kl = "-" if "logratio" in names or options.rule == "exponential" else kl
+        kl = "-" if "logratio" in names else kl  # the pool of a draft says nothing simple about p
         doubtful = sum(bool(_doubts(pool.rewards, law, size)) for pool, law in zip(pools, laws, strict=True))
         over = "-" if len(pools) == 1 else f"{spread[size - 1].item():.3g}"
         print(
