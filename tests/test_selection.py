@@ -322,7 +322,10 @@ def test_exponential_law_tends_to_the_best_of_n_law(instance, n):
         cold = exponential_best_of_n_law(ref, rewards, beta, n)
         gap = rewards.unique().diff().min().item() / beta if len(rewards.unique()) > 1 else math.inf
         if gap > 10**4:  # a weight ratio of e^-gap, times N at most
-            assert relative_error(cold, best_of_n_law(ref, rewards, n)) <= 1e-9
+            hard = best_of_n_law(ref, rewards, n)
+            on = ref > -math.inf
+            # Both are N times a logarithm, which is rounded: a hundred roundings of the product are left for that.
+            assert ((cold - hard)[on].abs() <= 100 * 2.0**-53 * (n + hard[on].abs())).all()
 
 
 def test_best_of_n_law_for_unbounded_n_is_the_reference_on_the_maximum():
