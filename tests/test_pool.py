@@ -909,3 +909,65 @@ def test_the_module_runs_as_a_program(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "tiltlib.pool", str(file), "--beta", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and columns(done.stdout, "mean")[2] == ["3.45323"], done.stderr
+
+
+# --- options that reach where they should ----------------------------------------------------------------------------
+
+
+def test_needed_n_passes_on_the_rule_the_values_and_the_ratios():
+    r, f = example_pool(12, 2.0, "needed-n-options")
+    ratios = 0.3 * torch.randn(12, generator=verify.rng("needed-n-ratios"), dtype=F64)
+    for options in ({"rule": "hard"}, {"values": f}, {"log_ratios": ratios}, {"rule": "exponential", "values": f}):
+        c, e = pool.curve(r, 0.7, 6, **options), pool.standard_errors(r, 0.7, 6, **options)
+        target = (c[2] + c[3]).item() / 2
+        got = pool.needed_n(r, 0.7, target, 6, **options)
+        for found, level in zip(got, (c, c + 2 * e, c - 2 * e), strict=True):
+            reached = [n for n in range(1, 7) if level[n - 1] >= target]
+            assert found == (reached[0] if reached else math.inf), options
+    # A curve that meets the target exactly has reached it.
+    flat = torch.zeros(4, dtype=F64)
+    assert pool.needed_n(POOL[:4], 1.0, 0.0, 3, values=flat) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_block_of_the_whole_pool_is_one_bet(rule):
+    """Ties included; and the chance of an error is .05 unless said."""
+    r, f = example_pool(8, 2.0, "interval-of-one-block")
+    r[3] = r.max()  # a tie at the top
+    f = f.clamp(-1, 1)
+    one = (kept(r, 0.7, rule) * f).sum()[None]
+    got = pool.interval(r, 0.7, 8, low=-1, high=1, rule=rule, values=f, shuffles=1, generator=verify.rng("one"))
+    torch.testing.assert_close(got, pool.mean_interval(one, low=-1, high=1, delta=0.05), rtol=0, atol=1e-12)
+    assert torch.equal(pool.mean_interval(one, low=-1, high=1), pool.mean_interval(one, low=-1, high=1, delta=0.05))
+    rows = pool.interval(
+        *(torch.stack([r, r]), 0.7, 8),
+        low=-1,
+        high=1,
+        rule=rule,
+        values=torch.stack([f, -f]),
+        shuffles=1,
+        generator=verify.rng("one"),
+    )
+    torch.testing.assert_close(rows, torch.stack([got, -got.flip(0)]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["soft", "exponential"])
+def test_a_needed_temperature_has_the_unit_of_the_reward_and_no_zero(rule):
+    plain = pool.needed_beta(POOL, 3.3, 3, rule=rule, sigmas=0.2)
+    moved = pool.needed_beta(10 * POOL - 400, 33 - 400, 3, rule=rule, sigmas=0.2)
+    assert torch.tensor(moved).tolist() == pytest.approx((10 * torch.tensor(plain)).tolist(), rel=1e-6)
+    apart = pool.needed_beta(torch.stack([POOL - 300, POOL + 300]), 3.3, 3, rule=rule, sigmas=0)
+    assert apart.best == pytest.approx(plain.best, rel=1e-6)
+    assert pool.needed_beta(POOL, 3.3, 3, rule=rule) == pool.needed_beta(POOL, 3.3, 3, rule=rule, sigmas=2.0)
+    hot = pool.needed_beta(10 * POOL, 33, 3, rule=rule, sigmas=0.2)
+    assert hot.best > 1 and hot.low > hot.best > hot.high  # above 1 as below
+
+
+def test_the_bounds_of_a_mean_are_finite():
+    for low, high in ((-math.inf, 1.0), (0.0, math.inf)):
+        with pytest.raises(ValueError, match="low"):
+            pool.mean_interval(vector(0.2, 0.4), low=low, high=high)
+    with pytest.raises(ValueError, match="delta must"):
+        pool.mean_interval(vector(0.2, 0.4), low=0, high=1, delta=0.0)
+    with pytest.raises(TypeError, match="^x must be a floating-point"):
+        pool.mean_interval([0.2], low=0, high=1)
