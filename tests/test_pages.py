@@ -420,7 +420,8 @@ def test_the_page_shows_what_it_computes(visit):
     r = torch.tensor(options.get("rewards", [0, 1, 2]), dtype=torch.float64)
     laws, goal = laws_of(logps, r, int(n), beta), tilt(logps, r, beta)
 
-    heights = box.evaluate("e => [...e.querySelectorAll('.bk-panels > :first-child rect')].map((bar) => +bar.getAttribute('height'))")
+    bars = box.query_selector_all(".bk-panels > :first-child rect")
+    heights = [float(bar.get_attribute("height")) for bar in bars]
     drawn = torch.tensor(heights).double().view(-1, 3).T  # outcome by outcome, a bar for each rule
     torch.testing.assert_close(drawn / drawn.sum(1, keepdim=True), laws.exp(), rtol=1e-5, atol=1e-7)
     found = re.findall(r"(?:soft|noise|best) ([\d.]+)(?:·10−(\d+))?", box.query_selector("output").inner_text())
