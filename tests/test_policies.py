@@ -814,3 +814,40 @@ def test_embeddings_start_at_unit_length(rng):
     rng.set_state(state)
     for entries in (policy.symbols, policy.places):
         assert torch.equal(entries, torch.randn(entries.shape, generator=rng, dtype=torch.float32) / 4)
+
+
+# --- token by token --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_strings_that_are_copied_go_on_as_they_were(seen, rng):
+    """Rows of taken strings are those of `conditionals`, whether the state was read before or not."""
+    chain = MarkovChain.fit(["ab", "abba", "b"], torch.ones(3), 2, alphabet="ab ")
+    policy = policies.TransformerPolicy(chain, 4, generator=rng, width=16, heads=2)
+    with torch.no_grad():
+        policy.head.weight.normal_(generator=rng)
+        policy.head.weight *= 2
+    strings = chain.sample(5, 4, generator=rng)
+    state = policy.begin(5)
+    for t in range(4):
+        if seen:
+            policy.next_logps(state)
+        index = torch.tensor([3, 3, 0, 4, 1, 2])
+        copied = policy.take(state, index)
+        rows = policy.conditionals(strings)[:, t].detach()
+        torch.testing.assert_close(policy.next_logps(copied), rows[index], rtol=1e-4, atol=1e-4)
+        if t < 3:
+            longer = policy.append(copied, strings[index, t])
+            after = policy.conditionals(strings)[index, t + 1].detach()
+            torch.testing.assert_close(policy.next_logps(longer), after, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(policy.next_logps(state), rows, rtol=1e-4, atol=1e-4)
+        state = policy.append(state, strings[:, t])
+    with pytest.raises(ValueError, match="^state must hold strings of fewer than 4 symbols, got 4$"):
+        policy.next_logps(state)
+
+
+def test_strings_may_be_shorter_than_the_policy_can_write(rng):
+    chain = MarkovChain.fit(["ab", "abba", "b"], torch.ones(3), 2, alphabet="ab ")
+    policy = policies.TransformerPolicy(chain, 4, generator=rng, width=16, heads=2)
+    long, short = (policy.sample(7, n, generator=torch.Generator().manual_seed(1)) for n in (None, 2))
+    assert long.shape == (7, 4) and torch.equal(short, long[:, :2])
