@@ -10,6 +10,8 @@ from torch import Tensor
 
 from tiltlib import categorical, weights
 
+pytestmark = pytest.mark.slow  # every public call, once more
+
 # Results that lie on the CPU, whatever the device of the points.
 ON_THE_CPU = {
     "diffusion.karras": "levels are numbers that a loop on the host reads",

@@ -1016,3 +1016,23 @@ def test_rewards_of_strings_in_a_batch_of_any_shape(rng):
     expected = rewards[strings].sum(-1)
     close(chain.total_reward(strings.view(2, 4, 3), rewards), expected.view(2, 4))
     close(chain.total_reward(strings[5], rewards), expected[5])
+
+
+# --- begun strings ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: CHAIN.begin(0), "^n must be an integer >= 1, got 0"),
+        (lambda: CHAIN.append(CHAIN.begin(3), torch.zeros(2).long()), "^tokens and contexts must have one shape"),
+        (lambda: CHAIN.append(CHAIN.begin(2), torch.tensor([0, 3])), r"^tokens must lie in 0\.\.2, got .* 0 to 3"),
+        (
+            lambda: CHAIN.take(CHAIN.begin(2), torch.tensor([0, 2])),
+            r"^index must lie in 0\.\.1, got values from 0 to 2",
+        ),
+    ],
+)
+def test_begun_strings_refuse_what_does_not_fit(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
