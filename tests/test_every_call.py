@@ -124,6 +124,7 @@ DTYPES = [F64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("key", CALLS)
+@pytest.mark.slow
 def test_nothing_depends_on_the_default_dtype(key):
     expected, before = leaves(CALLS[key](Inputs()).result()), torch.get_default_dtype()
     for default in (F64, torch.bfloat16):
@@ -202,6 +203,7 @@ def result_dtype(key: str, place: str, dtype: torch.dtype) -> torch.dtype:
 
 
 @pytest.mark.parametrize("key", CALLS)
+@pytest.mark.slow
 def test_results_have_the_dtype_of_the_arguments(key):
     for dtype in DTYPES:
         if refuses(key, dtype):
@@ -250,6 +252,7 @@ def carried(key: str, dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize("key", CALLS)
+@pytest.mark.slow
 def test_a_result_in_a_smaller_dtype_is_that_of_the_same_numbers_in_float64(key):
     for dtype in (dtype for dtype in DTYPES[1:] if not refuses(key, dtype)):
         m = Inputs(dtype=dtype)
@@ -395,6 +398,7 @@ def results_at(key: str, numbers: dict[int, Tensor]) -> tuple[tuple[Tensor, ...]
 
 
 @pytest.mark.parametrize("key", CALLS)
+@pytest.mark.slow
 def test_gradients_are_what_the_docstring_says(key):
     name, m = name_of(key), Inputs()
     CALLS[key](m).result()
