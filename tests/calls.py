@@ -555,7 +555,7 @@ def walked(gain, model: MarkovChain) -> list[Tensor]:
     """What a gain says of one token of each of five strings."""
     state = model.begin(5)
     token = torch.tensor([0, 1, 2, 1, 0], device=model.device)
-    return list(gain.step(gain.begin(state, 5), state, token, model.append(state, token)))
+    return list(gain.step(gain.values(state, 5), gain.earned(state, token), model.append(state, token)))
 
 
 example(
@@ -572,19 +572,22 @@ example(
 
 def by_tables(m: Inputs) -> tuple[Any, Any, int]:
     values, rewards = m(VALUES[1]), m(SYMBOL_REWARDS)
-    return lambda state: values[state.contexts], lambda before, tokens, after: rewards[tokens], LENGTH
+    return lambda state: values[state.contexts], lambda state, tokens: rewards[tokens], LENGTH
 
 
 example("autoregressive.Gain", lambda m, call: call(*by_tables(m), then=lambda g: walked(g, chain(m))))
 example("autoregressive.Gain.check_length", lambda m, call: call(gains(m), LENGTH))
-example("autoregressive.Gain.begin", lambda m, call: call(gains(m), chain(m).begin(4), 4))
+example("autoregressive.Gain.values", lambda m, call: call(gains(m), chain(m).begin(4), 4))
+example(
+    "autoregressive.Gain.earned",
+    lambda m, call: call(Gain(*by_tables(m)), chain(m).begin(4), m(torch.tensor([0, 1, 2, 1]))),
+)
 example(
     "autoregressive.Gain.step",
     lambda m, call: call(
         Gain(*by_tables(m)),
         m.exact(numbers(4)),
-        chain(m).begin(4),
-        m(torch.tensor([0, 1, 2, 1])),
+        m.exact(numbers(4) ** 2),
         chain(m).append(chain(m).begin(4), m(torch.tensor([0, 1, 2, 1]))),
     ),
 )

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from helpers import F64, check_sampler, draws_from, law, vector, without
-from models import Prefixes, soft_values
+from models import Caching, Prefixes, soft_values
 
 from tiltlib import autoregressive, markov, mcmc, resampling, selection, smc, verify
 
@@ -213,28 +213,75 @@ def test_rewriting_on_an_unseen_model(proposal, rng):
 # --- gains -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_gain_looks_at_both_states_and_gives_up_for_good(rng):
+def test_a_gain_adds_what_is_earned_and_gives_up_for_good(rng):
     model = Prefixes(V, L, rng)
     before = model.append(model.begin(3), torch.tensor([0, 1, 2]))
     token = torch.tensor([2, 2, 1])
     after = model.append(before, token)
     gain = autoregressive.Gain(
         lambda state: state.sum(-1).double() / 10,
-        lambda before, tokens, after: before[:, -1].double() + 100.0 * tokens + 1000.0 * after.shape[-1],
+        lambda state, tokens: state[:, -1].double() + 100.0 * tokens + 1000.0 * state.shape[-1],
         length=3,
     )
-    here = gain.begin(before, 3)
+    here, earned = gain.values(before, 3), gain.earned(before, token)
     close(here, vector(0, 0.1, 0.2))
-    gained, ahead = gain.step(here, before, token, after)
+    gained, ahead = gain.step(here, earned, after)
     close(ahead, vector(0.2, 0.3, 0.3))
-    close(gained, vector(2200.2, 2201.2, 2102.1))
-    lost, _ = gain.step(vector(0, -math.inf, 0.2), before, token, after)
-    assert lost.tolist() == pytest.approx([2200.2, -math.inf, 2102.1])
+    close(gained, vector(1200.2, 1201.2, 1102.1))
+    lost, _ = gain.step(vector(0, -math.inf, 0.2), earned, after)
+    assert lost.tolist() == pytest.approx([1200.2, -math.inf, 1102.1])
     gain.check_length(3)
     with pytest.raises(ValueError, match="length must be 3, that of the gain, got 2"):
         gain.check_length(2)
     with pytest.raises(ValueError, match="values must be finite or -inf"):
-        gain.step(vector(0, math.nan, 0), before, token, after)
+        gain.step(vector(0, math.nan, 0), earned, after)
+    with pytest.raises(ValueError, match="earned must be finite or -inf"):
+        gain.step(here, vector(0, math.nan, 0), after)
+
+
+# --- states are continued once ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reward_reads", [False, True])
+def test_samplers_use_each_state_once(reward_reads, rng):
+    """A model that refuses a state whose memory has moved draws what one draws that keeps all of them."""
+    plain = Prefixes(V, L, rng)
+    moving = Caching(V, L, torch.Generator())
+    moving.tables = plain.tables
+    other, other_moving = Prefixes(V, L, rng), Caching(V, L, torch.Generator())
+    other_moving.tables = other.tables
+
+    def gain_on(model):
+        # What a token earns may ask the model, and so may the value.
+        tilt = (lambda state, tokens: -model.next_logps(state).amax(-1)) if reward_reads else None
+        size = lambda state: state[1] if isinstance(state, list) else state.shape[1]  # noqa: E731
+        value = lambda state: (  # noqa: E731
+            model.next_logps(state)[:, 0] if 0 < size(state) < L else torch.zeros(count(state), dtype=F64)
+        )
+        return autoregressive.Gain(value, tilt)
+
+    count = lambda state: len(state[0]) if isinstance(state, list) else len(state)  # noqa: E731
+    seed = lambda: torch.Generator().manual_seed(5)  # noqa: E731
+    for p, q in ((None, None), (other, other_moving)):
+        found, again = (
+            smc.twisted_smc(m, gain_on(m), L, 6, generator=seed(), proposal=o, threshold=1.0, runs=4)
+            for m, o in ((plain, p), (moving, q))
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+        moved = [
+            mcmc.power_mh(m, plain.strings(), 2.0, 3, generator=seed(), proposal=o)
+            for m, o in ((plain, p), (moving, q))
+        ]
+        assert torch.equal(moved[0].tokens, moved[1].tokens)
+    for block in (1, 2, 3):
+        kept = [
+            selection.soft_best_of_n_blocks(m, gain_on(m), L, 4, generator=seed(), block=block, strings=9)
+            for m in (plain, moving)
+        ]
+        assert torch.equal(kept[0].tokens, kept[1].tokens)
+    ends = [autoregressive.Stopped(m, 1).sample(20, L, generator=seed()) for m in (plain, moving)]
+    assert torch.equal(*ends)
+    assert torch.equal(plain.logps(plain.strings()), moving.logps(plain.strings()))
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -342,7 +389,7 @@ def test_a_block_with_nothing_left_keeps_some_string_and_says_so(rng):
     model = Prefixes(V, L, rng)
     never = autoregressive.Gain(
         lambda state: torch.zeros(len(state), dtype=F64),
-        lambda before, tokens, after: torch.where((before[:, :1] == 0).any(-1), -math.inf, 0.0).double(),
+        lambda state, tokens: torch.where((state[:, :1] == 0).any(-1), -math.inf, 0.0).double(),
     )
     out = selection.soft_best_of_n_blocks(model, never, L, 2, generator=rng, strings=500)
     assert out.tokens.shape == (500, L) and torch.equal(out.alive, out.tokens[:, 0] != 0)

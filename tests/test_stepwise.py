@@ -227,13 +227,13 @@ def test_each_context_has_a_range_of_its_own():
 def increments_of(gain, ref, strings):
     """Add up what a gain says along given strings."""
     state = ref.begin(len(strings))
-    values = gain.begin(state, len(strings))
+    values = gain.values(state, len(strings))
     steps = []
     for symbol in strings.unbind(-1):
-        after = ref.append(state, symbol)
-        gained, values = gain.step(values, state, symbol, after)
+        earned = gain.earned(state, symbol)
+        state = ref.append(state, symbol)
+        gained, values = gain.step(values, earned, state)
         steps.append(gained)
-        state = after
     return torch.stack(steps, -1)
 
 

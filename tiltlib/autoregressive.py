@@ -167,7 +167,7 @@ class AutoregressiveModel(ABC, Generic[State]):
 class Gain(NamedTuple):
     """The log weight of a string, in steps: what each token earns, and what the rest is expected to be worth.
 
-        log g_t = log_tilt(y_<t, y_t, y_<=t) + V(y_<=t) - V(y_<t)
+        log g_t = log_tilt(y_<t, y_t) + V(y_<=t) - V(y_<t)
 
     The sum of these along a finished string, with V of the empty string, is the sum of the log tilts plus V of the
     finished string: its log weight. So V may be any guess while more is to come; at the end it is part of the weight,
@@ -175,13 +175,13 @@ class Gain(NamedTuple):
 
     Attributes:
         log_values: Function V of a state of n strings, shape (n,); -inf gives up a string for good.
-        log_tilt: Function (state before, tokens, state after) that gives what each token earns, shape (n,); -inf
+        log_tilt: Function (state, tokens) that gives what each token earns if it is written next, shape (n,); -inf
             excludes. None: nothing on the way.
         length: Number of tokens of a finished string, where the functions know it.
     """
 
     log_values: Callable[[Any], Tensor]
-    log_tilt: Callable[[Any, Tensor, Any], Tensor] | None = None
+    log_tilt: Callable[[Any, Tensor], Tensor] | None = None
     length: int | None = None
 
     def check_length(self, length: int) -> None:
@@ -196,7 +196,7 @@ class Gain(NamedTuple):
         if self.length not in (None, length):
             raise ValueError(f"length must be {self.length}, that of the gain, got {length}")
 
-    def begin(self, state: Any, n: int) -> Tensor:
+    def values(self, state: Any, n: int) -> Tensor:
         """Compute the values of a state. Differentiable in what the functions depend on.
 
         Args:
@@ -212,30 +212,44 @@ class Gain(NamedTuple):
         """
         return _checks.returned("log_values", self.log_values(state), n)
 
-    def step(self, values: Tensor, before: Any, tokens: Tensor, after: Any) -> tuple[Tensor, Tensor]:
+    def earned(self, state: Any, tokens: Tensor) -> Tensor:
+        """Compute what tokens earn that will be written next. Differentiable in what the function depends on.
+
+        Args:
+            state: State of n strings, before the tokens are appended.
+            tokens: The tokens, shape (n,).
+
+        Returns:
+            Log weights, float64, shape (n,).
+
+        Raises:
+            TypeError: `log_tilt` returns no floating tensor.
+            ValueError: `log_tilt` returns another shape, NaN or +inf.
+        """
+        if self.log_tilt is None:
+            return torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+        return _checks.returned("log_tilt", self.log_tilt(state, tokens), len(tokens))
+
+    def step(self, values: Tensor, earned: Tensor, state: Any) -> tuple[Tensor, Tensor]:
         """Compute the log weight that one token adds to each string. Differentiable in what the functions depend on.
 
         Args:
-            values: Values of the state before, shape (n,).
-            before: State before the token.
-            tokens: The tokens, shape (n,).
-            after: State after it.
+            values: Values before the token, shape (n,).
+            earned: What the token earned, shape (n,).
+            state: State after it.
 
         Returns:
-            Log increments and the values of the state after, both float64, shape (n,).
+            Log increments and the values of the state, both float64, shape (n,).
 
         Raises:
-            TypeError: `values` or what a function returns is no floating tensor.
-            ValueError: `values` with NaN or +inf, or a function that returns another shape, NaN or +inf.
+            TypeError: `values`, `earned` or what `log_values` returns is no floating tensor.
+            ValueError: `values` or `earned` with NaN or +inf, or a function that returns another shape, NaN or +inf.
         """
         _checks.rewards("values", values)
-        ahead = _checks.returned("log_values", self.log_values(after), len(tokens))
-        earned = ahead
-        if self.log_tilt is not None:
-            tilt = self.log_tilt(before, tokens, after)
-            earned = ahead + _checks.returned("log_tilt", tilt, len(tokens))
+        _checks.rewards("earned", earned)
+        ahead = self.values(state, len(values))
         # What has value 0 has weight 0 for good, whatever follows.
-        return torch.where(values > -math.inf, earned - values, -math.inf), ahead
+        return torch.where(values > -math.inf, earned + ahead - values, -math.inf), ahead
 
 
 class Stopped(AutoregressiveModel[tuple[State, Tensor]]):

@@ -371,26 +371,25 @@ def soft_best_of_n_blocks(
     gain.check_length(length)
     n, strings = int(n), int(strings)
     state = model.begin(strings)
-    alive = torch.ones_like(gain.begin(state, strings), dtype=torch.bool)
-    first = n * torch.arange(strings, device=alive.device)
-    written = []
+    values = gain.values(state, strings)
+    alive = torch.ones_like(values, dtype=torch.bool)
+    kept = torch.arange(strings, device=values.device)
+    first, written = n * kept, []
     for done in range(0, length, block):
-        pool = model.take(state, torch.arange(strings, device=alive.device).repeat_interleave(n))
-        values = gain.begin(pool, strings * n)
-        scores = torch.zeros_like(values)
-        drawn = []
+        candidates = kept.repeat_interleave(n)
+        state, values = model.take(state, candidates), values[candidates]
+        scores, drawn = torch.zeros_like(values), []
         for _ in range(min(block, length - done)):
-            token = model.draw(pool, generator=generator)
-            after = model.append(pool, token)
-            gained, values = gain.step(values, pool, token, after)
-            drawn.append(token)
-            pool, scores = after, scores + gained
+            drawn.append(model.draw(state, generator=generator))
+            earned = gain.earned(state, drawn[-1])
+            state = model.append(state, drawn[-1])
+            gained, values = gain.step(values, earned, state)
+            scores = scores + gained
         of_each = scores.view(strings, n)
         possible = (of_each > -math.inf).any(-1)
         alive = alive & possible
         kept = first + soft_best_of_n(torch.where(possible[:, None], of_each, 0.0), 1.0, generator=generator)
         written.append(torch.stack(drawn, -1)[kept])
-        state = model.take(pool, kept)
     return Blockwise(torch.cat(written, -1), alive)
 
 

@@ -53,7 +53,7 @@ def by_value(value: Callable[[Any], Tensor], model: AutoregressiveModel[Any]) ->
     """
     _checks.instance("model", model, AutoregressiveModel)
     gain = Gain(value)
-    gain.begin(model.begin(1), 1)
+    gain.values(model.begin(1), 1)
     return gain
 
 
@@ -153,7 +153,7 @@ def twisted_smc(
         _checks.instance("proposal", proposal, AutoregressiveModel)
     n, runs = int(n), int(runs)
     begun = model.begin(n * runs)
-    values = gain.begin(begun, n * runs)
+    values = gain.values(begun, n * runs)
     if not bool((values > -math.inf).all()):
         raise ValueError("log_values must be finite for the empty string, got -inf")
     tokens: list[Tensor] = []
@@ -166,10 +166,11 @@ def twisted_smc(
             correction = _log_ratio(model.next_logps(p), proposal.next_logps(q), token)
             if t < length - 1:
                 q = proposal.append(q, token)
-        after = model.append(p, token)
-        gained, ahead = gain.step(values, p, token, after)
+        earned = gain.earned(p, token)
+        p = model.append(p, token)
+        gained, ahead = gain.step(values, earned, p)
         tokens.append(token.view(runs, n))
-        return (after, q, ahead), gained + correction
+        return (p, q, ahead), gained + correction
 
     def take(state: tuple[Any, Any, Tensor], index: Tensor) -> tuple[Any, Any, Tensor]:
         p, q, values = state

@@ -92,7 +92,7 @@ def gain(
         raise ValueError(f"beta must be so large that rewards / beta stays within float64, got {beta!r}")
     return Gain(
         lambda state: values[state.step, state.contexts],
-        lambda before, tokens, after: log_tilt[before.contexts, tokens],
+        lambda state, tokens: log_tilt[state.contexts, tokens],
         length,
     )
 
