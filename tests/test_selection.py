@@ -558,6 +558,15 @@ def test_soft_best_of_n_draw_for_any_n(n, rng):
     assert verify.match(drawn, target, claim="sampler", versus=[wrong])
 
 
+def in_chunks(chunks, excluded, rows, generator):
+    """Candidates and their rewards; if asked for, every other chunk is followed by one that is excluded as a whole."""
+    for i, c in enumerate(chunks):
+        pool = candidates(S0, rows, c, generator)
+        yield pool, S0_REWARDS[pool]
+        if excluded and i % 2 == 0:
+            yield pool, torch.full(pool.shape, -math.inf, dtype=F64)
+
+
 @pytest.mark.parametrize("chunks", [[1, 1, 1, 1], [3, 1], [1, 2, 1], [4]])
 @pytest.mark.parametrize("excluded", [False, True])
 @pytest.mark.slow
@@ -565,14 +574,8 @@ def test_stream_follows_the_law_whatever_the_chunks(chunks, excluded, rng):
     """Streaming is soft best-of-N; chunks that are excluded as a whole, at any place, change nothing."""
 
     def draw(rows, generator):
-        def pieces():
-            for i, c in enumerate(chunks):
-                pool = candidates(S0, rows, c, generator)
-                yield pool, S0_REWARDS[pool]
-                if excluded and i % 2 == 0:
-                    yield pool, torch.full(pool.shape, -math.inf, dtype=F64)
-
-        return soft_best_of_n_stream(pieces(), 0.7, generator=generator).winner
+        pieces = in_chunks(chunks, excluded, rows, generator)
+        return soft_best_of_n_stream(pieces, 0.7, generator=generator).winner
 
     check_sampler(draw, *bad_soft_samplers(4, 0.7), rng)
 
@@ -669,14 +672,8 @@ def test_exponential_best_of_n_follows_its_law(beta, rng):
 @pytest.mark.parametrize("excluded", [False, True])
 def test_exponential_stream_follows_the_law_whatever_the_chunks(chunks, excluded, rng):
     def draw(rows, generator):
-        def pieces():
-            for i, c in enumerate(chunks):
-                pool = candidates(S0, rows, c, generator)
-                yield pool, S0_REWARDS[pool]
-                if excluded and i % 2 == 0:
-                    yield pool, torch.full(pool.shape, -math.inf, dtype=F64)
-
-        return exponential_best_of_n_stream(pieces(), 0.5, generator=generator).winner
+        pieces = in_chunks(chunks, excluded, rows, generator)
+        return exponential_best_of_n_stream(pieces, 0.5, generator=generator).winner
 
     near = exponential_near_misses(4, 0.5)
     wrong = {name: near[name] for name in ("soft", "N-1", "1/beta", "outcome-missing")}
