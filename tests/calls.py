@@ -570,34 +570,36 @@ example(
 )
 
 
-def by_tables(m: Inputs) -> tuple[Any, Any, int]:
-    values, rewards = m(VALUES[1]), m(SYMBOL_REWARDS)
-    return lambda state: values[state.contexts], lambda state, tokens: rewards[tokens], LENGTH
-
-
-example("autoregressive.Gain", lambda m, call: call(*by_tables(m), then=lambda g: walked(g, chain(m))))
-example("autoregressive.Gain.check_length", lambda m, call: call(gains(m), LENGTH))
-example("autoregressive.Gain.values", lambda m, call: call(gains(m), chain(m).begin(4), 4))
-example(
-    "autoregressive.Gain.earned",
-    lambda m, call: call(Gain(*by_tables(m)), chain(m).begin(4), m(torch.tensor([0, 1, 2, 1]))),
-)
-example(
-    "autoregressive.Gain.step",
-    lambda m, call: call(
-        Gain(*by_tables(m)),
-        m.exact(numbers(4)),
-        m.exact(numbers(4) ** 2),
-        chain(m).append(chain(m).begin(4), m(torch.tensor([0, 1, 2, 1]))),
-    ),
-)
-
-
 def by_context(m: Inputs):
     values = m(VALUES[1])
     return lambda state: values[state.contexts]
 
 
+def by_token(m: Inputs):
+    rewards = m(SYMBOL_REWARDS)
+    return lambda state, tokens: rewards[tokens]
+
+
+FOUR = torch.tensor([0, 1, 2, 1])
+example(
+    "autoregressive.Gain",
+    lambda m, call: call(by_context(m), by_token(m), LENGTH, then=lambda g: walked(g, chain(m))),
+)
+example("autoregressive.Gain.check_length", lambda m, call: call(gains(m), LENGTH))
+example("autoregressive.Gain.values", lambda m, call: call(gains(m), chain(m).begin(4), 4))
+example(
+    "autoregressive.Gain.earned",
+    lambda m, call: call(Gain(by_context, by_token(m)), chain(m).begin(4), m(FOUR)),
+)
+example(
+    "autoregressive.Gain.step",
+    lambda m, call: call(
+        Gain(by_context(m)),
+        m.exact(numbers(4)),
+        m.exact(numbers(4) ** 2),
+        chain(m).append(chain(m).begin(4), m(FOUR)),
+    ),
+)
 example("smc.by_value", lambda m, call: call(by_context(m), chain(m), then=lambda g: walked(g, chain(m))))
 
 
