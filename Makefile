@@ -23,11 +23,13 @@ build = $(BIN)/jupyter-book build . -W --keep-going $(1) || { rm -rf _build/.doc
 .PHONY: book test quick bench mutants accept clean
 .DEFAULT_GOAL := book
 
-.venv/.stamp: requirements.txt pyproject.toml
+# Without the model of the last line the chapter that reads it shows its stored outputs: see conftest.py.
+.venv/.stamp: requirements.txt requirements-language.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-language.txt || test -z "$$CI"
 	touch $@
 
 # Fails on errors and verdicts, not on a digit that another processor rounds differently: `make test` compares outputs.

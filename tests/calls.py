@@ -13,16 +13,19 @@ call takes: each value of an option, each optional argument and each kind of cov
 import inspect
 import itertools
 import math
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import tiltlib
-from tiltlib import diffusion, guidance, mixtures, policies, resampling, stepwise, verify
+from tiltlib import diffusion, guidance, language, mixtures, policies, resampling, stepwise, verify
 from tiltlib.autoregressive import AutoregressiveModel, Gain, Stopped
 from tiltlib.markov import MarkovChain
 from tiltlib.mixtures import GaussianMixture
@@ -136,6 +139,8 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
         parts = vars(value)
         if isinstance(value, GaussianMixture):
             parts = {**parts, **{name: getattr(value, name) for name in ("prior_logps", "means", "covariances")}}
+    elif isinstance(value, language.Begun):
+        parts = {"tokens": value.tokens, "ended": value.ended, "law": value.law}
     else:
         return {path: value}
     return {k: v for name, part in parts.items() for k, v in leaves(part, f"{path}.{name}").items()}
@@ -354,6 +359,81 @@ for name in ("begin", "next_logps", "append", "take"):
         ),
     )
 example("autoregressive.Stopped", lambda m, call: call(chain(m), 2))
+
+
+class Network:
+    """What `transformers` makes of a causal model, as far as `LanguageModel` asks: here logits by the last token."""
+
+    def __init__(self, logits: Tensor):
+        self.logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def __call__(self, input_ids: Tensor, cache: Any, use_cache: bool) -> SimpleNamespace:
+        cache = SimpleNamespace(batch_select_indices=lambda index: None)
+        return SimpleNamespace(logits=self.logits[input_ids], cache=cache)
+
+
+PROMPT = torch.tensor([2, 0])
+
+
+def lm(m: Inputs, **options) -> language.LanguageModel:
+    return language.LanguageModel(Network(m(CHAIN)), m(PROMPT), LENGTH, **options)
+
+
+class Letters:
+    """A tokenizer of which a token is a letter."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def decode(self, numbers: list[int], skip_special_tokens: bool = False) -> str:
+        return "".join(map(chr, numbers))
+
+
+def file() -> Path:
+    return Path(tempfile.mkdtemp(), "pool.jsonl")
+
+
+example("language.encode", lambda m, call: call(Letters(), "ab"))
+example("language.LanguageModel", lambda m, call: call(Network(m(CHAIN)), m(PROMPT), LENGTH))
+example(
+    "language.LanguageModel options",
+    lambda m, call: call(Network(m(CHAIN)), m(PROMPT), LENGTH, end=2, top_k=2, temperature=0.7, chunk=3),
+)
+for kind, options in {"all": {}, "few": {"end": 2, "top_k": 2, "temperature": 0.7, "chunk": 3}}.items():
+    for name, arguments in {
+        "begin": lambda m, model: (5,),
+        "next_logps": lambda m, model: (begun(model, m),),
+        "append": lambda m, model: (begun(model, m), m(TOKENS[:, 1])),
+        "take": lambda m, model: (begun(model, m), m(torch.tensor([4, 0]))),
+        "logps": lambda m, model: (m(TOKENS, rows=True),),
+        "token_logps": lambda m, model: (m(TOKENS, rows=True),),
+        "tree": lambda m, model: (),
+    }.items():
+        example(
+            f"language.LanguageModel.{name} {kind}",
+            lambda m, call, arguments=arguments, options=options: call(
+                lm(m, **options), *arguments(m, lm(m, **options))
+            ),
+        )
+    example(
+        f"language.LanguageModel.draw {kind}",
+        lambda m, call, options=options: call(lm(m, **options), begun(lm(m, **options), m), generator=m.generator()),
+    )
+    example(
+        f"language.LanguageModel.sample {kind}",
+        lambda m, call, options=options: call(lm(m, **options), 20, LENGTH - 1, generator=m.generator()),
+    )
+    example(f"language.Tree.find {kind}", lambda m, call, options=options: call(lm(m).tree(), m(TOKENS, rows=True)))
+    example(f"language.Tree.ranks {kind}", lambda m, call: call(lm(m).tree(), m(torch.tensor([7, 0, 80]), rows=True)))
+    example(f"language.Tree.number {kind}", lambda m, call: call(lm(m).tree(), m(TOKENS, rows=True)))
+    example(
+        f"language.Tree.rewards {kind}",
+        lambda m, call, options=options: call(lm(m, **options).tree(), m(numbers(16 if options else 81))),
+    )
+example(
+    "language.generate",
+    lambda m, call: call([lm(m), lm(m, top_k=2)], 5, file(), generator=m.generator(), decode=Letters().decode),
+)
 for kind, make in {
     "order-1": chain,
     "order-2": partial(chain, logits=numbers(9, 3)),

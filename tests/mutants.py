@@ -32,8 +32,8 @@ WORK = ROOT / "_build/mutants"
 
 # Each module is judged by its own tests, and a mutant that survives them by the rules that every call keeps: these are
 # many, and collecting them for each mutant would take longer than everything else.
-MODULES = """_checks _numerics autoregressive categorical data diffusion figures guidance losses markov mcmc mixtures
-particles policies pool resampling selection smc stepwise testing verify weights""".split()
+MODULES = """_checks _numerics autoregressive categorical data diffusion figures guidance language losses markov mcmc
+mixtures particles policies pool resampling selection smc stepwise testing verify weights""".split()
 RULES = ["tests/test_devices.py", "tests/test_every_call.py"]
 NO_RULES = {"data", "figures"}  # they work on the CPU by contract
 # It counts calls in the source, of which each mutant is a part.

@@ -17,6 +17,7 @@ ON_THE_CPU = {
     "diffusion.karras": "levels are numbers that a loop on the host reads",
     "diffusion.geometric": "levels are numbers that a loop on the host reads",
     "diffusion.variance_preserving": "levels are numbers that a loop on the host reads",
+    "language.encode": "a text lies nowhere else",
 }
 
 

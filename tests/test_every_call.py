@@ -178,6 +178,7 @@ ALWAYS_WIDE = {
     "stepwise": "tables of a chain, and log weights",
     "smc": "particles are weighted in float64",
     "particles": "particles are weighted in float64",
+    "language": "laws of a network are summed up in float64, and refused in half precision",
 }
 # Half precision cannot hold them: a count of 10^5, a temperature for rewards far apart.
 NEVER_HALF = {"weights.ess", "weights.beta_for_ess"}

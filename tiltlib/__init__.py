@@ -12,30 +12,31 @@ input: its results are those of float64 on the same numbers, to the digits that 
 A module imports only from the rows above it, and from `_checks` and `_numerics`. A module that needs an optional
 package is imported by no other.
 
-==============  ==================================================================  ====================
-module          holds                                                               needs
-==============  ==================================================================  ====================
-weights         log weights: normalise, average, effective sample size
-categorical     laws on finitely many outcomes: tilt, divergences, draws
-mixtures        Gaussian mixtures: densities, scores, noise, tilt, all exact
+==============  ======================================================  ================================================
+module          holds                                                   needs
+==============  ======================================================  ================================================
+weights         log weights: mean, effective sample size
+categorical     laws on finitely many outcomes: tilt, divergences
+mixtures        Gaussian mixtures: densities, scores, noise, tilts
 autoregressive  models of strings that samplers take, by four methods
-markov          Markov chains on strings, with exact tilts by additive rewards
-selection       rules that keep one of N candidates, and their exact laws
-pool            curves of best-of-N for every N, unbiased, from one scored pool     matplotlib
+markov          Markov chains on strings, exactly tilted by rewards
+language        a causal language model as such a model, and its tree   transformers
+selection       rules that keep one of N, and their exact laws
+pool            unbiased curves of best-of-N from one scored pool       matplotlib
 resampling      schemes that turn weights into copies
 particles       the engine of particle methods: grow, weigh, resample
-stepwise        exact tables on Markov chains for methods that go step by step
-smc             particles on strings: twisted sequential Monte Carlo
-mcmc            Metropolis-Hastings on strings, toward a power of a model
-policies        policies to train: a table of logits, a small transformer
-losses          losses and estimators of feedback: policy gradient, DPO, GRPO
-diffusion       noise levels, samplers and the denoising loss, from any score
+stepwise        exact tables on Markov chains, step by step
+smc             twisted sequential Monte Carlo on strings
+mcmc            Metropolis-Hastings on strings, toward a power
+policies        policies to train: logits, a small transformer
+losses          losses of feedback: policy gradient, DPO, GRPO
+diffusion       noise levels, samplers, a loss, from any score
 guidance        changes of a score or of a step that aim at a tilt
 verify          evidence: E-values, certificates, plans, verdict lines
-testing         whether a model of yours keeps the rules that samplers rely on
-figures         figures, tables and explorables of the book                         matplotlib
-data            digits and word frequencies                                         scikit-learn, wordfreq
-==============  ==================================================================  ====================
+testing         whether a model of yours keeps the rules
+figures         figures, tables and explorables of the book             matplotlib
+data            digits, word frequencies, a small language model        scikit-learn, tokenizers, transformers, wordfreq
+==============  ======================================================  ================================================
 """
 
 from importlib import import_module
@@ -49,6 +50,7 @@ __all__ = [
     "diffusion",
     "figures",
     "guidance",
+    "language",
     "losses",
     "markov",
     "mcmc",

@@ -41,6 +41,14 @@ def _log(x: Tensor) -> Tensor:
     return torch.where(x > 0, torch.where(x > 0, x, 1.0).log(), -math.inf)
 
 
+def _symbols(alphabet: str | int) -> str:
+    """Give V symbols: those of the caller, or V characters of an area that Unicode leaves to private use."""
+    if isinstance(alphabet, str):
+        return alphabet
+    _checks.count("alphabet", alphabet)
+    return "".join(map(chr, range(0xF0000, 0xF0000 + int(alphabet))))
+
+
 def _alphabet_size(alphabet: str) -> int:
     if len(set(alphabet)) < len(alphabet) or len(alphabet) < 2:
         raise ValueError(f"alphabet must hold at least 2 distinct symbols, got {alphabet!r}")
@@ -68,17 +76,19 @@ class MarkovChain(AutoregressiveModel[State]):
     Args:
         logps: Next-symbol log-probabilities, each row normalised. Shape (V^order, V), or (L, V^order, V) with one table
             per step. The chain keeps a copy.
-        alphabet: V distinct symbols; the last one is the separator, and every string starts after separators.
+        alphabet: V distinct symbols, or their number V if nobody reads them; the last one is the separator, and every
+            string starts after separators.
 
     Raises:
-        TypeError: `logps` is not a floating tensor.
+        TypeError: `logps` is not a floating tensor, or `alphabet` neither str nor int.
         ValueError: rows not normalised, a shape that is no power of V, or a repeated symbol.
     """
 
     length: int | None
 
-    def __init__(self, logps: Tensor, alphabet: str = LETTERS_AND_SPACE) -> None:
+    def __init__(self, logps: Tensor, alphabet: str | int = LETTERS_AND_SPACE) -> None:
         _checks.logps("logps", logps)
+        alphabet = _symbols(alphabet)
         v = _alphabet_size(alphabet)
         contexts = logps.shape[-2] if logps.ndim in (2, 3) else 1
         order = round(math.log(max(1, contexts), v))

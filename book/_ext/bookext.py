@@ -360,7 +360,11 @@ def takes(thing: object) -> str:
         return "Markov chain"
     if "GaussianMixture" in types:
         return "mixture"
-    return "your model" if re.search(r"Callable|Module|Score|Policy|AutoregressiveModel", types) else "tensors"
+    return (
+        "your model"
+        if re.search(r"Callable|Module|Score|Policy|AutoregressiveModel|LanguageModel", types)
+        else "tensors"
+    )
 
 
 # --- docstrings ----------------------------------------------------------------------------------------------------
