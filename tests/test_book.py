@@ -91,6 +91,25 @@ def test_every_notebook_of_the_folder_is_in_the_table_of_contents():
     assert written <= listed
 
 
+def test_the_decision_flow_leads_to_each_recipe_and_each_recipe_to_its_chapter():
+    page = next(page for page in PAGES if page.name == "book/at_work")
+    text = "\n".join(cell.source for cell in page.cells if cell.kind == "markdown")
+    recipes = {
+        found[1]: found[2] for found in re.finditer(r"^\(recipe-(\w+)\)=\n(.*?)(?=^\(recipe-|\Z)", text, re.M | re.S)
+    }
+    flow = re.findall(r'href="#recipe-(\w+)"', (ROOT / "book/_static/at_work.html").read_text(encoding="utf-8"))
+    lists = {"needs", "findings"}
+    assert flow == [name for name in recipes if name not in lists]
+    assert lists == set(re.findall(r"\]\(recipe-(\w+)\)", text))
+    for name in flow:
+        advice = re.findall(r"^- \*\*If (.*)", recipes[name], re.M)
+        assert 1 <= len(advice) <= 4, name
+        assert "](" in recipes[name].rsplit("hapter", 1)[-1], f"{name} links to no chapter"
+    _, *findings = re.split(r"^- ", recipes["findings"].split("## Where next")[0], flags=re.M)
+    assert len(findings) > 10
+    assert [found for found in findings if not re.search(r"\{prf:ref\}|\]\(", found)] == []
+
+
 def test_launch_and_edit_links_lead_to_files_in_git():
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
