@@ -1,5 +1,6 @@
 """The book's source keeps its promises; and each check fails on a book that does not."""
 
+import inspect
 import json
 import re
 import subprocess
@@ -10,8 +11,13 @@ import nbnorm
 import pytest
 import verdicts
 import yaml
-from bookext import rst_docstring
+from bookext import functions_that_take, rst_docstring, takes
+from calls import CALLS, PUBLIC, Inputs
+from torch import nn
 from verdicts import Cell, Page
+
+from tiltlib.autoregressive import AutoregressiveModel
+from tiltlib.mixtures import GaussianMixture, Tilted
 
 ROOT = Path(__file__).parents[1]
 PAGES = verdicts.read_book(ROOT)
@@ -83,6 +89,25 @@ def test_every_notebook_of_the_folder_is_in_the_table_of_contents():
     listed = {Path(page.name).name for page in PAGES}
     written = {path.stem for path in [*NOTEBOOKS, *(ROOT / "book").glob("*.md")]}
     assert written <= listed
+
+
+def test_the_decision_flow_leads_to_each_recipe_and_each_recipe_to_its_chapter():
+    page = next(page for page in PAGES if page.name == "book/at_work")
+    text = "\n".join(cell.source for cell in page.cells if cell.kind == "markdown")
+    recipes = {
+        found[1]: found[2] for found in re.finditer(r"^\(recipe-(\w+)\)=\n(.*?)(?=^\(recipe-|\Z)", text, re.M | re.S)
+    }
+    flow = re.findall(r'href="#recipe-(\w+)"', (ROOT / "book/_static/at_work.html").read_text(encoding="utf-8"))
+    lists = {"needs", "findings"}
+    assert flow == [name for name in recipes if name not in lists]
+    assert lists == set(re.findall(r"\]\(recipe-(\w+)\)", text))
+    for name in flow:
+        advice = re.findall(r"^- \*\*If (.*)", recipes[name], re.M)
+        assert 1 <= len(advice) <= 4, name
+        assert "](" in recipes[name].rsplit("hapter", 1)[-1], f"{name} links to no chapter"
+    _, *findings = re.split(r"^- ", recipes["findings"].split("## Where next")[0], flags=re.M)
+    assert len(findings) > 10
+    assert [found for found in findings if not re.search(r"\{prf:ref\}|\]\(", found)] == []
 
 
 def test_launch_and_edit_links_lead_to_files_in_git():
@@ -507,6 +532,40 @@ def test_nbnorm_accepts_only_a_run_of_the_same_code():
     assert json.loads(nbnorm.accept(notebook(), ran))["cells"][0]["outputs"][0]["text"] == ["2\n"]
     with pytest.raises(ValueError, match="its code has changed"):
         nbnorm.accept(notebook(source="1 + 2"), ran)
+
+
+# What one would have to bring: a model, a mixture, a chain, or a function of one's own.
+BROUGHT = (AutoregressiveModel, GaussianMixture, Tilted, nn.Module)
+
+
+def test_the_mark_of_a_function_says_what_its_example_calls_bring():
+    """`tensors` is no promise of the annotations alone: no call hands over more, and of the others each call does."""
+    brought = {}
+    for key, make in CALLS.items():
+        values = [(v, p.default) for v, p in arguments(make(Inputs()))]
+        more = any(isinstance(v, BROUGHT) or (callable(v) and v is not default) for v, default in values)
+        brought.setdefault(key.split()[0], []).append(more)
+    functions = {name: thing for name, thing in PUBLIC.items() if inspect.isfunction(thing) and name.count(".") == 1}
+    assert len(brought.keys() & functions.keys()) > 80
+    for name in brought.keys() & functions.keys():
+        plain = takes(functions[name]) == "tensors"
+        assert any(brought[name]) != plain, f"{name} is marked {takes(functions[name])!r}"
+
+
+def arguments(call):
+    bound, parameters = call.bound, inspect.signature(call.function).parameters
+    return [(value, parameters[name]) for name, value in bound.arguments.items()]
+
+
+def test_each_function_has_one_mark_and_a_place_in_its_table():
+    marks = ("tensors", "your model", "mixture", "Markov chain")
+    tables = [functions_that_take(mark) for mark in marks]
+    shown = [f"{module}.{name}" for table in tables for module, names in table.items() for name in names]
+    wanted = [name for name, thing in PUBLIC.items() if inspect.isfunction(thing) and name.count(".") == 1]
+    assert sorted(shown) == sorted(wanted)
+    assert "pool.curve" in shown and list(tables[0])[:2] == ["weights", "categorical"]
+    for name in ("guidance.exact_value", "guidance.log_values"):
+        assert takes(PUBLIC[name]) == "mixture"
 
 
 def test_docstrings_become_restructured_text():

@@ -187,9 +187,10 @@ SIZE = """() => {
 }"""
 LONGEST = {"book/one_target": 20_000}  # else 15,000
 MOST_CODE = 0.2
+SITTINGS = [page.name for page in CHAPTERS] + ["book/at_work"]
 
 
-@pytest.mark.parametrize("name", [page.name for page in CHAPTERS])
+@pytest.mark.parametrize("name", SITTINGS)
 def test_a_chapter_is_one_sitting(name, visit, record_property):
     height, code = visit(f"{name}.html").evaluate(SIZE)
     record_property("page", (name, height, code / height))

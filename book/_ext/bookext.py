@@ -348,6 +348,35 @@ class Summary(SphinxDirective):
         return self.parse_text_to_nodes(head + "\n".join(rows))
 
 
+class Needs(SphinxDirective):
+    """A table of the functions that need no more than what is named, module by module, as the reference marks them."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
+    option_spec = {"without": str.split}
+
+    def run(self):
+        rows = [
+            f"   * - :doc:`{module} </book/reference/{module}>`\n     - "
+            + ", ".join(f":py:obj:`~tiltlib.{module}.{name}`" for name in names)
+            for module, names in functions_that_take(self.arguments[0]).items()
+            if module not in self.options.get("without", ())
+        ]
+        return self.parse_text_to_nodes(".. list-table::\n   :widths: 20 80\n   :class: needs\n\n" + "\n".join(rows))
+
+
+def functions_that_take(what: str) -> dict[str, list[str]]:
+    """Find the functions that `takes` marks so, by their module; modules in the order of the package's table."""
+    order = [name for name in re.findall(r"^(\w+)  ", tiltlib.__doc__ or "", re.MULTILINE) if name in tiltlib.__all__]
+    found = {}
+    for module in (import_module(f"tiltlib.{name}") for name in order):
+        things = {name: getattr(module, name) for name in module.__all__}
+        names = [name for name, thing in things.items() if inspect.isfunction(thing) and takes(thing) == what]
+        if names:
+            found[module.__name__.removeprefix("tiltlib.")] = names
+    return found
+
+
 def first_line(thing: object) -> str:
     return rst_prose((inspect.getdoc(thing) or "").split("\n")[0], set())
 
@@ -358,7 +387,7 @@ def takes(thing: object) -> str:
     types = " ".join(str(p.annotation) for p in inspect.signature(made).parameters.values())
     if "MarkovChain" in types or "TiltedChain" in types:
         return "Markov chain"
-    if "GaussianMixture" in types:
+    if re.search(r"GaussianMixture|\bTilted\b", types):
         return "mixture"
     return (
         "your model"
@@ -527,6 +556,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("claims", Claims)
     app.add_directive("dependencies", Dependencies)
     app.add_directive("summary", Summary)
+    app.add_directive("needs", Needs)
     app.add_directive_to_domain("prf", "proof", Proof, override=True)
     app.add_post_transform(ResolveStatus)
     app.add_post_transform(Setup)
