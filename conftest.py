@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parent / "book/_ext"))  # pytest puts it there later
+import lacking  # noqa: E402
 
 ROOT = Path(__file__).parent
 RUNS = ROOT / "_build/run"
@@ -34,6 +38,7 @@ class NotebookRuns:
         self.cells: dict[pytest.File, list] = {}
         self.seconds: dict[str, float] = {}
         self.noise: list[tuple[str, str]] = []
+        self.stored: set[pytest.File] = set()
 
         from nbval.kernel import RunningKernel
 
@@ -47,6 +52,10 @@ class NotebookRuns:
         for file in {item.parent for item in items if type(item).__name__ == "IPyNbCell"}:
             # Stored notebooks hold text only, and nothing from stderr: `pytest_runtest_makereport` judges that.
             file.skip_compare += (*RICH, "stderr")
+        for item in items:
+            if type(item).__name__ == "IPyNbCell" and (packages := lacking.lacking(item.path.stem)):
+                self.stored.add(item.parent)
+                item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(packages)}"))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -75,6 +84,8 @@ class NotebookRuns:
     def pytest_sessionfinish(self):
         for file, items in self.cells.items():
             store_run(file, items)
+        for file in self.stored:
+            write_run(file.path, copy.deepcopy(file.nb), [cell.outputs for cell in code_cells(file.nb)])
         if not self.worker:
             fill_cache()
 
@@ -88,21 +99,27 @@ def store_run(file, items) -> None:
 
     A run whose outputs merely differ from the stored ones is kept: it is what `make accept` takes.
     """
-    import nbformat
-
-    path = RUNS / file.path.relative_to(ROOT)
-    notebook = copy.deepcopy(file.nb)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     outputs = [item.test_outputs or [] for item in items]
     raised = any(
         o.output_type == "error" and not item.options["check_exception"]
         for item, shown in zip(items, outputs, strict=True)
         for o in shown
     )
-    if raised or len(items) != len(code) or any(item.test_outputs is None for item in items):
-        path.unlink(missing_ok=True)
+    if raised or len(items) != len(code_cells(file.nb)) or any(item.test_outputs is None for item in items):
+        (RUNS / file.path.relative_to(ROOT)).unlink(missing_ok=True)
         return
-    for count, (cell, shown) in enumerate(zip(code, outputs, strict=True), 1):
+    write_run(file.path, copy.deepcopy(file.nb), outputs)
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def write_run(source: Path, notebook, outputs) -> None:
+    import nbformat
+
+    path = RUNS / source.relative_to(ROOT)
+    for count, (cell, shown) in enumerate(zip(code_cells(notebook), outputs, strict=True), 1):
         cell.execution_count = count
         cell.outputs = [nbformat.from_dict(o) for o in shown if o.get("name") != "stderr"]
         for o in cell.outputs:

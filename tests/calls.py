@@ -773,6 +773,11 @@ example(
     lambda m, call: call(chain(m), m(TOKENS, rows=True), 2.0, 3, generator=m.generator(), proposal=steps(m)),
 )
 example("mcmc.power_mh", lambda m, call: call(chain(m), m(TOKENS, rows=True), 2.0, 3, generator=m.generator()))
+example("mcmc.power_mh_law", lambda m, call: call(m.law(numbers(9)), 2, 2.0, 3))
+example(
+    "mcmc.power_mh_law start",
+    lambda m, call: call(m.law(numbers(9)), 2, 2.0, 3, start=m.law(numbers(9) ** 2)),
+)
 example(
     "mcmc.power_mh end",
     lambda m, call: call(

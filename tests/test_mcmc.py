@@ -476,3 +476,96 @@ def test_a_single_string_is_written_with_its_own_context(rng):
     cycle = markov.MarkovChain(torch.stack([law(0, 1, 0), law(1, 0, 0), law(1, 0, 0)]), "ab|")
     out = mcmc.power_mh(cycle, torch.tensor([[0, 1, 0, 1]]), 2.0, 20, generator=rng)
     assert out.tokens.tolist() == [[0, 1, 0, 1]] and out.acceptance.item() == 1
+
+
+# --- the exact law after some moves ---
+
+
+def dense_moves(p, v, length, power):
+    """The matrix of one move, string by string, from the rule alone."""
+    k = v**length
+    moves = torch.zeros(k, k, dtype=F64)
+    for x in range(k):
+        if p[x] == -math.inf:
+            moves[x, x] = 1
+            continue
+        for cut in range(length):
+            size = v ** (length - cut)
+            first = x // size * size
+            end = (p[first : first + size] - p[first : first + size].logsumexp(0)).exp()
+            for i, q in enumerate(end.tolist()):
+                y = first + i
+                if q:
+                    accepted = min(1.0, math.exp((power - 1) * (p[y] - p[x]).item()))
+                    moves[x, y] += q * accepted / length
+                    moves[x, x] += q * (1 - accepted) / length
+    return moves
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize(("v", "length"), [(1, 3), (2, 1), (5, 1), (3, 3), (2, 4)])
+def test_the_law_after_moves_is_that_of_the_matrix(v, length, power, rng):
+    for zeros in (False, True):
+        logits = 3 * torch.randn(v**length, generator=rng, dtype=F64)
+        logits = torch.where(torch.rand(len(logits), generator=rng) < 0.3, logits.round(), logits)  # some ties
+        if zeros and v > 1:
+            logits[torch.rand(len(logits), generator=rng) < 0.3] = -math.inf
+            logits[: v ** (length - 1)] = -math.inf  # nothing begins with the first token
+            logits[-1] = 0.0
+        p = logits.log_softmax(-1)
+        moves = dense_moves(p, v, length, power)
+        start = torch.where(p > -math.inf, torch.randn(len(p), generator=rng, dtype=F64), -math.inf).log_softmax(-1)
+        for steps in (0, 1, 2, 7):
+            expected = (p.exp() @ torch.linalg.matrix_power(moves, steps)).clamp(min=0)
+            torch.testing.assert_close(
+                mcmc.power_mh_law(p, length, power, steps).exp(), expected, rtol=1e-12, atol=1e-15
+            )
+            found = mcmc.power_mh_law(p, length, power, steps, start=start).exp()
+            expected = start.exp() @ torch.linalg.matrix_power(moves, steps)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+        target = torch.where(p > -math.inf, power * p, -math.inf).log_softmax(-1)
+        stays = mcmc.power_mh_law(p, length, power, 5, start=target)
+        torch.testing.assert_close(stays.exp(), target.exp(), rtol=1e-12, atol=1e-15)
+
+
+def test_the_law_after_moves_is_that_of_power_mh(rng):
+    chain = markov.MarkovChain(torch.randn(3, 3, 3, generator=rng, dtype=F64).log_softmax(-1), "ab ")
+    strings = torch.tensor(list(itertools.product(range(3), repeat=3)))
+    law, other = (mcmc.power_mh_law(chain.logps(strings), 3, 3.0, steps) for steps in (2, 3))
+    n = verify.plan(law, other)
+    moved = mcmc.power_mh(chain, chain.sample(n, 3, generator=rng), 3.0, 2, generator=rng).tokens
+    samples = (moved * torch.tensor([9, 3, 1])).sum(-1)
+    assert verify.match(samples, law, claim="law", versus=[other]).decision == "PASS"
+    assert verify.match(samples, other, claim="law", versus=[law]).decision == "REJECT"
+
+
+def test_the_law_after_moves_at_extreme_weights():
+    p = torch.tensor([0.0, -1e5, -3e5, -1e6], dtype=F64).log_softmax(-1)
+    moved = mcmc.power_mh_law(p, 2, 4.0, 3, start=torch.tensor([-math.inf, -math.inf, -math.inf, 0.0], dtype=F64))
+    # From the last string each cut leads to the likeliest string that shares its beginning.
+    # Half of the cuts redraw all, to string 0; half the last token, to string 2, from which the others go on.
+    stays = torch.tensor([1 - 0.5**3, 0.0, 0.5**3, 0.0], dtype=F64)
+    torch.testing.assert_close(moved.exp(), stays, rtol=0, atol=1e-15)
+
+
+def test_bad_arguments_of_the_law_after_moves_are_refused():
+    p = torch.full((9,), -math.log(9), dtype=F64)
+    with pytest.raises(ValueError, match=r"logps must have shape \(V\^L,\) with L = 3, got \(9,\)"):
+        mcmc.power_mh_law(p, 3, 2.0, 1)
+    with pytest.raises(ValueError, match=r"logps must have shape \(V\^L,\) with L = 1, got \(3, 3\)"):
+        mcmc.power_mh_law(p.view(3, 3) + math.log(3), 1, 2.0, 1)
+    with pytest.raises(ValueError, match="steps must be an integer >= 0, got -1"):
+        mcmc.power_mh_law(p, 2, 2.0, -1)
+    with pytest.raises(TypeError, match="steps must be an int, got"):
+        mcmc.power_mh_law(p, 2, 2.0, 1.0)
+    with pytest.raises(TypeError, match="steps must be an int, got"):
+        mcmc.power_mh_law(p, 2, 2.0, True)
+    with pytest.raises(ValueError, match="length must be an integer >= 1, got 0"):
+        mcmc.power_mh_law(p, 0, 2.0, 1)
+    with pytest.raises(ValueError, match="power must be"):
+        mcmc.power_mh_law(p, 2, 0.0, 1)
+    with pytest.raises(ValueError, match=r"start must have the shape of logps, \(9,\), got \(1,\)"):
+        mcmc.power_mh_law(p, 2, 2.0, 1, start=torch.zeros(1, dtype=F64))
+    q = torch.tensor([-math.inf, 0.0], dtype=F64)
+    with pytest.raises(ValueError, match="start must be -inf where logps is"):
+        mcmc.power_mh_law(q, 1, 2.0, 1, start=torch.tensor([0.0, -math.inf], dtype=F64))

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import math
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,9 @@ def smollm2(*, dtype: torch.dtype = torch.float64, path: str | Path | None = Non
             )
         path = Path(found.submodule_search_locations[0]) / _SMOLLM2
     try:
-        import transformers  # brings tokenizers
+        with warnings.catch_warnings():  # about bars of progress in a notebook
+            warnings.filterwarnings("ignore", message="IProgress not found")
+            import transformers  # brings tokenizers
     except ImportError as error:
         raise ImportError("tiltlib.data.smollm2 needs the transformers package: pip install transformers") from error
     content = Path(path).read_bytes()

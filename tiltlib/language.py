@@ -244,7 +244,7 @@ class LanguageModel(AutoregressiveModel[Begun]):
         ValueError: `prompt` empty or of another shape; `length`, `top_k`, `temperature` or `chunk` out of range; `end`
             or `top_k` outside the vocabulary; `model` in training mode; or logits of half precision or with NaN.
 
-    Source: [vaswani2017] for the network, [fan2018] for the k likeliest tokens; book, `lm-law`.
+    Source: [vaswani2017] for the network, [fan2018] for the k likeliest tokens; book, `language-tree`.
     """
 
     def __init__(

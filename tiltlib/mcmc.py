@@ -20,7 +20,7 @@ from tiltlib import _checks
 from tiltlib.autoregressive import AutoregressiveModel
 from tiltlib.markov import MarkovChain
 
-__all__ = ["Rewritten", "lengths", "log_accept", "power_mh"]
+__all__ = ["Rewritten", "lengths", "log_accept", "power_mh", "power_mh_law"]
 
 
 class Rewritten(NamedTuple):
@@ -220,6 +220,75 @@ def power_mh(
             source_logps = torch.where(accept, new_source_logps, source_logps)
         accepted += accept
     return Rewritten(tokens, accepted / steps)
+
+
+@torch.no_grad()
+def power_mh_law(logps: Tensor, length: int, power: float, steps: int, *, start: Tensor | None = None) -> Tensor:
+    """Compute the law of strings of one length after some moves of `power_mh`, exactly.
+
+        mu'(x') = mean over cuts t of  c_t(x') sum_x mu(x) min(1, w(x') / w(x)) + mu(x') (1 - a_t(x')),    w = p^(a-1)
+
+    The sum is over the strings x with the first t tokens of x', c_t is p given these tokens, and a_t(x) is the chance
+    that a move from x with this cut is accepted. Sorted by w within each beginning, the sums are running sums: cost
+    O(L K log K) once and O(L K) per move for K strings, where a matrix would take K^2. Not differentiable.
+
+    Args:
+        logps: Log-probabilities of all strings of L tokens, those with the same beginning side by side, normalised,
+            shape (V^L,): string i has the digits of i in base V, as in `language.Tree`.
+        length: Number of tokens L, >= 1.
+        power: Exponent a, finite and > 0.
+        steps: Number of moves, >= 0.
+        start: Log-probabilities of the strings before the first move, normalised, shape (V^L,), -inf where `logps` is.
+            Default: `logps`.
+
+    Returns:
+        Log-probabilities after the moves, float64, shape (V^L,).
+
+    Raises:
+        TypeError: `logps` or `start` is not a floating tensor, or `length` or `steps` not an int.
+        ValueError: `logps` or `start` not normalised or not of such a shape; `length` < 1, `steps` < 0, `power` not
+            finite and > 0; or a start at a string of probability 0.
+
+    Source: [hastings1970] for the moves; book, `rewriting-law`.
+    """
+    _checks.count("length", length)
+    _checks.positive("power", power)
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps must be an int, got {_checks.described(steps)}")
+    if steps < 0:
+        raise ValueError(f"steps must be an integer >= 0, got {steps}")
+    p = _checks.law("logps", logps)
+    v = round(len(p) ** (1 / length)) if p.ndim == 1 else 0
+    if v < 1 or v**length != len(p):
+        raise ValueError(f"logps must have shape (V^L,) with L = {length}, got {tuple(p.shape)}")
+    mu = p if start is None else _checks.law("start", start)
+    if mu.shape != p.shape:
+        raise ValueError(f"start must have the shape of logps, {tuple(p.shape)}, got {tuple(mu.shape)}")
+    possible = p > -math.inf
+    if bool((mu > -math.inf)[~possible].any()):
+        raise ValueError("start must be -inf where logps is, got mass on a string of probability 0")
+    log_w = torch.where(possible, (float(power) - 1) * p, 0.0)
+    cuts = []
+    for t in range(length):
+        of_each = p.view(v**t, -1)
+        w, order = log_w.view(v**t, -1).sort(-1)
+        c = of_each - of_each.logsumexp(-1, keepdim=True).clamp(min=-torch.finfo(torch.float64).max)
+        c = c.gather(-1, order)
+        # a: what lies at or above x in weight is accepted, what lies below it by the ratio of weights.
+        above = c.exp().flip(-1).cumsum(-1).flip(-1)
+        below = torch.cat([torch.zeros_like(c[:, :1]), (torch.logcumsumexp(c + w, -1)[:, :-1] - w[:, 1:]).exp()], -1)
+        cuts.append((w, order, c, (above + below).clamp(max=1.0)))
+    for _ in range(steps):
+        moved = torch.zeros_like(p)
+        for w, order, c, accepted in cuts:
+            here = mu.view(len(w), -1).gather(-1, order)
+            lighter = here.exp().cumsum(-1)
+            heavier = torch.logcumsumexp((here - w).flip(-1), -1).flip(-1)[:, 1:] + w[:, :-1]
+            heavier = torch.cat([heavier.exp(), torch.zeros_like(c[:, :1])], -1)
+            new = c.exp() * (lighter + heavier) + here.exp() * (1 - accepted)
+            moved += torch.empty_like(new).scatter(-1, order, new).flatten() / length
+        mu = (moved / moved.sum()).log()
+    return mu
 
 
 def _redrawn(source: AutoregressiveModel[Any], tokens: Tensor, cut: Tensor, generator: torch.Generator) -> Tensor:

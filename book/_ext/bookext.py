@@ -24,8 +24,10 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import nbformat
 import tiltlib
 
+import lacking
 import verdicts
 
 logger = logging.getLogger(__name__)
@@ -503,6 +505,10 @@ def note_run(app: Sphinx, docname: str, source: list[str]) -> None:
     run = Path(app.srcdir, "_build/run", f"{docname}.ipynb")
     if run.exists():
         app.env.note_dependency(str(run))
+    if packages := lacking.lacking(Path(docname).name):
+        notebook = nbformat.reads(source[0], as_version=4)
+        notebook.cells[0].source += f"\n\n:::{{note}}\n{lacking.note(packages)}\n:::"
+        source[0] = nbformat.writes(notebook)
 
 
 def drop_thebe(app: Sphinx, pagename, template, context, doctree) -> None:
