@@ -399,7 +399,7 @@ BAD_SAMPLE = [
     ({"levels": vector(1, -1)}, ValueError, "levels must be >= 0, got -1.0"),
     ({"levels": vector(math.inf, 1)}, ValueError, "levels must be finite"),
     ({"levels": [2, 1]}, TypeError, "levels must be a floating-point torch.Tensor, got list"),
-    ({"y": vector(1)}, ValueError, r"y must have shape \(n, D\), got \(1,\)"),
+    ({"y": vector(1)}, ValueError, r"y must have shape \(n, ...\), n points that are not empty, got \(1,\)"),
     ({"y": torch.zeros(2, 0)}, ValueError, r"y must have a last dimension of size >= 1, got shape \(2, 0\)"),
     ({"y": torch.full((2, 1), math.nan)}, ValueError, "y must be finite, got 2 of 2 entries"),
     ({"levels": vector(1e200, 1)}, ValueError, r"levels must be at most 1e\+150, got 1e\+200"),
@@ -454,14 +454,14 @@ def test_bad_steps(kernel):
         kernel(gaussian, y, 0.0, 0.0)
     with pytest.raises(ValueError, match="^s_next must be finite and >= 0, got -1.0"):
         kernel(gaussian, y, 1.0, -1.0)
-    with pytest.raises(ValueError, match=r"y must have shape \(n, D\)"):
+    with pytest.raises(ValueError, match=r"y must have shape \(n, ...\)"):
         kernel(gaussian, y[0], 1.0, 0.5)
 
 
 def test_bad_scores_and_means():
     with pytest.raises(TypeError, match="mixture must be a GaussianMixture, got int"):
         diffusion.of_mixture(1)
-    with pytest.raises(ValueError, match=r"^y must have shape \(n, D\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"^y must have shape \(n, ...\), n points that are not empty, got \(2,\)"):
         diffusion.denoised(gaussian, torch.zeros(2), 1.0)
     with pytest.raises(ValueError, match="s must be finite and > 0, got 0"):
         diffusion.denoised(gaussian, torch.zeros(2, 1), 0)
@@ -627,7 +627,7 @@ def test_the_loss_is_least_at_the_score_of_the_weighted_law():
     ("change", "text"),
     [
         ({"eps": torch.zeros(2, 1)}, r"x0 and eps must have one shape, got x0 \(2, 3\), eps \(2, 1\)"),
-        ({"x0": torch.zeros(3), "eps": torch.zeros(3)}, r"x0 must have shape \(n, D\)"),
+        ({"x0": torch.zeros(3), "eps": torch.zeros(3)}, r"x0 must have shape \(n, ...\)"),
         ({"s": 0.0}, "s must be finite and > 0, got 0.0"),
         ({"s": torch.zeros(2, 1)}, "s must be finite and > 0"),
         ({"s": torch.ones(2)}, r"s must have shape \(2, 1\), got \(2,\)"),

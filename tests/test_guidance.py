@@ -172,10 +172,10 @@ def test_exact_guidance_reaches_the_tilt():
 @pytest.mark.slow
 def test_plug_in_ends_at_its_closed_forms(kappa, beta, ode, sde):
     a, b = beta * kappa * vector(1)[None], beta * 2 * kappa * vector(1)
-    guided = guidance.plug_in(ONE, a, b, beta)
+    guided = guidance.plug_in_quadratic(ONE, a, b, beta)
     close(ode_law(guided, 1e8, 1e4), ode, 5e-4)
     close(sde_law(guided, 1e8, 1e4), sde, 2e-3)
-    damped = guidance.plug_in(ONE, a, b, beta, damped=True)
+    damped = guidance.plug_in_quadratic(ONE, a, b, beta, damped=True)
     exact = (2 * kappa / (1 + kappa), 1 / (1 + kappa))
     close(ode_law(damped, 1e8, 1e4), exact, 5e-4)
     assert (vector(*exact) - vector(*sde)).abs().min() > 0.05
@@ -186,7 +186,7 @@ def test_plug_in_is_the_gradient_of_the_reward_of_the_mean(beta, rng):
     y = points(20, 2, rng).requires_grad_()
     for a, b in ((SADDLE, SLOPE), (SADDLE, None), (None, SLOPE), (None, None)):
         tilted = PLANE.tilt(a, b, beta)
-        guided, exact = guidance.plug_in(PLANE, a, b, beta), guidance.exact_value(tilted)
+        guided, exact = guidance.plug_in_quadratic(PLANE, a, b, beta), guidance.exact_value(tilted)
         for s in (0.3, 0.8, 3.0):
             d = PLANE.denoise(y, 1.0, s)
             reward = 0 if a is None else -((d @ a) * d).sum() / 2
@@ -197,7 +197,7 @@ def test_plug_in_is_the_gradient_of_the_reward_of_the_mean(beta, rng):
             if a is not None or b is not None:
                 assert (guided(y.detach(), s) - exact(y.detach(), s)).abs().max() > 1e-3
     # Without A there is nothing to damp.
-    undamped, damped = (guidance.plug_in(PLANE, None, SLOPE, beta, damped=value) for value in (False, True))
+    undamped, damped = (guidance.plug_in_quadratic(PLANE, None, SLOPE, beta, damped=value) for value in (False, True))
     assert torch.equal(undamped(y.detach(), 0.8), damped(y.detach(), 0.8))
 
 
@@ -208,12 +208,12 @@ def test_damping_is_exact_for_one_gaussian_only(beta, rng):
     for ref, right in ((single, True), (PLANE, False)):
         exact = guidance.exact_value(ref.tilt(SADDLE, SLOPE, beta))
         for s in (0.3, 2.0):
-            damped = guidance.plug_in(ref, SADDLE, SLOPE, beta, damped=True)(y, s)
+            damped = guidance.plug_in_quadratic(ref, SADDLE, SLOPE, beta, damped=True)(y, s)
             error = (damped - exact(y, s)).abs().max()
             assert error < 1e-10 if right else error > 1e-3
     # A linear reward needs no damping on one Gaussian.
     exact = guidance.exact_value(single.tilt(None, SLOPE, beta))
-    close(guidance.plug_in(single, None, SLOPE, beta)(y, 0.7), exact(y, 0.7), 1e-10)
+    close(guidance.plug_in_quadratic(single, None, SLOPE, beta)(y, 0.7), exact(y, 0.7), 1e-10)
 
 
 # --- selection, step by step -----------------------------------------------------------------------------------------
@@ -479,7 +479,7 @@ def test_the_limit_is_the_tilt_of_the_chain_not_of_the_law(rng):
     y = math.sqrt(401) * torch.special.ndtri(torch.rand(1, n, 1, generator=rng, dtype=F64))
     out = guidance.particles(
         normal(1.0),
-        guidance.plug_in(ONE, KAPPA, TOWARD, 1.0, damped=True),
+        guidance.plug_in_quadratic(ONE, KAPPA, TOWARD, 1.0, damped=True),
         y,
         levels,
         lambda x: -2 * (x[:, 0] - 2) ** 2,
@@ -579,12 +579,12 @@ def test_what_comes_back_has_the_dtype_of_the_points(dtype, rng):
         for got, right in (
             (guidance.value_gradient(ref, tilted, y, s), guidance.value_gradient(PLANE, exact, wide, s)),
             (
-                guidance.plug_in(ref, SADDLE.float(), SLOPE, 2.0)(y, s),
-                guidance.plug_in(PLANE, bend.double(), SLOPE, 2.0)(wide, s),
+                guidance.plug_in_quadratic(ref, SADDLE.float(), SLOPE, 2.0)(y, s),
+                guidance.plug_in_quadratic(PLANE, bend.double(), SLOPE, 2.0)(wide, s),
             ),
             (
-                guidance.plug_in(ref, SADDLE, SLOPE.half(), 2.0, damped=True)(y, s),
-                guidance.plug_in(PLANE, SADDLE, SLOPE.half().double(), 2.0, damped=True)(wide, s),
+                guidance.plug_in_quadratic(ref, SADDLE, SLOPE.half(), 2.0, damped=True)(y, s),
+                guidance.plug_in_quadratic(PLANE, SADDLE, SLOPE.half().double(), 2.0, damped=True)(wide, s),
             ),
             (guidance.exact_value(tilted)(y, s), guidance.exact_value(exact)(wide, s)),
         ):
@@ -614,8 +614,8 @@ def test_a_gradient_of_the_value_has_its_own_digits():
 def test_plug_in_at_any_temperature(beta, rng):
     y = points(6, 2, rng)
     a = SADDLE @ SADDLE
-    damped = guidance.plug_in(PLANE, a, SLOPE, beta, damped=True)(y, 0.7)
-    assert damped.isfinite().all() and guidance.plug_in(PLANE, a, SLOPE, beta)(y, 0.7).isfinite().all()
+    damped = guidance.plug_in_quadratic(PLANE, a, SLOPE, beta, damped=True)(y, 0.7)
+    assert damped.isfinite().all() and guidance.plug_in_quadratic(PLANE, a, SLOPE, beta)(y, 0.7).isfinite().all()
     limit = diffusion.of_mixture(PLANE)(y, 0.7)
     if beta >= 1e30:
         close(damped, limit)
@@ -629,12 +629,15 @@ def test_what_would_overflow_is_refused_by_name():
     y = vector(1)[None]
     for call, text in (
         (
-            lambda: guidance.plug_in(ONE, None, TOWARD, 1e-320),
+            lambda: guidance.plug_in_quadratic(ONE, None, TOWARD, 1e-320),
             "beta must keep linear / beta within the range of float64",
         ),
-        (lambda: guidance.plug_in(ONE, KAPPA, None, 1e-320), "beta must keep quadratic / beta within the range"),
-        (lambda: guidance.plug_in(ONE, KAPPA, None, 1.0)(y, 1e-200), "s must be at least 1e-150"),
-        (lambda: guidance.plug_in(ONE, KAPPA, None, 1.0)(y, 1e200), r"s must be at most 1e\+150"),
+        (
+            lambda: guidance.plug_in_quadratic(ONE, KAPPA, None, 1e-320),
+            "beta must keep quadratic / beta within the range",
+        ),
+        (lambda: guidance.plug_in_quadratic(ONE, KAPPA, None, 1.0)(y, 1e-200), "s must be at least 1e-150"),
+        (lambda: guidance.plug_in_quadratic(ONE, KAPPA, None, 1.0)(y, 1e200), r"s must be at most 1e\+150"),
         (lambda: guidance.value_gradient(ONE, ONE.tilt(None, TOWARD, 1.0), y * math.nan, 1.0), "y must be finite"),
         (lambda: guidance.log_values(ONE, ONE.tilt(None, TOWARD, 1.0))(y * math.nan, 1.0), "^y must be finite"),
         (lambda: guidance.log_values(ONE, ONE.tilt(None, TOWARD, 1.0))(y, 1e200), "alpha = 1 and sigma = 1e.200 must"),
@@ -642,7 +645,7 @@ def test_what_would_overflow_is_refused_by_name():
         with pytest.raises(ValueError, match=text):
             call()
     with pytest.raises(TypeError, match="y must have the dtype of the mixture, torch.float64, got torch.float32"):
-        guidance.plug_in(ONE, KAPPA, None, 1.0)(y.float(), 1.0)
+        guidance.plug_in_quadratic(ONE, KAPPA, None, 1.0)(y.float(), 1.0)
     with pytest.raises(TypeError, match="guidance_scale must be a number, got a torch.float32 tensor"):
         guidance.classifier_free(REF, REF, torch.tensor(1.0))
 
@@ -677,7 +680,7 @@ def test_no_points(rng):
     assert guidance.classifier_free(REF, REF, 2.0)(empty, 1.0).shape == (0, 2)
     assert guidance.value_gradient(PLANE, tilted, empty, 1.0).shape == (0, 2)
     assert guidance.log_values(PLANE, tilted)(empty, 1.0).shape == (0,)
-    assert guidance.plug_in(PLANE, SADDLE, SLOPE, 2.0, damped=True)(empty, 1.0).shape == (0, 2)
+    assert guidance.plug_in_quadratic(PLANE, SADDLE, SLOPE, 2.0, damped=True)(empty, 1.0).shape == (0, 2)
     step = guidance.soft_best_of_n_step(log_class, 2.0, 3)
     assert step(REF, empty, 2.0, 1.0, rng).shape == (0, 2)
     out = guidance.particles(
@@ -716,7 +719,7 @@ def test_nothing_depends_on_the_default_dtype():
 
     def results():
         g, y = torch.Generator().manual_seed(1), vector(1, -2)[None]
-        yield guidance.plug_in(PLANE, SADDLE, SLOPE, 2.0, damped=True)(y, 1.0)
+        yield guidance.plug_in_quadratic(PLANE, SADDLE, SLOPE, 2.0, damped=True)(y, 1.0)
         yield guidance.value_gradient(PLANE, tilted, y, 1.0)
         yield guidance.soft_best_of_n_step(log_class, 2.0, 3)(REF, y.float(), 2.0, 1.0, g)
         start = torch.ones(2, 5, 1, dtype=torch.float32)
@@ -744,22 +747,30 @@ NO_TILT = "tilted must be a Tilted, from GaussianMixture.tilt, got GaussianMixtu
             TypeError,
             "ref must be a GaussianMixture, got function",
         ),
-        (lambda: guidance.plug_in(REF, None, None, 1.0), TypeError, "ref must be a GaussianMixture, got function"),
-        (lambda: guidance.plug_in(TWO, None, None, 0.0), ValueError, "beta must be finite and > 0, got 0.0"),
         (
-            lambda: guidance.plug_in(TWO, SADDLE, None, 1.0),
+            lambda: guidance.plug_in_quadratic(REF, None, None, 1.0),
+            TypeError,
+            "ref must be a GaussianMixture, got function",
+        ),
+        (lambda: guidance.plug_in_quadratic(TWO, None, None, 0.0), ValueError, "beta must be finite and > 0, got 0.0"),
+        (
+            lambda: guidance.plug_in_quadratic(TWO, SADDLE, None, 1.0),
             ValueError,
             r"quadratic must have shape \(1, 1\), got \(2, 2\)",
         ),
-        (lambda: guidance.plug_in(TWO, None, SLOPE, 1.0), ValueError, r"linear must have shape \(1,\), got \(2,\)"),
-        (lambda: guidance.plug_in(TWO, None, vector(math.inf), 1.0), ValueError, "linear must be finite"),
         (
-            lambda: guidance.plug_in(PLANE, SADDLE + torch.stack([SLOPE, SLOPE]), None, 1.0),
+            lambda: guidance.plug_in_quadratic(TWO, None, SLOPE, 1.0),
+            ValueError,
+            r"linear must have shape \(1,\), got \(2,\)",
+        ),
+        (lambda: guidance.plug_in_quadratic(TWO, None, vector(math.inf), 1.0), ValueError, "linear must be finite"),
+        (
+            lambda: guidance.plug_in_quadratic(PLANE, SADDLE + torch.stack([SLOPE, SLOPE]), None, 1.0),
             ValueError,
             "quadratic must be symmetric",
         ),
         (
-            lambda: guidance.plug_in(TWO, None, None, 1.0)(vector(1)[None], 0.0),
+            lambda: guidance.plug_in_quadratic(TWO, None, None, 1.0)(vector(1)[None], 0.0),
             ValueError,
             "s must be finite and > 0, got 0.0",
         ),
@@ -810,9 +821,9 @@ NOISELESS = partial(diffusion.transition, churn=0.0)
         (
             {"y": torch.zeros(4, 1)},
             ValueError,
-            r"y must have shape \(runs, n, D\) with n >= 1 and D >= 1, got \(4, 1\)",
+            r"y must have shape \(runs, n, ...\) with n >= 1 points that are not empty, got \(4, 1\)",
         ),
-        ({"y": torch.zeros(2, 0, 1)}, ValueError, r"y must have shape \(runs, n, D\) with n >= 1"),
+        ({"y": torch.zeros(2, 0, 1)}, ValueError, r"y must have shape \(runs, n, ...\) with n >= 1"),
         ({"y": torch.full((2, 4, 1), math.inf)}, ValueError, "y must be finite, got 8 of 8"),
         ({"y": [[[0.0]]]}, TypeError, "y must be a floating-point torch.Tensor, got list"),
         ({"generator": None}, TypeError, "generator must be a torch.Generator, got NoneType"),
@@ -860,7 +871,7 @@ def test_a_difference_of_scores_may_overflow_the_dtype_of_the_points(dtype):
 def test_plug_in_at_its_smallest_level(rng):
     # The mean of x_0 is y and C / s^2 is I: plain ascent of the reward.
     y = points(5, 2, rng)
-    got = guidance.plug_in(PLANE, SADDLE, SLOPE, 2.0)(y, 1e-150)
+    got = guidance.plug_in_quadratic(PLANE, SADDLE, SLOPE, 2.0)(y, 1e-150)
     close(got, PLANE.score(y) + (SLOPE - y @ SADDLE) / 2)
 
 
