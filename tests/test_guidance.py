@@ -902,3 +902,299 @@ def test_systems_of_equal_weights_are_left_alone(rng):
     close(always.log_partition, never.log_partition)
     close(always.ess, torch.full((3, 2), 3.0))
     close(never.ess[2], (vector(1, math.e, math.e**2).sum() ** 2 / vector(1, math.e**2, math.e**4).sum()).expand(2))
+
+
+# --- any score, any reward, any shape --------------------------------------------------------------------------------
+
+
+def quadratic_reward(x):
+    return x @ SLOPE.to(x.dtype) - ((x @ SADDLE.to(x.dtype)) * x).sum(-1) / 2
+
+
+def linear_reward(x):
+    return x @ SLOPE
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_autograd_plug_in_is_the_closed_form(beta, rng):
+    y = points(20, 2, rng)
+    score = diffusion.of_mixture(PLANE)
+    for reward, a in ((quadratic_reward, SADDLE), (linear_reward, None)):
+        guided, closed = guidance.plug_in(score, reward, beta), guidance.plug_in_quadratic(PLANE, a, SLOPE, beta)
+        for s in (0.3, 0.8, 3.0):
+            close(guided(y, s), closed(y, s), 1e-10)
+            # Neither without the Jacobian of the denoiser, nor at the noised point, nor with another temperature.
+            mean = diffusion.denoised(score, y, s)
+            at = SLOPE - mean @ (0 * SADDLE if a is None else a)
+            for wrong in (score(y, s) + at / beta, guidance.plug_in(score, reward, 1.05 * beta)(y, s)):
+                assert (wrong - closed(y, s)).abs().max() > 1e-3
+
+
+def test_plug_in_of_one_gaussian_and_a_linear_reward_is_the_tilt(rng):
+    single = GaussianMixture(vector(0), PLANE.means[:1], PLANE.covariances[:1])
+    y, guided = points(20, 2, rng), guidance.plug_in(diffusion.of_mixture(single), linear_reward, 0.7)
+    close(guided(y, 0.9), guidance.exact_value(single.tilt(None, SLOPE, 0.7))(y, 0.9), 1e-10)
+
+
+def test_plug_in_takes_points_of_any_shape(rng):
+    flat = diffusion.of_mixture(PLANE)
+    y = points(6, 2, rng)
+    right = guidance.plug_in(flat, quadratic_reward, 0.5)(y, 0.8)
+    for shape in ((1, 2, 1), (2, 1), (1, 1, 2)):
+        image = guidance.plug_in(
+            lambda y, s: flat(y.flatten(1), s).view_as(y), lambda x: quadratic_reward(x.flatten(1)), 0.5
+        )
+        close(image(y.view(6, *shape), 0.8).flatten(1), right)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_plug_in_keeps_no_graph_whatever_the_mode(mode, rng):
+    y = points(6, 2, rng)
+    slope = torch.nn.Parameter(vector(1.5))
+    score = lambda y, s: -y / (slope + s**2)  # noqa: E731
+    # D = slope y / (slope + s^2)
+    share = 1.5 / (1.5 + 0.64)
+    right = -y / (1.5 + 0.64) + share * (SLOPE - share * y @ SADDLE) / 0.5
+    with mode():
+        for start in (y, y.clone(), y.clone().requires_grad_()):
+            got = guidance.plug_in(score, quadratic_reward, 0.5)(start, 0.8)
+            assert not got.requires_grad and got.grad_fn is None
+            close(got.clone(), right)
+            assert start.grad is None and slope.grad is None
+    assert not y.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.float16, torch.bfloat16])
+def test_plug_in_sees_and_returns_the_dtype_of_the_points(dtype, rng):
+    seen = set()
+
+    def see(f):
+        def seeing(y, *rest):
+            seen.add(y.dtype)
+            return f(y, *rest)
+
+        return seeing
+
+    y = points(6, 2, rng).to(dtype)
+    wide = guidance.plug_in(lambda y, s: -y / (1 + s**2), quadratic_reward, 2.0)(y.double(), 0.8)
+    got = guidance.plug_in(see(lambda y, s: -y / (1 + s**2)), see(quadratic_reward), 2.0)(y, 0.8)
+    assert got.dtype == dtype and seen == {dtype}
+    torch.testing.assert_close(got.double(), wide, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+GUIDED = lambda y, s: -y / (1 + s**2)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"beta": 0.0}, ValueError, "beta must be finite and > 0, got 0.0"),
+        ({"guidance_scale": math.inf}, ValueError, "guidance_scale must be finite, got inf"),
+        ({"guidance_scale": lambda s: math.nan}, ValueError, r"guidance_scale\(s\) must be finite, got nan"),
+        (
+            {"guidance_scale": lambda s: vector(1)},
+            TypeError,
+            r"guidance_scale\(s\) must be a number, got a torch.float64",
+        ),
+        ({"y": torch.ones(2, 2) * math.nan}, ValueError, "^y must be finite, got 4 of 4"),
+        ({"y": [[1.0]]}, TypeError, "^y must be a floating-point torch.Tensor, got list"),
+        ({"s": 0.0}, ValueError, "s must be finite and > 0, got 0.0"),
+        ({"s": 1e200}, ValueError, r"s must be at most 1e\+150"),
+        ({"ref": lambda y, s: y[:1]}, ValueError, r"ref must return shape \(2, 2\), as its argument, got \(1, 2\)"),
+        ({"reward": lambda x: x}, ValueError, r"reward must return shape \(2,\), one number per point, got \(2, 2\)"),
+        ({"reward": lambda x: 1.0}, TypeError, "reward must return a floating-point torch.Tensor, got float"),
+        ({"reward": lambda x: x[:, 0] / 0}, ValueError, "reward must be finite, got 2 of 2"),
+        ({"reward": lambda x: x.detach()[:, 0]}, ValueError, "reward must be differentiable in its points"),
+        (
+            {"reward": lambda x: torch.ones(2, requires_grad=True) + x.detach()[:, 0]},
+            ValueError,
+            "reward must be differentiable in its points, got numbers that carry no graph",
+        ),
+        (
+            {"reward": lambda x: (0 * x[:, 0]).sqrt()},
+            ValueError,
+            r"reward / beta must have a finite gradient, got \d of 4 entries NaN or infinite",
+        ),
+        ({"beta": 1e-320}, ValueError, "reward / beta must have a finite gradient, got 4 of 4"),
+    ],
+)
+def test_bad_plug_in(change, error, text):
+    arguments = {"ref": GUIDED, "reward": lambda x: x.sum(1), "beta": 1.0, "y": torch.ones(2, 2), "s": 1.0, **change}
+    y, s = arguments.pop("y"), arguments.pop("s")
+    with pytest.raises(error, match=text):
+        guidance.plug_in(**arguments)(y, s)
+
+
+def test_a_scale_may_depend_on_the_level(rng):
+    y, asked = points(5, 2, rng), []
+
+    def scale(s):
+        asked.append(s)
+        return 3.0 if 0.5 < s < 2 else 1
+
+    free = partial(guidance.classifier_free, normal(1.0), normal(2.0))
+    plug = lambda g: guidance.plug_in(GUIDED, quadratic_reward, 2.0, guidance_scale=g)  # noqa: E731
+    for make in (free, plug):
+        for s, g in ((2.5, 1.0), (1.0, 3.0), (0.5, 1.0)):
+            close(make(scale)(y, s), make(g)(y, s))
+            assert asked.pop() == s and not asked
+            assert (make(scale)(y, s) - make(4.0 - g)(y, s)).abs().max() > 1e-3
+            asked.clear()
+    # The gradient of the reward is what is scaled.
+    close(plug(3.0)(y, 1.0) - GUIDED(y, 1.0), 3 * (plug(1.0)(y, 1.0) - GUIDED(y, 1.0)))
+    close(plug(0.0)(y, 1.0), GUIDED(y, 1.0))
+    with pytest.raises(ValueError, match=r"guidance_scale\(s\) must be finite, got inf"):
+        free(lambda s: math.inf)(y, 1.0)
+    with pytest.raises(TypeError, match=r"guidance_scale\(s\) must be a number, got a torch.float64 tensor"):
+        free(lambda s: vector(1))(y, 1.0)
+
+
+def test_a_power_may_depend_on_the_level_of_the_candidates(rng):
+    y, g = points(9, 2, rng), lambda: torch.Generator().manual_seed(3)
+    value, asked = lambda z, s: -z.square().sum(-1), []
+
+    def power(s):
+        asked.append(s)
+        return 5.0 if s < 1.7 else -5.0
+
+    make = partial(guidance.soft_best_of_n_step, value)
+    for s_next, constant in ((1.5, 5.0), (1.8, -5.0)):
+        got = make(power, 4)(normal(1.0), y, 2.0, s_next, g())
+        assert asked.pop() == s_next and not asked
+        assert torch.equal(got, make(constant, 4)(normal(1.0), y, 2.0, s_next, g()))
+        assert not torch.equal(got, make(-constant, 4)(normal(1.0), y, 2.0, s_next, g()))
+    with pytest.raises(ValueError, match=r"power\(s\) must be finite, got nan"):
+        make(lambda s: math.nan, 4)(normal(1.0), y, 2.0, 1.5, g())
+
+
+def test_selection_and_particles_of_images_are_those_of_vectors(rng):
+    y, g = points(24, 4, rng), lambda: torch.Generator().manual_seed(3)
+    first = lambda z: z.flatten(1)[:, 0]  # noqa: E731
+    value = lambda z, s: -(first(z) ** 2) / (1 + s)  # noqa: E731
+    push = lambda y, s: normal(1.0)(y, s) + 0.3 * torch.cos(y)  # noqa: E731
+    step = guidance.soft_best_of_n_step(value, 2.0, 3)
+    flat = step(push, y, 2.0, 1.5, g())
+    run = lambda y: guidance.particles(  # noqa: E731
+        normal(1.0), push, y, SHORT, lambda z: -first(z).square(), value, generator=g(), threshold=1.0
+    )
+    vectors = run(y.view(2, 12, 4))
+    for shape in ((1, 2, 2), (2, 2), (4, 1)):
+        assert torch.equal(step(push, y.view(24, *shape), 2.0, 1.5, g()).flatten(1), flat)
+        images = run(y.view(2, 12, *shape))
+        assert images.particles.shape == (2, 12, *shape)
+        for a, b in zip(images, vectors, strict=True):
+            close(a.double().flatten(), b.double().flatten())
+    assert (vectors.ancestors != torch.arange(12)).any()
+
+
+# --- particles, in parts and on the way ------------------------------------------------------------------------------
+
+
+def particle_run(y, **options):
+    g = torch.Generator().manual_seed(4)
+    push = lambda y, s: normal(1.0)(y, s) + 0.5 * torch.cos(y)  # noqa: E731
+    arguments = {"ref": normal(1.0), "proposal": push, "levels": SHORT, "threshold": 1.0, **options}
+    return guidance.particles(
+        y=y, log_tilt=arguments.pop("log_tilt", log_tilt), log_values=arguments.pop("log_values", log_values),
+        generator=g, **arguments,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 11, 12, 24, 1000, np.int64(7)])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_chunks_change_no_result(chunk, dtype, rng):
+    y, sizes = points(24, 1, rng).view(2, 12, 1).to(dtype), set()
+
+    def see(f):
+        def seeing(z, *rest):
+            sizes.add(len(z))
+            assert z.dtype == dtype
+            return f(z, *rest)
+
+        return seeing
+
+    push = lambda y, s: normal(1.0)(y, s) + 0.5 * torch.cos(y)  # noqa: E731
+    whole = particle_run(y)
+    parts = particle_run(
+        y, chunk=chunk, ref=see(normal(1.0)), proposal=see(push), log_tilt=see(log_tilt), log_values=see(log_values)
+    )
+    last = {24 % chunk} if 24 % chunk and chunk < 24 else set()
+    assert sizes == {min(int(chunk), 24)} | last
+    assert (whole.ancestors != torch.arange(12)).any()
+    for a, b in zip(parts, whole, strict=True):
+        close(a, b, 1e-12 if dtype == F64 else 1e-5)
+    # Each function is asked on its own, so that unlike chunks show.
+    for name, function in (
+        ("ref", normal(1.0)),
+        ("proposal", push),
+        ("log_tilt", log_tilt),
+        ("log_values", log_values),
+    ):
+        sizes.clear()
+        particle_run(y, chunk=5, **{name: see(function)})
+        assert sizes == {5, 4}, name
+
+
+def test_chunks_of_no_points(rng):
+    out = particle_run(torch.zeros(0, 4, 1, dtype=F64), chunk=3)
+    assert out.particles.shape == (0, 4, 1) and out.log_weights.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"chunk": 0}, ValueError, "chunk must be an integer >= 1, got 0"),
+        ({"chunk": 2.0}, TypeError, "chunk must be an int, got float"),
+        ({"chunk": 5, "ref": lambda y, s: y[:, :0]}, ValueError, r"score must return shape \(5, 1\), .* got \(5, 0\)"),
+        ({"chunk": 5, "proposal": lambda y, s: [y]}, TypeError, "score must return a floating-point .*, got list"),
+        ({"chunk": 5, "log_tilt": lambda y: y}, ValueError, r"log_tilt must return shape \(5,\), one number per point"),
+        (
+            {"chunk": 5, "log_values": lambda y, s: 1.0},
+            TypeError,
+            "log_values must return a floating-point .* got float",
+        ),
+    ],
+)
+def test_bad_chunks(options, error, text, rng):
+    with pytest.raises(error, match=text):
+        particle_run(points(24, 1, rng).view(2, 12, 1), **options)
+
+
+def test_each_step_tells_what_a_run_that_ended_there_would_return(rng):
+    y, levels = points(24, 2, rng).view(2, 12, 2).float(), vector(2, 1.6, 1.1, 0.7)
+    told = []
+    out = particle_run(y, levels=levels, on_step=lambda s, particles: told.append((s, particles)))
+    silent = particle_run(y, levels=levels)
+    assert [s for s, _ in told] == levels[1:].tolist()
+    for a, b, c in zip(told[-1][1], out, silent, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    for i, (s, got) in enumerate(told[:-1], 1):
+        short = particle_run(y, levels=levels[: i + 1], log_tilt=partial(log_values, s=s))
+        assert got.particles.dtype == torch.float32 and got.ess.shape == (2, i) and got.ancestors.shape == (2, i, 12)
+        for a, b in zip(got, short, strict=True):
+            assert torch.equal(a, b)
+    assert (out.ancestors != torch.arange(12)).any()
+
+
+def test_a_run_that_is_broken_off_can_go_on(rng):
+    """What was told stays: the weights less the values begin a second run, and both log Z add up."""
+    y, levels = points(24, 1, rng).view(2, 12, 1), vector(2, 1.6, 1.1, 0.7)
+    kept = []
+
+    def stop(s, particles):
+        kept[:] = [particles]
+        if s == 1.1:
+            raise KeyboardInterrupt
+
+    g = torch.Generator().manual_seed(4)
+    run = partial(guidance.particles, normal(1.0), normal(0.8), log_tilt=log_tilt, log_values=log_values, threshold=1.0)
+    whole = run(y, levels, generator=torch.Generator().manual_seed(4))
+    with pytest.raises(KeyboardInterrupt):
+        run(y, levels, generator=g, on_step=stop)
+    (half,) = kept
+    now = log_values(half.particles.flatten(0, 1), 1.1).view(2, 12)
+    rest = run(half.particles, levels[2:], generator=g, start_log_weights=half.log_weights - now)
+    spent = half.log_partition - (half.log_weights.logsumexp(-1) - math.log(12))
+    close(rest.particles, whole.particles)
+    close(rest.log_weights, whole.log_weights)
+    close(spent + rest.log_partition, whole.log_partition)
