@@ -498,7 +498,8 @@ def particles(
         log_weights = log_weights + start_log_weights.double()
 
     def of_points(out: Particles) -> Particles:
-        return out._replace(particles=out.particles[0].view(y.shape).to(y.dtype))
+        (points, _), *rest = out
+        return Particles(points.view(y.shape).to(y.dtype), *rest)
 
     def report(i: int, so_far: Particles) -> None:
         assert on_step is not None
