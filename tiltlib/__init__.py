@@ -29,7 +29,7 @@ smc             particles on strings: twisted sequential Monte Carlo
 mcmc            Metropolis-Hastings on strings, toward a power of a model
 policies        policies to train: a table of logits, a small transformer
 losses          losses and estimators of feedback: policy gradient, DPO, GRPO
-diffusion       noise levels, samplers and the denoising loss, from any score
+diffusion       noise levels, samplers and losses, from any score or network
 guidance        changes of a score or of a step that aim at a tilt
 verify          evidence: E-values, certificates, plans, verdict lines
 testing         whether a model of yours keeps the rules that samplers rely on
