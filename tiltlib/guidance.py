@@ -447,12 +447,11 @@ def particles(
     if chunk is not None:
         _checks.count("chunk", chunk)
     runs, n = y.shape[:2]
-    size = max(runs * n, 1) if chunk is None else int(chunk)
+    size = runs * n if chunk is None else int(chunk)
     guided = proposal is not ref
     points = y.flatten(0, 1)
     (proposal, _), (ref, points) = (
-        _numerics.widened(score if chunk is None else _in_chunks(score, size), points, torch.float64)
-        for score in (proposal, ref)
+        _numerics.widened(_in_chunks(score, size), points, torch.float64) for score in (proposal, ref)
     )
 
     def values_of(name: str, function: Callable[..., Tensor], points: Tensor, *level: float) -> Tensor:
