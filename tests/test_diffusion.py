@@ -4,6 +4,7 @@ import itertools
 import math
 from functools import partial
 
+import elsewhere
 import numpy as np
 import pytest
 import torch
@@ -907,6 +908,34 @@ def test_the_index_of_level_0_is_skipped():
         score(torch.ones(1, 1, dtype=F64), 0.1)
 
 
+def test_the_fewest_and_the_farthest_levels():
+    seen, y = [], torch.ones(1, 1, dtype=F64)
+    for shares in (vector(0.8, 0.2), vector(1, 0.8, 0.2), vector(0.5, 1e-300)):
+        score, levels = diffusion.of_network(recorder(seen), shares, "eps")
+        for t, s in ((len(shares) - 1, levels[0].item()), (len(shares) - 2, levels[1].item())):
+            score(y, s)
+            assert seen.pop()[1].tolist() == [t]
+
+
+def test_a_level_that_rounding_moved_past_an_end_is_the_end():
+    """Also beside one between two levels, where no index is made whole."""
+    seen = []
+    score, levels = diffusion.of_network(recorder(seen), ALPHAS, "eps")
+    s = torch.stack([levels[0] * (1 + 1e-9), levels[-1] * (1 - 1e-9), (levels[3] * levels[4]).sqrt()])[:, None]
+    score(torch.ones(3, 1, dtype=F64), s)
+    t = seen.pop()[1]
+    assert t.is_floating_point() and t[:2].tolist() == [999, 0]
+    close(t[2], 995.5, 1e-8)
+
+
+def test_points_may_lie_elsewhere_than_the_shares_of_the_signal():
+    with elsewhere.Pretend():
+        y = torch.ones(3, 2, dtype=F64).to(elsewhere.DEVICE)
+        score = diffusion.of_network(recorder(seen := []), ALPHAS, "eps").score
+        assert isinstance(score(y, 1.0), elsewhere.Tensor)
+        assert all(isinstance(value, elsewhere.Tensor) for value in seen[0])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
@@ -930,9 +959,9 @@ def test_the_index_of_level_0_is_skipped():
             "must give at least two levels above 0, .* 2 levels from 0 to 1",
         ),
         (
-            {"alphas_cumprod": vector(0.5, math.nextafter(0.5, 0))},
+            {"alphas_cumprod": vector(0.5, math.nextafter(0.5, 0), 0.1)},
             ValueError,
-            "two levels above 0, that float64 can tell apart, got 2 levels from 1 to 1",
+            "two levels above 0, that float64 can tell apart, got 3 levels from 1 to 3$",
         ),
     ],
 )
@@ -989,7 +1018,7 @@ def test_a_table_of_indices_takes_trained_levels_only():
 def test_a_network_in_half_precision_rounds_once(prediction, dtype):
     """What is computed of x and of the prediction has the digits of float32: the sum is rounded at the end."""
     score = diffusion.of_network(lambda x, t: 0.75 * x, ALPHAS, prediction).score
-    y, s = torch.tensor([[3.0], [1.7]], dtype=dtype), 1.3
+    y, s = torch.linspace(1.5, 3.5, 60, dtype=dtype)[:, None], 1.3
     a = 1 / math.sqrt(1 + s**2)
     x = (a * y.float()).to(dtype)
     out = (0.75 * x).double()

@@ -373,9 +373,9 @@ def of_network(network: Network, alphas_cumprod: Tensor, prediction: str) -> Net
         )
 
     def time_index(s: Tensor, dtype: torch.dtype) -> Tensor:
-        at = s.log()
-        right = torch.searchsorted(logs.to(s.device), at).clamp(1, len(logs) - 1)
-        low, high = logs.to(s.device)[right - 1], logs.to(s.device)[right]
+        at, table = s.log(), logs.to(s.device)
+        right = torch.searchsorted(table, at).clamp(1, len(logs) - 1)
+        low, high = table[right - 1], table[right]
         t = right - 1 + (at - low) / (high - low)
         outside = (t < -_NEAR) | (t > len(logs) - 1 + _NEAR)
         if bool(outside.any()):
