@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -395,6 +396,102 @@ def solvers_against_diffusers(g: Generator) -> float:
     return max(abs(ours / other - 1) for ours, other in pairs)
 
 
+@cache
+def small_unet(dtype: torch.dtype) -> Any:
+    """A UNet of diffusers on 8 x 8 images, with the weights that it begins with: any function of (x, t) will do."""
+    import diffusers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = diffusers.UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            block_out_channels=(16, 32),
+            norm_num_groups=8,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+    torch.nn.Module.to(net, dtype)  # its own `to` warns of layers that it does not have
+    return net.eval().requires_grad_(False)
+
+
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
+def peer_scheduler(name: str, prediction: str) -> Any:
+    import diffusers
+
+    scheduler = getattr(diffusers, name)(prediction_type=PREDICTIONS[prediction], clip_sample=False)
+    scheduler.set_timesteps(50)
+    return scheduler
+
+
+def as_score(scheduler: Any, prediction: str, dtype: torch.dtype) -> diffusion.NetworkScore:
+    """The network as a score, and the levels that the scheduler visits, down to 0."""
+    net = small_unet(dtype)
+    made = diffusion.of_network(lambda x, t: net(x, t).sample, scheduler.alphas_cumprod, prediction)
+    return made._replace(levels=torch.cat([made.levels[-1 - scheduler.timesteps], torch.zeros(1).double()]))
+
+
+def sampled(made: diffusion.NetworkScore, x: Tensor) -> Tensor:
+    """The deterministic sampler, between points of the variance-preserving process."""
+    first = made.levels[0].item()
+    return diffusion.sample(made.score, x * math.sqrt(1 + first**2), made.levels)
+
+
+def by_scheduler(scheduler: Any, x: Tensor) -> Tensor:
+    net = small_unet(x.dtype)
+    for t in scheduler.timesteps:
+        x = scheduler.step(net(x, t).sample, t, x, return_dict=False)[0]
+    return x
+
+
+def networks_against_diffusers(g: Generator) -> float:
+    """Compare whole runs of DDIM, and steps of DDPM from the same noise, for each kind of network."""
+    x, worst = torch.randn(4, 1, 8, 8, generator=g, dtype=torch.float64), 0.0
+    for prediction in PREDICTIONS:
+        scheduler = peer_scheduler("DDIMScheduler", prediction)
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+        theirs = by_scheduler(scheduler, x)
+        off = sampled(as_score(scheduler, prediction, x.dtype), x) - theirs
+        worst = max(worst, float(off.abs().max() / theirs.abs().max()))
+        scheduler = peer_scheduler("DDPMScheduler", prediction)
+        scheduler.set_timesteps(1000)
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+        score, levels = as_score(scheduler, prediction, x.dtype)
+        for t in (999, 600, 250, 2):
+            s, s_next = levels[999 - t : 1001 - t].tolist()
+            net = small_unet(x.dtype)(x, t).sample
+            theirs = scheduler.step(net, t, x, Generator().manual_seed(t), return_dict=False)[0]
+            mean, std = diffusion.posterior_transition(score, x * math.sqrt(1 + s**2), s, s_next)
+            noise = torch.randn(x.shape, generator=Generator().manual_seed(t), dtype=x.dtype)
+            worst = max(worst, float(((mean + std * noise) / math.sqrt(1 + s_next**2) - theirs).abs().max()))
+    return worst
+
+
+def network_against_pipeline(g: Generator) -> float:
+    """Compare images, from 0 to 1, with those of a pipeline that draws the same noise."""
+    import diffusers
+
+    scheduler = peer_scheduler("DDIMScheduler", "v")
+    pipeline = diffusers.DDIMPipeline(small_unet(torch.float32), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(4, Generator().manual_seed(0), num_inference_steps=50, output_type="numpy").images
+    theirs = torch.from_numpy(images).movedim(-1, 1)
+    noise = torch.randn(4, 1, 8, 8, generator=Generator().manual_seed(0))
+    ours = (sampled(as_score(scheduler, "v", torch.float32), noise) / 2 + 0.5).clamp(0, 1)
+    inside = ((theirs > 0) & (theirs < 1)).float().mean()
+    return float((ours - theirs).abs().max()) if inside > 0.5 else math.inf
+
+
+def network_run(g: Generator) -> tuple[Call, Call]:
+    x, scheduler = torch.randn(16, 1, 8, 8, generator=g), peer_scheduler("DDIMScheduler", "v")
+    made = as_score(scheduler, "v", x.dtype)
+    return alike(partial(sampled, made, x), partial(by_scheduler, scheduler, x))
+
+
 def match_by_gammas(samples: Tensor, target: Tensor, wrong: Tensor) -> tuple[float, float]:
     """Judge as this library did first, with log-gammas and logs of sums: wrong where terms underflow or cancel."""
 
@@ -536,6 +633,16 @@ at_most(
     solvers_against_diffusers,
     peer="diffusers",
 )
+at_most(
+    "DDIM and DDPM with eps, v, x0 networks: difference from diffusers",
+    1e-10,
+    networks_against_diffusers,
+    peer="diffusers",
+)
+at_most(
+    "images of a UNet: difference from DDIMPipeline, pixels 0 to 1", 1e-4, network_against_pipeline, peer="diffusers"
+)
+faster("50 steps of a UNet on 16 images / DDIMScheduler", 0.8, network_run, peer="diffusers")
 at_most("score calls to W2 <= 1e-3 in one dimension: AB3 / DPM++(2M)", 0.6, parabola_saves)
 faster("systematic / a search, softmax excluded: 1000 rows of 1000", 1.5, partial(resampled, 1000, 1000))
 faster("systematic / a search, softmax excluded: one row of 1e6", 1.5, partial(resampled, 1, 10**6))

@@ -713,6 +713,10 @@ for name, scheme in SCHEMES.items():
         ),
     )
 example(
+    "particles.grow on_step",
+    lambda m, call: call(*grown(m, 2, 3), generator=m.generator(), on_step=lambda t, so_far: None),
+)
+example(
     "selection.soft_best_of_n_blocks",
     lambda m, call: call(chain(m), gains(m), LENGTH, 3, generator=m.generator(), block=2, strings=4),
 )
@@ -1001,6 +1005,26 @@ for kind in COVARIANCES:
         f"diffusion.of_mixture {kind}",
         lambda m, call, kind=kind: call(mixture(m, kind), then=lambda score: score(points(m), 0.7)),
     )
+SHARES = torch.tensor([0.9, 0.6, 0.3, 0.05], dtype=F64)  # of the signal at each time index of a network
+
+
+def predict(x: Tensor, t: Tensor) -> Tensor:
+    return (0.5 * x - 0.25) * (1 + t.to(x.dtype))[:, None]
+
+
+for prediction in ("eps", "v", "x0"):
+    example(
+        f"diffusion.of_network {prediction}",
+        lambda m, call, prediction=prediction: call(
+            *(predict, m(SHARES), prediction), then=lambda made: made.score(points(m), 1.0)
+        ),
+    )
+example(
+    "diffusion.of_network levels",
+    lambda m, call: call(
+        predict, m(SHARES), "eps", then=lambda made: (made, made.score(m(POINTS[:4]), made.levels[:, None]))
+    ),
+)
 example("diffusion.evaluate", lambda m, call: call(pull, points(m), 0.7, name="pull"))
 example(
     "diffusion.draw",
@@ -1048,6 +1072,20 @@ example(
 )
 
 example("guidance.classifier_free", lambda m, call: call(pull, push, 2.0, then=lambda score: score(points(m), 0.7)))
+example(
+    "guidance.classifier_free levels",
+    lambda m, call: call(pull, push, lambda s: 1 + s, then=lambda score: score(points(m), 0.7)),
+)
+example(
+    "guidance.plug_in",
+    lambda m, call: call(pull, lambda x: x[:, 0] ** 2, 2.0, then=lambda score: score(points(m), 0.7)),
+)
+example(
+    "guidance.plug_in levels",
+    lambda m, call: call(
+        *(pull, lambda x: x[:, 0] ** 2, 2.0), guidance_scale=lambda s: 1 + s, then=lambda score: score(points(m), 0.7)
+    ),
+)
 for kind in COVARIANCES:
 
     def both(m: Inputs, kind: str = kind) -> tuple[GaussianMixture, mixtures.Tilted]:
@@ -1065,13 +1103,13 @@ for kind in COVARIANCES:
     )
     for damped in (False, True):
         example(
-            f"guidance.plug_in {kind} damped={damped}",
+            f"guidance.plug_in_quadratic {kind} damped={damped}",
             lambda m, call, kind=kind, damped=damped: call(
                 mixture(m, kind), quadratic(m), m(SLOPE), 2.0, damped=damped, then=lambda score: score(points(m), 0.7)
             ),
         )
 example(
-    "guidance.plug_in linear",
+    "guidance.plug_in_quadratic linear",
     lambda m, call: call(mixture(m), None, m(SLOPE), 2.0, then=lambda score: score(points(m), 0.7)),
 )
 for kind, kernel in {"transition": diffusion.transition, "posterior": diffusion.posterior_transition}.items():
@@ -1106,6 +1144,17 @@ for name, scheme in SCHEMES.items():
             start_log_weights=m(numbers(3, 8), rows=True),
         ),
     )
+
+example(
+    "guidance.particles chunk on_step",
+    lambda m, call: call(
+        *(pull, push, clouds(m), m.exact(LEVELS), lambda y: y[:, 0]),
+        log_values=lambda y, s: y[:, 0] / (1 + s),
+        generator=m.generator(),
+        chunk=5,
+        on_step=lambda s, so_far: None,
+    ),
+)
 
 LAWS = (lambda m: m.law(LOGITS[0]), lambda m: m.law(LOGITS[1]))
 COUNTS = torch.tensor([3.0, 5.0, 1.0], dtype=F64)

@@ -4,6 +4,7 @@ import itertools
 import math
 from functools import partial
 
+import elsewhere
 import numpy as np
 import pytest
 import torch
@@ -399,7 +400,7 @@ BAD_SAMPLE = [
     ({"levels": vector(1, -1)}, ValueError, "levels must be >= 0, got -1.0"),
     ({"levels": vector(math.inf, 1)}, ValueError, "levels must be finite"),
     ({"levels": [2, 1]}, TypeError, "levels must be a floating-point torch.Tensor, got list"),
-    ({"y": vector(1)}, ValueError, r"y must have shape \(n, D\), got \(1,\)"),
+    ({"y": vector(1)}, ValueError, r"y must have shape \(n, ...\), n points that are not empty, got \(1,\)"),
     ({"y": torch.zeros(2, 0)}, ValueError, r"y must have a last dimension of size >= 1, got shape \(2, 0\)"),
     ({"y": torch.full((2, 1), math.nan)}, ValueError, "y must be finite, got 2 of 2 entries"),
     ({"levels": vector(1e200, 1)}, ValueError, r"levels must be at most 1e\+150, got 1e\+200"),
@@ -454,14 +455,14 @@ def test_bad_steps(kernel):
         kernel(gaussian, y, 0.0, 0.0)
     with pytest.raises(ValueError, match="^s_next must be finite and >= 0, got -1.0"):
         kernel(gaussian, y, 1.0, -1.0)
-    with pytest.raises(ValueError, match=r"y must have shape \(n, D\)"):
+    with pytest.raises(ValueError, match=r"y must have shape \(n, ...\)"):
         kernel(gaussian, y[0], 1.0, 0.5)
 
 
 def test_bad_scores_and_means():
     with pytest.raises(TypeError, match="mixture must be a GaussianMixture, got int"):
         diffusion.of_mixture(1)
-    with pytest.raises(ValueError, match=r"^y must have shape \(n, D\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"^y must have shape \(n, ...\), n points that are not empty, got \(2,\)"):
         diffusion.denoised(gaussian, torch.zeros(2), 1.0)
     with pytest.raises(ValueError, match="s must be finite and > 0, got 0"):
         diffusion.denoised(gaussian, torch.zeros(2, 1), 0)
@@ -627,7 +628,7 @@ def test_the_loss_is_least_at_the_score_of_the_weighted_law():
     ("change", "text"),
     [
         ({"eps": torch.zeros(2, 1)}, r"x0 and eps must have one shape, got x0 \(2, 3\), eps \(2, 1\)"),
-        ({"x0": torch.zeros(3), "eps": torch.zeros(3)}, r"x0 must have shape \(n, D\)"),
+        ({"x0": torch.zeros(3), "eps": torch.zeros(3)}, r"x0 must have shape \(n, ...\)"),
         ({"s": 0.0}, "s must be finite and > 0, got 0.0"),
         ({"s": torch.zeros(2, 1)}, "s must be finite and > 0"),
         ({"s": torch.ones(2)}, r"s must have shape \(2, 1\), got \(2,\)"),
@@ -746,3 +747,321 @@ def test_levels_one_rounding_apart(rng):
     y = torch.rand(5, 1, generator=rng, dtype=F64)
     for method in ODES:
         close(diffusion.sample(gaussian, y, levels, method=method), y)
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+# The schedule of DDPM: the first level is .01, the last 157.
+BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=F64)
+ALPHAS = (1 - BETAS).cumprod(0)
+IMAGES = GaussianMixture(
+    vector(0.3, 0.7).log(), torch.stack([vector(*range(12)) / 12, -vector(*range(12)) / 6]), vector(0.2, 0.5)
+)
+SHAPE = (1, 3, 4)
+
+
+def exact_network(mixture, prediction, alphas=ALPHAS, shape=SHAPE):
+    """What a perfect network predicts, computed in x from the law of x_t, one time index for all points."""
+
+    def network(x, t):
+        assert t.shape == (len(x),) and not t.is_floating_point() and len(t.unique()) == 1
+        a, b = alphas[t[0]].sqrt().item(), (1 - alphas[t[0]]).sqrt().item()
+        flat = x.flatten(1).to(mixture.means.dtype)
+        eps, x0 = -b * mixture.noised(a, b).score(flat), mixture.denoise(flat, a, b)
+        return {"eps": eps, "v": a * eps - b * x0, "x0": x0}[prediction].view(-1, *shape).to(x.dtype)
+
+    return network
+
+
+def of_images(mixture):
+    score = diffusion.of_mixture(mixture)
+    return lambda y, s: score(y.flatten(1), s).view_as(y)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_a_perfect_network_is_the_exact_score(prediction, dtype, rng):
+    network = exact_network(IMAGES.to(dtype), prediction)
+    score, levels = diffusion.of_network(network, ALPHAS.to(dtype), prediction)
+    kept = ALPHAS.to(dtype).double()
+    close(levels, ((1 - kept) / kept).sqrt().flip(0), 1e-10)
+    worst = 0.0
+    for i, s in enumerate(levels.tolist()):
+        if i % 7 and 3 < i < 996:
+            continue
+        y = IMAGES.noised(1.0, s).sample(5, generator=rng).to(dtype).view(5, *SHAPE)
+        got, right = score(y, s), of_images(IMAGES)(y.double(), s)
+        assert got.dtype == dtype and got.shape == y.shape
+        # In units of the noise. The mean of x_0 differs from y by about s, so that y / s digits cancel.
+        digits = 1 if prediction != "x0" else max(1.0, y.abs().max().item() / s)
+        worst = max(worst, s * (got.double() - right).abs().max().item() / digits)
+    # In float32 half of the digits: the network is a mixture that computes in float32, and loses some by itself.
+    assert worst < (1e-12 if dtype == F64 else math.sqrt(torch.finfo(dtype).eps))
+
+
+def test_what_a_careless_author_would_write_is_not_the_score(rng):
+    """At each level: points that are not scaled, a v of the other sign, a level without its root, another word."""
+    perfect = {word: exact_network(IMAGES, word) for word in ("eps", "v", "x0")}
+    for t in (100, 300, 500):
+        level = ((1 - ALPHAS[t]) / ALPHAS[t]).sqrt().item()
+        y = IMAGES.noised(1.0, level).sample(5, generator=rng).view(5, *SHAPE)
+        right, at = of_images(IMAGES)(y, level), torch.full((5,), t)
+        a = ALPHAS[t].sqrt()
+        for word in perfect:
+            close(diffusion.of_network(perfect[word], ALPHAS, word).score(y, level), right, 1e-11)
+        for wrong in (
+            -perfect["eps"](y, at) / level,
+            -perfect["eps"](a * y, at) / (1 - ALPHAS[t]).sqrt(),
+            -perfect["eps"](a * y, at) / level**2,
+            -a * (a * y - perfect["v"](a * y, at) / level),
+            (a * perfect["x0"](a * y, at) - y) / level**2,
+            diffusion.of_network(perfect["v"], ALPHAS, "eps").score(y, level),
+            diffusion.of_network(perfect["eps"], ALPHAS, "v").score(y, level),
+            diffusion.of_network(perfect["x0"], ALPHAS, "v").score(y, level),
+        ):
+            assert (wrong - right).norm() > 0.02 * right.norm()
+
+
+def recorder(seen):
+    def network(x, t):
+        seen.append((x, t))
+        return torch.zeros_like(x)
+
+    return network
+
+
+def test_the_time_index_of_a_level():
+    seen = []
+    score, levels = diffusion.of_network(recorder(seen), ALPHAS, "eps")
+    y = torch.ones(3, 2, dtype=F64)
+    for t in (0, 1, 500, 998, 999):
+        # A level in float32 is the same level, also at both ends.
+        for s in (levels[-1 - t].item(), levels[-1 - t].float().item()):
+            score(y, s)
+            x, got = seen.pop()
+            assert got.dtype == torch.int64 and got.tolist() == [t] * 3 and got.is_contiguous()
+            close(x, y / math.sqrt(1 + s**2))
+    # In between: linear in log s, with the scale of the level itself.
+    for t, share in ((0, 0.25), (700, 0.5), (998, 0.9)):
+        low, high = levels[-1 - t].item(), levels[-2 - t].item()
+        s = low ** (1 - share) * high**share
+        score(y, s)
+        x, got = seen.pop()
+        assert got.dtype == F64
+        close(got, [t + share] * 3, 1e-8)
+        close(x, y / math.sqrt(1 + s**2))
+        score(y.float(), s)
+        assert seen.pop()[1].dtype == torch.float32
+        score(y.half(), s)
+        x, got = seen.pop()
+        assert x.dtype == torch.float16 and got.dtype == torch.float32  # half precision ends at whole numbers from 1024
+
+
+def test_indices_are_those_of_the_k_diffusion_schedulers():
+    """`_sigma_to_t` of diffusers 0.39, its arithmetic written out: float32 logs, weights clipped to [0, 1]."""
+    seen = []
+    score, levels = diffusion.of_network(recorder(seen), ALPHAS, "eps")
+    logs = levels.flip(0).log().numpy()
+    for s in diffusion.karras(12, 0.02, 150.0).tolist():
+        distances = np.log(s) - logs
+        low = min(int((distances >= 0).cumsum().argmax()), len(logs) - 2)
+        w = np.clip((logs[low] - np.log(s)) / (logs[low] - logs[low + 1]), 0, 1)
+        score(torch.ones(1, 1, dtype=F64), s)
+        close(seen.pop()[1], [(1 - w) * low + w * (low + 1)], 1e-8)
+
+
+def test_a_level_for_each_point(rng):
+    """The denoising loss hands over a tensor of levels; trained ones give whole indices, and no graph to the level."""
+    seen = []
+    network = recorder(seen)
+    for word in ("eps", "v", "x0"):
+        score, levels = diffusion.of_network(lambda x, t: network(x, t) + x, ALPHAS, word)
+        y = torch.rand(4, *SHAPE, generator=rng, dtype=F64)
+        s = levels[[3, 500, 999, 20]].view(4, 1, 1, 1)
+        got = score(y, s)
+        assert seen.pop()[1].tolist() == [996, 499, 0, 979]
+        close(got, torch.cat([score(y[i : i + 1], s[i].item()) for i in range(4)]))
+        between = s.clone().requires_grad_()
+        got = score(y, between * 1.001)
+        assert seen.pop()[1].is_floating_point() and not got.requires_grad
+    eps = torch.rand(4, *SHAPE, generator=rng, dtype=F64)
+    loss = diffusion.denoising_loss(score, y, s, eps)
+    # x_0 = x is predicted: |(x - y) / s + eps|^2 with x = y / sqrt(1 + s^2)
+    z = y + s * eps
+    close(loss, (((1 + s**2).rsqrt() - 1) * z / s + eps).square().sum((1, 2, 3)))
+    close(
+        loss, torch.cat([diffusion.denoising_loss(score, y[i : i + 1], s[i].item(), eps[i : i + 1]) for i in range(4)])
+    )
+
+
+def test_the_index_of_level_0_is_skipped():
+    """A share of 1 is level 0: a sampler may end there, and the indices above stay what they are."""
+    seen = []
+    score, levels = diffusion.of_network(recorder(seen), vector(1, 0.8, 0.5, 0.2), "eps")
+    close(levels, vector(2, 1, 0.5, 0))
+    for t, s in ((3, 2.0), (2, 1.0), (1, 0.5), (1.5, math.sqrt(0.5))):
+        score(torch.ones(1, 1, dtype=F64), s)
+        close(seen.pop()[1], [float(t)], 1e-9)
+    out = diffusion.sample(score, torch.ones(2, 1, 2, dtype=F64), levels)
+    assert out.shape == (2, 1, 2) and [t[0].item() for _, t in seen] == [3, 2, 1]
+    with pytest.raises(ValueError, match=r"s must lie in \[0.5, 2\], .* got 0.1"):
+        score(torch.ones(1, 1, dtype=F64), 0.1)
+
+
+def test_the_fewest_and_the_farthest_levels():
+    seen, y = [], torch.ones(1, 1, dtype=F64)
+    for shares in (vector(0.8, 0.2), vector(1, 0.8, 0.2), vector(0.5, 1e-300)):
+        score, levels = diffusion.of_network(recorder(seen), shares, "eps")
+        for t, s in ((len(shares) - 1, levels[0].item()), (len(shares) - 2, levels[1].item())):
+            score(y, s)
+            assert seen.pop()[1].tolist() == [t]
+
+
+def test_a_level_that_rounding_moved_past_an_end_is_the_end():
+    """Also beside one between two levels, where no index is made whole."""
+    seen = []
+    score, levels = diffusion.of_network(recorder(seen), ALPHAS, "eps")
+    s = torch.stack([levels[0] * (1 + 1e-9), levels[-1] * (1 - 1e-9), (levels[3] * levels[4]).sqrt()])[:, None]
+    score(torch.ones(3, 1, dtype=F64), s)
+    t = seen.pop()[1]
+    assert t.is_floating_point() and t[:2].tolist() == [999, 0]
+    close(t[2], 995.5, 1e-8)
+
+
+def test_points_may_lie_elsewhere_than_the_shares_of_the_signal():
+    with elsewhere.Pretend():
+        y = torch.ones(3, 2, dtype=F64).to(elsewhere.DEVICE)
+        score = diffusion.of_network(recorder(seen := []), ALPHAS, "eps").score
+        assert isinstance(score(y, 1.0), elsewhere.Tensor)
+        assert all(isinstance(value, elsewhere.Tensor) for value in seen[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"prediction": "epsilon"}, ValueError, "prediction must be one of 'eps', 'v', 'x0', got 'epsilon'"),
+        ({"alphas_cumprod": [0.9, 0.1]}, TypeError, "alphas_cumprod must be a floating-point torch.Tensor, got list"),
+        ({"alphas_cumprod": vector(0.9, math.nan)}, ValueError, "alphas_cumprod must be finite, got 1 of 2"),
+        ({"alphas_cumprod": vector(0.9)}, ValueError, r"alphas_cumprod must have shape \(T,\) with T >= 2, got \(1,\)"),
+        ({"alphas_cumprod": vector(0.9, 0.1)[None]}, ValueError, r"must have shape \(T,\) with T >= 2, got \(1, 2\)"),
+        (
+            {"alphas_cumprod": vector(0.9, 0.5, 0.0)},
+            ValueError,
+            r"alphas_cumprod must lie in \(0, 1\], at least 1e-300, got 0.0 at index 2",
+        ),
+        ({"alphas_cumprod": vector(1.1, 0.5)}, ValueError, r"must lie in \(0, 1\], .* got 1.1 at index 0"),
+        ({"alphas_cumprod": vector(0.5, 1e-301)}, ValueError, "at least 1e-300, got 1e-301 at index 1"),
+        ({"alphas_cumprod": BETAS}, ValueError, r"decrease strictly, got 0.00011\d* after 0.0001 at index 1"),
+        ({"alphas_cumprod": vector(0.9, 0.5, 0.5)}, ValueError, "decrease strictly, got 0.5 after 0.5 at index 2"),
+        (
+            {"alphas_cumprod": vector(1, 0.5)},
+            ValueError,
+            "must give at least two levels above 0, .* 2 levels from 0 to 1",
+        ),
+        (
+            {"alphas_cumprod": vector(0.5, math.nextafter(0.5, 0), 0.1)},
+            ValueError,
+            "two levels above 0, that float64 can tell apart, got 3 levels from 1 to 3$",
+        ),
+    ],
+)
+def test_bad_networks(change, error, text):
+    arguments = {"network": recorder([]), "alphas_cumprod": ALPHAS, "prediction": "eps", **change}
+    with pytest.raises(error, match=text):
+        diffusion.of_network(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("network", "y", "s", "error", "text"),
+    [
+        (lambda x, t: [x], torch.ones(2, 3), 1.0, TypeError, "network must return a floating-point .*, got list"),
+        (lambda x, t: x[:1], torch.ones(2, 3), 1.0, ValueError, r"network must return shape \(2, 3\), .* got \(1, 3\)"),
+        (lambda x, t: x / 0, torch.ones(2, 3), 1.0, ValueError, "network must return finite numbers, got 6 of 6"),
+        (
+            None,
+            torch.ones(2),
+            1.0,
+            ValueError,
+            r"y must have shape \(n, ...\), n points that are not empty, got \(2,\)",
+        ),
+        (None, torch.ones(2, 0, 3), 1.0, ValueError, r"y must have shape \(n, ...\), .*, got \(2, 0, 3\)"),
+        (None, torch.ones(2, 3) * math.inf, 1.0, ValueError, "y must be finite"),
+        (None, torch.ones(2, 3), 158.0, ValueError, r"s must lie in \[0.0100005, 157.407\], .* got 158"),
+        (None, torch.ones(2, 3), 0.0099, ValueError, r"s must lie in \[0.0100005, 157.407\], .* got 0.0099"),
+        (None, torch.ones(2, 3), 0.0, ValueError, "s must be finite and > 0, got 0.0"),
+        (None, torch.ones(2, 3), torch.ones(2), ValueError, r"s must have shape \(2, 1\), got \(2,\)"),
+        (None, torch.ones(2, 3), torch.zeros(2, 1), ValueError, "s must be finite and > 0"),
+        (None, torch.ones(2, 3), torch.tensor([[1.0], [200.0]]), ValueError, "s must lie in .* got 200"),
+    ],
+)
+def test_bad_calls_of_networks(network, y, s, error, text):
+    score = diffusion.of_network(network or recorder([]), ALPHAS, "eps").score
+    with pytest.raises(error, match=text):
+        score(y, s)
+
+
+def test_a_table_of_indices_takes_trained_levels_only():
+    table = torch.arange(1000.0)[:, None]
+    network = lambda x, t: torch.nn.functional.embedding(t, table) * x  # noqa: E731
+    score, levels = diffusion.of_network(network, ALPHAS, "eps")
+    close(
+        score(torch.ones(1, 1), levels[-1 - 7].item()).double(),
+        [[-7 / math.sqrt(1 + levels[-8] ** 2) / levels[-8]]],
+        1e-3,
+    )
+    with pytest.raises(RuntimeError, match="indices"):
+        score(torch.ones(1, 1), 1.2345)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_network_in_half_precision_rounds_once(prediction, dtype):
+    """What is computed of x and of the prediction has the digits of float32: the sum is rounded at the end."""
+    score = diffusion.of_network(lambda x, t: 0.75 * x, ALPHAS, prediction).score
+    y, s = torch.linspace(1.5, 3.5, 60, dtype=dtype)[:, None], 1.3
+    a = 1 / math.sqrt(1 + s**2)
+    x = (a * y.float()).to(dtype)
+    out = (0.75 * x).double()
+    right = {"eps": -out / s, "v": -a * (a * y.double() + out / s), "x0": (out - y.double()) / s**2}[prediction]
+    got = score(y, s)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), right, rtol=0.51 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_are_points(method, rng):
+    """Each shape behind the first dimension gives what the same numbers give as vectors."""
+    flat, levels = diffusion.of_mixture(IMAGES), diffusion.karras(18, 0.05, 5.0)
+    y = IMAGES.noised(1.0, 5.0).sample(4, generator=rng)
+    run = lambda score, y: diffusion.sample(  # noqa: E731
+        score, y, levels, method=method, generator=torch.Generator().manual_seed(1)
+    )
+    for shape in (SHAPE, (2, 6), (12, 1)):
+        score = lambda y, s: flat(y.flatten(1), s).view_as(y)  # noqa: E731
+        got = run(score, y.view(4, *shape))
+        assert got.shape == (4, *shape)
+        close(got.flatten(1), run(flat, y))
+        x0, eps = y.view(4, *shape), torch.ones(4, *shape, dtype=F64)
+        loss = diffusion.denoising_loss(score, x0, 0.7, eps)
+        close(loss, diffusion.denoising_loss(flat, y, 0.7, torch.ones(4, 12, dtype=F64)))
+        each = vector(0.5, 1, 2, 3).view(4, *[1] * len(shape))
+        one_by_one = [
+            diffusion.denoising_loss(gaussian, x0[i : i + 1], each[i].item(), eps[i : i + 1]) for i in range(4)
+        ]
+        close(diffusion.denoising_loss(gaussian, x0, each, eps), torch.cat(one_by_one))
+        with pytest.raises(ValueError, match=r"s must have shape \(4, 1, 1"):
+            diffusion.denoising_loss(score, x0, vector(1, 1, 1, 1)[:, None], eps)
+
+
+def test_a_network_is_trained_through_its_score(rng):
+    """eps = slope x with the best slope b for x_0 of law N(0, 1): there the gradient is 0, and nowhere near."""
+    nodes, mass = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(20))
+    x0, eps = nodes.repeat_interleave(20)[:, None], nodes.repeat(20)[:, None]
+    mass = (mass[:, None] * mass).flatten() / (2 * math.pi)
+    t = 400
+    for factor in (1.0, 1.05):
+        slope = (factor * (1 - ALPHAS[t]).sqrt()).requires_grad_()
+        score, levels = diffusion.of_network(lambda x, t, slope=slope: slope * x, ALPHAS, "eps")
+        loss = (mass * diffusion.denoising_loss(score, x0, levels[-1 - t].item(), eps)).sum()
+        gradient = torch.autograd.grad(loss, slope)[0].abs()
+        assert gradient < 1e-12 if factor == 1 else gradient > 1e-2

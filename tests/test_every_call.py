@@ -167,6 +167,7 @@ OTHER_DTYPES = {
     "diffusion.karras": (F64, "levels are made of numbers, no tensor comes in"),
     "diffusion.geometric": (F64, "levels are made of numbers, no tensor comes in"),
     "diffusion.variance_preserving": (F64, "levels are made of numbers, no tensor comes in"),
+    "diffusion.of_network .0.levels": (F64, "levels are numbers, in whatever dtype the shares of the signal come"),
     "guidance.particles .log_weights": (F64, "particles are weighted in float64"),
     "guidance.particles .log_partition": (F64, "particles are weighted in float64"),
     "guidance.particles .ess": (F64, "particles are weighted in float64"),
@@ -233,7 +234,8 @@ CARRIED = {
         DTYPES[1:],
         16,
         """diffusion.denoised diffusion.transition diffusion.posterior_transition diffusion.sample
-        diffusion.denoising_loss guidance.classifier_free guidance.soft_best_of_n_step guidance.particles""",
+        diffusion.of_network diffusion.denoising_loss guidance.classifier_free guidance.plug_in
+        guidance.soft_best_of_n_step guidance.particles""",
     ),
     "a mixture computes at points in float32 in float32": (
         [torch.float32],
@@ -247,7 +249,7 @@ CARRIED = {
 
 def carried(key: str, dtype: torch.dtype) -> float:
     for dtypes, factor, names in CARRIED.values():
-        if dtype in dtypes and any(name_of(key).startswith(name) for name in names.split()):
+        if dtype in dtypes and any(f"{name_of(key)}.".startswith(f"{name}.") for name in names.split()):
             return factor * torch.finfo(dtype).eps
     return 1e-14
 

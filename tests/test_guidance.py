@@ -172,10 +172,10 @@ def test_exact_guidance_reaches_the_tilt():
 @pytest.mark.slow
 def test_plug_in_ends_at_its_closed_forms(kappa, beta, ode, sde):
     a, b = beta * kappa * vector(1)[None], beta * 2 * kappa * vector(1)
-    guided = guidance.plug_in(ONE, a, b, beta)
+    guided = guidance.plug_in_quadratic(ONE, a, b, beta)
     close(ode_law(guided, 1e8, 1e4), ode, 5e-4)
     close(sde_law(guided, 1e8, 1e4), sde, 2e-3)
-    damped = guidance.plug_in(ONE, a, b, beta, damped=True)
+    damped = guidance.plug_in_quadratic(ONE, a, b, beta, damped=True)
     exact = (2 * kappa / (1 + kappa), 1 / (1 + kappa))
     close(ode_law(damped, 1e8, 1e4), exact, 5e-4)
     assert (vector(*exact) - vector(*sde)).abs().min() > 0.05
@@ -186,7 +186,7 @@ def test_plug_in_is_the_gradient_of_the_reward_of_the_mean(beta, rng):
     y = points(20, 2, rng).requires_grad_()
     for a, b in ((SADDLE, SLOPE), (SADDLE, None), (None, SLOPE), (None, None)):
         tilted = PLANE.tilt(a, b, beta)
-        guided, exact = guidance.plug_in(PLANE, a, b, beta), guidance.exact_value(tilted)
+        guided, exact = guidance.plug_in_quadratic(PLANE, a, b, beta), guidance.exact_value(tilted)
         for s in (0.3, 0.8, 3.0):
             d = PLANE.denoise(y, 1.0, s)
             reward = 0 if a is None else -((d @ a) * d).sum() / 2
@@ -197,7 +197,7 @@ def test_plug_in_is_the_gradient_of_the_reward_of_the_mean(beta, rng):
             if a is not None or b is not None:
                 assert (guided(y.detach(), s) - exact(y.detach(), s)).abs().max() > 1e-3
     # Without A there is nothing to damp.
-    undamped, damped = (guidance.plug_in(PLANE, None, SLOPE, beta, damped=value) for value in (False, True))
+    undamped, damped = (guidance.plug_in_quadratic(PLANE, None, SLOPE, beta, damped=value) for value in (False, True))
     assert torch.equal(undamped(y.detach(), 0.8), damped(y.detach(), 0.8))
 
 
@@ -208,12 +208,12 @@ def test_damping_is_exact_for_one_gaussian_only(beta, rng):
     for ref, right in ((single, True), (PLANE, False)):
         exact = guidance.exact_value(ref.tilt(SADDLE, SLOPE, beta))
         for s in (0.3, 2.0):
-            damped = guidance.plug_in(ref, SADDLE, SLOPE, beta, damped=True)(y, s)
+            damped = guidance.plug_in_quadratic(ref, SADDLE, SLOPE, beta, damped=True)(y, s)
             error = (damped - exact(y, s)).abs().max()
             assert error < 1e-10 if right else error > 1e-3
     # A linear reward needs no damping on one Gaussian.
     exact = guidance.exact_value(single.tilt(None, SLOPE, beta))
-    close(guidance.plug_in(single, None, SLOPE, beta)(y, 0.7), exact(y, 0.7), 1e-10)
+    close(guidance.plug_in_quadratic(single, None, SLOPE, beta)(y, 0.7), exact(y, 0.7), 1e-10)
 
 
 # --- selection, step by step -----------------------------------------------------------------------------------------
@@ -479,7 +479,7 @@ def test_the_limit_is_the_tilt_of_the_chain_not_of_the_law(rng):
     y = math.sqrt(401) * torch.special.ndtri(torch.rand(1, n, 1, generator=rng, dtype=F64))
     out = guidance.particles(
         normal(1.0),
-        guidance.plug_in(ONE, KAPPA, TOWARD, 1.0, damped=True),
+        guidance.plug_in_quadratic(ONE, KAPPA, TOWARD, 1.0, damped=True),
         y,
         levels,
         lambda x: -2 * (x[:, 0] - 2) ** 2,
@@ -579,12 +579,12 @@ def test_what_comes_back_has_the_dtype_of_the_points(dtype, rng):
         for got, right in (
             (guidance.value_gradient(ref, tilted, y, s), guidance.value_gradient(PLANE, exact, wide, s)),
             (
-                guidance.plug_in(ref, SADDLE.float(), SLOPE, 2.0)(y, s),
-                guidance.plug_in(PLANE, bend.double(), SLOPE, 2.0)(wide, s),
+                guidance.plug_in_quadratic(ref, SADDLE.float(), SLOPE, 2.0)(y, s),
+                guidance.plug_in_quadratic(PLANE, bend.double(), SLOPE, 2.0)(wide, s),
             ),
             (
-                guidance.plug_in(ref, SADDLE, SLOPE.half(), 2.0, damped=True)(y, s),
-                guidance.plug_in(PLANE, SADDLE, SLOPE.half().double(), 2.0, damped=True)(wide, s),
+                guidance.plug_in_quadratic(ref, SADDLE, SLOPE.half(), 2.0, damped=True)(y, s),
+                guidance.plug_in_quadratic(PLANE, SADDLE, SLOPE.half().double(), 2.0, damped=True)(wide, s),
             ),
             (guidance.exact_value(tilted)(y, s), guidance.exact_value(exact)(wide, s)),
         ):
@@ -614,8 +614,8 @@ def test_a_gradient_of_the_value_has_its_own_digits():
 def test_plug_in_at_any_temperature(beta, rng):
     y = points(6, 2, rng)
     a = SADDLE @ SADDLE
-    damped = guidance.plug_in(PLANE, a, SLOPE, beta, damped=True)(y, 0.7)
-    assert damped.isfinite().all() and guidance.plug_in(PLANE, a, SLOPE, beta)(y, 0.7).isfinite().all()
+    damped = guidance.plug_in_quadratic(PLANE, a, SLOPE, beta, damped=True)(y, 0.7)
+    assert damped.isfinite().all() and guidance.plug_in_quadratic(PLANE, a, SLOPE, beta)(y, 0.7).isfinite().all()
     limit = diffusion.of_mixture(PLANE)(y, 0.7)
     if beta >= 1e30:
         close(damped, limit)
@@ -629,12 +629,15 @@ def test_what_would_overflow_is_refused_by_name():
     y = vector(1)[None]
     for call, text in (
         (
-            lambda: guidance.plug_in(ONE, None, TOWARD, 1e-320),
+            lambda: guidance.plug_in_quadratic(ONE, None, TOWARD, 1e-320),
             "beta must keep linear / beta within the range of float64",
         ),
-        (lambda: guidance.plug_in(ONE, KAPPA, None, 1e-320), "beta must keep quadratic / beta within the range"),
-        (lambda: guidance.plug_in(ONE, KAPPA, None, 1.0)(y, 1e-200), "s must be at least 1e-150"),
-        (lambda: guidance.plug_in(ONE, KAPPA, None, 1.0)(y, 1e200), r"s must be at most 1e\+150"),
+        (
+            lambda: guidance.plug_in_quadratic(ONE, KAPPA, None, 1e-320),
+            "beta must keep quadratic / beta within the range",
+        ),
+        (lambda: guidance.plug_in_quadratic(ONE, KAPPA, None, 1.0)(y, 1e-200), "s must be at least 1e-150"),
+        (lambda: guidance.plug_in_quadratic(ONE, KAPPA, None, 1.0)(y, 1e200), r"s must be at most 1e\+150"),
         (lambda: guidance.value_gradient(ONE, ONE.tilt(None, TOWARD, 1.0), y * math.nan, 1.0), "y must be finite"),
         (lambda: guidance.log_values(ONE, ONE.tilt(None, TOWARD, 1.0))(y * math.nan, 1.0), "^y must be finite"),
         (lambda: guidance.log_values(ONE, ONE.tilt(None, TOWARD, 1.0))(y, 1e200), "alpha = 1 and sigma = 1e.200 must"),
@@ -642,7 +645,7 @@ def test_what_would_overflow_is_refused_by_name():
         with pytest.raises(ValueError, match=text):
             call()
     with pytest.raises(TypeError, match="y must have the dtype of the mixture, torch.float64, got torch.float32"):
-        guidance.plug_in(ONE, KAPPA, None, 1.0)(y.float(), 1.0)
+        guidance.plug_in_quadratic(ONE, KAPPA, None, 1.0)(y.float(), 1.0)
     with pytest.raises(TypeError, match="guidance_scale must be a number, got a torch.float32 tensor"):
         guidance.classifier_free(REF, REF, torch.tensor(1.0))
 
@@ -677,7 +680,7 @@ def test_no_points(rng):
     assert guidance.classifier_free(REF, REF, 2.0)(empty, 1.0).shape == (0, 2)
     assert guidance.value_gradient(PLANE, tilted, empty, 1.0).shape == (0, 2)
     assert guidance.log_values(PLANE, tilted)(empty, 1.0).shape == (0,)
-    assert guidance.plug_in(PLANE, SADDLE, SLOPE, 2.0, damped=True)(empty, 1.0).shape == (0, 2)
+    assert guidance.plug_in_quadratic(PLANE, SADDLE, SLOPE, 2.0, damped=True)(empty, 1.0).shape == (0, 2)
     step = guidance.soft_best_of_n_step(log_class, 2.0, 3)
     assert step(REF, empty, 2.0, 1.0, rng).shape == (0, 2)
     out = guidance.particles(
@@ -716,7 +719,7 @@ def test_nothing_depends_on_the_default_dtype():
 
     def results():
         g, y = torch.Generator().manual_seed(1), vector(1, -2)[None]
-        yield guidance.plug_in(PLANE, SADDLE, SLOPE, 2.0, damped=True)(y, 1.0)
+        yield guidance.plug_in_quadratic(PLANE, SADDLE, SLOPE, 2.0, damped=True)(y, 1.0)
         yield guidance.value_gradient(PLANE, tilted, y, 1.0)
         yield guidance.soft_best_of_n_step(log_class, 2.0, 3)(REF, y.float(), 2.0, 1.0, g)
         start = torch.ones(2, 5, 1, dtype=torch.float32)
@@ -744,22 +747,30 @@ NO_TILT = "tilted must be a Tilted, from GaussianMixture.tilt, got GaussianMixtu
             TypeError,
             "ref must be a GaussianMixture, got function",
         ),
-        (lambda: guidance.plug_in(REF, None, None, 1.0), TypeError, "ref must be a GaussianMixture, got function"),
-        (lambda: guidance.plug_in(TWO, None, None, 0.0), ValueError, "beta must be finite and > 0, got 0.0"),
         (
-            lambda: guidance.plug_in(TWO, SADDLE, None, 1.0),
+            lambda: guidance.plug_in_quadratic(REF, None, None, 1.0),
+            TypeError,
+            "ref must be a GaussianMixture, got function",
+        ),
+        (lambda: guidance.plug_in_quadratic(TWO, None, None, 0.0), ValueError, "beta must be finite and > 0, got 0.0"),
+        (
+            lambda: guidance.plug_in_quadratic(TWO, SADDLE, None, 1.0),
             ValueError,
             r"quadratic must have shape \(1, 1\), got \(2, 2\)",
         ),
-        (lambda: guidance.plug_in(TWO, None, SLOPE, 1.0), ValueError, r"linear must have shape \(1,\), got \(2,\)"),
-        (lambda: guidance.plug_in(TWO, None, vector(math.inf), 1.0), ValueError, "linear must be finite"),
         (
-            lambda: guidance.plug_in(PLANE, SADDLE + torch.stack([SLOPE, SLOPE]), None, 1.0),
+            lambda: guidance.plug_in_quadratic(TWO, None, SLOPE, 1.0),
+            ValueError,
+            r"linear must have shape \(1,\), got \(2,\)",
+        ),
+        (lambda: guidance.plug_in_quadratic(TWO, None, vector(math.inf), 1.0), ValueError, "linear must be finite"),
+        (
+            lambda: guidance.plug_in_quadratic(PLANE, SADDLE + torch.stack([SLOPE, SLOPE]), None, 1.0),
             ValueError,
             "quadratic must be symmetric",
         ),
         (
-            lambda: guidance.plug_in(TWO, None, None, 1.0)(vector(1)[None], 0.0),
+            lambda: guidance.plug_in_quadratic(TWO, None, None, 1.0)(vector(1)[None], 0.0),
             ValueError,
             "s must be finite and > 0, got 0.0",
         ),
@@ -810,9 +821,9 @@ NOISELESS = partial(diffusion.transition, churn=0.0)
         (
             {"y": torch.zeros(4, 1)},
             ValueError,
-            r"y must have shape \(runs, n, D\) with n >= 1 and D >= 1, got \(4, 1\)",
+            r"y must have shape \(runs, n, ...\) with n >= 1 points that are not empty, got \(4, 1\)",
         ),
-        ({"y": torch.zeros(2, 0, 1)}, ValueError, r"y must have shape \(runs, n, D\) with n >= 1"),
+        ({"y": torch.zeros(2, 0, 1)}, ValueError, r"y must have shape \(runs, n, ...\) with n >= 1"),
         ({"y": torch.full((2, 4, 1), math.inf)}, ValueError, "y must be finite, got 8 of 8"),
         ({"y": [[[0.0]]]}, TypeError, "y must be a floating-point torch.Tensor, got list"),
         ({"generator": None}, TypeError, "generator must be a torch.Generator, got NoneType"),
@@ -860,7 +871,7 @@ def test_a_difference_of_scores_may_overflow_the_dtype_of_the_points(dtype):
 def test_plug_in_at_its_smallest_level(rng):
     # The mean of x_0 is y and C / s^2 is I: plain ascent of the reward.
     y = points(5, 2, rng)
-    got = guidance.plug_in(PLANE, SADDLE, SLOPE, 2.0)(y, 1e-150)
+    got = guidance.plug_in_quadratic(PLANE, SADDLE, SLOPE, 2.0)(y, 1e-150)
     close(got, PLANE.score(y) + (SLOPE - y @ SADDLE) / 2)
 
 
@@ -891,3 +902,299 @@ def test_systems_of_equal_weights_are_left_alone(rng):
     close(always.log_partition, never.log_partition)
     close(always.ess, torch.full((3, 2), 3.0))
     close(never.ess[2], (vector(1, math.e, math.e**2).sum() ** 2 / vector(1, math.e**2, math.e**4).sum()).expand(2))
+
+
+# --- any score, any reward, any shape --------------------------------------------------------------------------------
+
+
+def quadratic_reward(x):
+    return x @ SLOPE.to(x.dtype) - ((x @ SADDLE.to(x.dtype)) * x).sum(-1) / 2
+
+
+def linear_reward(x):
+    return x @ SLOPE
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_autograd_plug_in_is_the_closed_form(beta, rng):
+    y = points(20, 2, rng)
+    score = diffusion.of_mixture(PLANE)
+    for reward, a in ((quadratic_reward, SADDLE), (linear_reward, None)):
+        guided, closed = guidance.plug_in(score, reward, beta), guidance.plug_in_quadratic(PLANE, a, SLOPE, beta)
+        for s in (0.3, 0.8, 3.0):
+            close(guided(y, s), closed(y, s), 1e-10)
+            # Neither without the Jacobian of the denoiser, nor at the noised point, nor with another temperature.
+            mean = diffusion.denoised(score, y, s)
+            at = SLOPE - mean @ (0 * SADDLE if a is None else a)
+            for wrong in (score(y, s) + at / beta, guidance.plug_in(score, reward, 1.05 * beta)(y, s)):
+                assert (wrong - closed(y, s)).abs().max() > 1e-3
+
+
+def test_plug_in_of_one_gaussian_and_a_linear_reward_is_the_tilt(rng):
+    single = GaussianMixture(vector(0), PLANE.means[:1], PLANE.covariances[:1])
+    y, guided = points(20, 2, rng), guidance.plug_in(diffusion.of_mixture(single), linear_reward, 0.7)
+    close(guided(y, 0.9), guidance.exact_value(single.tilt(None, SLOPE, 0.7))(y, 0.9), 1e-10)
+
+
+def test_plug_in_takes_points_of_any_shape(rng):
+    flat = diffusion.of_mixture(PLANE)
+    y = points(6, 2, rng)
+    right = guidance.plug_in(flat, quadratic_reward, 0.5)(y, 0.8)
+    for shape in ((1, 2, 1), (2, 1), (1, 1, 2)):
+        image = guidance.plug_in(
+            lambda y, s: flat(y.flatten(1), s).view_as(y), lambda x: quadratic_reward(x.flatten(1)), 0.5
+        )
+        close(image(y.view(6, *shape), 0.8).flatten(1), right)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_plug_in_keeps_no_graph_whatever_the_mode(mode, rng):
+    y = points(6, 2, rng)
+    slope = torch.nn.Parameter(vector(1.5))
+    score = lambda y, s: -y / (slope + s**2)  # noqa: E731
+    # D = slope y / (slope + s^2)
+    share = 1.5 / (1.5 + 0.64)
+    right = -y / (1.5 + 0.64) + share * (SLOPE - share * y @ SADDLE) / 0.5
+    with mode():
+        for start in (y, y.clone(), y.clone().requires_grad_()):
+            got = guidance.plug_in(score, quadratic_reward, 0.5)(start, 0.8)
+            assert not got.requires_grad and got.grad_fn is None
+            close(got.clone(), right)
+            assert start.grad is None and slope.grad is None
+    assert not y.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.float16, torch.bfloat16])
+def test_plug_in_sees_and_returns_the_dtype_of_the_points(dtype, rng):
+    seen = set()
+
+    def see(f):
+        def seeing(y, *rest):
+            seen.add(y.dtype)
+            return f(y, *rest)
+
+        return seeing
+
+    y = points(6, 2, rng).to(dtype)
+    wide = guidance.plug_in(lambda y, s: -y / (1 + s**2), quadratic_reward, 2.0)(y.double(), 0.8)
+    got = guidance.plug_in(see(lambda y, s: -y / (1 + s**2)), see(quadratic_reward), 2.0)(y, 0.8)
+    assert got.dtype == dtype and seen == {dtype}
+    torch.testing.assert_close(got.double(), wide, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+GUIDED = lambda y, s: -y / (1 + s**2)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"beta": 0.0}, ValueError, "beta must be finite and > 0, got 0.0"),
+        ({"guidance_scale": math.inf}, ValueError, "guidance_scale must be finite, got inf"),
+        ({"guidance_scale": lambda s: math.nan}, ValueError, r"guidance_scale\(s\) must be finite, got nan"),
+        (
+            {"guidance_scale": lambda s: vector(1)},
+            TypeError,
+            r"guidance_scale\(s\) must be a number, got a torch.float64",
+        ),
+        ({"y": torch.ones(2, 2) * math.nan}, ValueError, "^y must be finite, got 4 of 4"),
+        ({"y": [[1.0]]}, TypeError, "^y must be a floating-point torch.Tensor, got list"),
+        ({"s": 0.0}, ValueError, "s must be finite and > 0, got 0.0"),
+        ({"s": 1e200}, ValueError, r"s must be at most 1e\+150"),
+        ({"ref": lambda y, s: y[:1]}, ValueError, r"ref must return shape \(2, 2\), as its argument, got \(1, 2\)"),
+        ({"reward": lambda x: x}, ValueError, r"reward must return shape \(2,\), one number per point, got \(2, 2\)"),
+        ({"reward": lambda x: 1.0}, TypeError, "reward must return a floating-point torch.Tensor, got float"),
+        ({"reward": lambda x: x[:, 0] / 0}, ValueError, "reward must be finite, got 2 of 2"),
+        ({"reward": lambda x: x.detach()[:, 0]}, ValueError, "reward must be differentiable in its points"),
+        (
+            {"reward": lambda x: torch.ones(2, requires_grad=True) + x.detach()[:, 0]},
+            ValueError,
+            "reward must be differentiable in its points, got numbers that carry no graph",
+        ),
+        (
+            {"reward": lambda x: (0 * x[:, 0]).sqrt()},
+            ValueError,
+            r"reward / beta must have a finite gradient, got \d of 4 entries NaN or infinite",
+        ),
+        ({"beta": 1e-320}, ValueError, "reward / beta must have a finite gradient, got 4 of 4"),
+    ],
+)
+def test_bad_plug_in(change, error, text):
+    arguments = {"ref": GUIDED, "reward": lambda x: x.sum(1), "beta": 1.0, "y": torch.ones(2, 2), "s": 1.0, **change}
+    y, s = arguments.pop("y"), arguments.pop("s")
+    with pytest.raises(error, match=text):
+        guidance.plug_in(**arguments)(y, s)
+
+
+def test_a_scale_may_depend_on_the_level(rng):
+    y, asked = points(5, 2, rng), []
+
+    def scale(s):
+        asked.append(s)
+        return 3.0 if 0.5 < s < 2 else 1
+
+    free = partial(guidance.classifier_free, normal(1.0), normal(2.0))
+    plug = lambda g: guidance.plug_in(GUIDED, quadratic_reward, 2.0, guidance_scale=g)  # noqa: E731
+    for make in (free, plug):
+        for s, g in ((2.5, 1.0), (1.0, 3.0), (0.5, 1.0)):
+            close(make(scale)(y, s), make(g)(y, s))
+            assert asked.pop() == s and not asked
+            assert (make(scale)(y, s) - make(4.0 - g)(y, s)).abs().max() > 1e-3
+            asked.clear()
+    # The gradient of the reward is what is scaled.
+    close(plug(3.0)(y, 1.0) - GUIDED(y, 1.0), 3 * (plug(1.0)(y, 1.0) - GUIDED(y, 1.0)))
+    close(plug(0.0)(y, 1.0), GUIDED(y, 1.0))
+    with pytest.raises(ValueError, match=r"guidance_scale\(s\) must be finite, got inf"):
+        free(lambda s: math.inf)(y, 1.0)
+    with pytest.raises(TypeError, match=r"guidance_scale\(s\) must be a number, got a torch.float64 tensor"):
+        free(lambda s: vector(1))(y, 1.0)
+
+
+def test_a_power_may_depend_on_the_level_of_the_candidates(rng):
+    y, g = points(9, 2, rng), lambda: torch.Generator().manual_seed(3)
+    value, asked = lambda z, s: -z.square().sum(-1), []
+
+    def power(s):
+        asked.append(s)
+        return 5.0 if s < 1.7 else -5.0
+
+    make = partial(guidance.soft_best_of_n_step, value)
+    for s_next, constant in ((1.5, 5.0), (1.8, -5.0)):
+        got = make(power, 4)(normal(1.0), y, 2.0, s_next, g())
+        assert asked.pop() == s_next and not asked
+        assert torch.equal(got, make(constant, 4)(normal(1.0), y, 2.0, s_next, g()))
+        assert not torch.equal(got, make(-constant, 4)(normal(1.0), y, 2.0, s_next, g()))
+    with pytest.raises(ValueError, match=r"power\(s\) must be finite, got nan"):
+        make(lambda s: math.nan, 4)(normal(1.0), y, 2.0, 1.5, g())
+
+
+def test_selection_and_particles_of_images_are_those_of_vectors(rng):
+    y, g = points(24, 4, rng), lambda: torch.Generator().manual_seed(3)
+    first = lambda z: z.flatten(1)[:, 0]  # noqa: E731
+    value = lambda z, s: -(first(z) ** 2) / (1 + s)  # noqa: E731
+    push = lambda y, s: normal(1.0)(y, s) + 0.3 * torch.cos(y)  # noqa: E731
+    step = guidance.soft_best_of_n_step(value, 2.0, 3)
+    flat = step(push, y, 2.0, 1.5, g())
+    run = lambda y: guidance.particles(  # noqa: E731
+        normal(1.0), push, y, SHORT, lambda z: -first(z).square(), value, generator=g(), threshold=1.0
+    )
+    vectors = run(y.view(2, 12, 4))
+    for shape in ((1, 2, 2), (2, 2), (4, 1)):
+        assert torch.equal(step(push, y.view(24, *shape), 2.0, 1.5, g()).flatten(1), flat)
+        images = run(y.view(2, 12, *shape))
+        assert images.particles.shape == (2, 12, *shape)
+        for a, b in zip(images, vectors, strict=True):
+            close(a.double().flatten(), b.double().flatten())
+    assert (vectors.ancestors != torch.arange(12)).any()
+
+
+# --- particles, in parts and on the way ------------------------------------------------------------------------------
+
+
+def particle_run(y, **options):
+    g = torch.Generator().manual_seed(4)
+    push = lambda y, s: normal(1.0)(y, s) + 0.5 * torch.cos(y)  # noqa: E731
+    arguments = {"ref": normal(1.0), "proposal": push, "levels": SHORT, "threshold": 1.0, **options}
+    return guidance.particles(
+        y=y, log_tilt=arguments.pop("log_tilt", log_tilt), log_values=arguments.pop("log_values", log_values),
+        generator=g, **arguments,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 11, 12, 24, 1000, np.int64(7)])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_chunks_change_no_result(chunk, dtype, rng):
+    y, sizes = points(24, 1, rng).view(2, 12, 1).to(dtype), set()
+
+    def see(f):
+        def seeing(z, *rest):
+            sizes.add(len(z))
+            assert z.dtype == dtype
+            return f(z, *rest)
+
+        return seeing
+
+    push = lambda y, s: normal(1.0)(y, s) + 0.5 * torch.cos(y)  # noqa: E731
+    whole = particle_run(y)
+    parts = particle_run(
+        y, chunk=chunk, ref=see(normal(1.0)), proposal=see(push), log_tilt=see(log_tilt), log_values=see(log_values)
+    )
+    last = {24 % chunk} if 24 % chunk and chunk < 24 else set()
+    assert sizes == {min(int(chunk), 24)} | last
+    assert (whole.ancestors != torch.arange(12)).any()
+    for a, b in zip(parts, whole, strict=True):
+        close(a, b, 1e-12 if dtype == F64 else 1e-5)
+    # Each function is asked on its own, so that unlike chunks show.
+    for name, function in (
+        ("ref", normal(1.0)),
+        ("proposal", push),
+        ("log_tilt", log_tilt),
+        ("log_values", log_values),
+    ):
+        sizes.clear()
+        particle_run(y, chunk=5, **{name: see(function)})
+        assert sizes == {5, 4}, name
+
+
+def test_chunks_of_no_points(rng):
+    out = particle_run(torch.zeros(0, 4, 1, dtype=F64), chunk=3)
+    assert out.particles.shape == (0, 4, 1) and out.log_weights.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"chunk": 0}, ValueError, "chunk must be an integer >= 1, got 0"),
+        ({"chunk": 2.0}, TypeError, "chunk must be an int, got float"),
+        ({"chunk": 5, "ref": lambda y, s: y[:, :0]}, ValueError, r"score must return shape \(5, 1\), .* got \(5, 0\)"),
+        ({"chunk": 5, "proposal": lambda y, s: [y]}, TypeError, "score must return a floating-point .*, got list"),
+        ({"chunk": 5, "log_tilt": lambda y: y}, ValueError, r"log_tilt must return shape \(5,\), one number per point"),
+        (
+            {"chunk": 5, "log_values": lambda y, s: 1.0},
+            TypeError,
+            "log_values must return a floating-point .* got float",
+        ),
+    ],
+)
+def test_bad_chunks(options, error, text, rng):
+    with pytest.raises(error, match=text):
+        particle_run(points(24, 1, rng).view(2, 12, 1), **options)
+
+
+def test_each_step_tells_what_a_run_that_ended_there_would_return(rng):
+    y, levels = points(24, 2, rng).view(2, 12, 2).float(), vector(2, 1.6, 1.1, 0.7)
+    told = []
+    out = particle_run(y, levels=levels, on_step=lambda s, particles: told.append((s, particles)))
+    silent = particle_run(y, levels=levels)
+    assert [s for s, _ in told] == levels[1:].tolist()
+    for a, b, c in zip(told[-1][1], out, silent, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    for i, (s, got) in enumerate(told[:-1], 1):
+        short = particle_run(y, levels=levels[: i + 1], log_tilt=partial(log_values, s=s))
+        assert got.particles.dtype == torch.float32 and got.ess.shape == (2, i) and got.ancestors.shape == (2, i, 12)
+        for a, b in zip(got, short, strict=True):
+            assert torch.equal(a, b)
+    assert (out.ancestors != torch.arange(12)).any()
+
+
+def test_a_run_that_is_broken_off_can_go_on(rng):
+    """What was told stays: the weights less the values begin a second run, and both log Z add up."""
+    y, levels = points(24, 1, rng).view(2, 12, 1), vector(2, 1.6, 1.1, 0.7)
+    kept = []
+
+    def stop(s, particles):
+        kept[:] = [particles]
+        if s == 1.1:
+            raise KeyboardInterrupt
+
+    g = torch.Generator().manual_seed(4)
+    run = partial(guidance.particles, normal(1.0), normal(0.8), log_tilt=log_tilt, log_values=log_values, threshold=1.0)
+    whole = run(y, levels, generator=torch.Generator().manual_seed(4))
+    with pytest.raises(KeyboardInterrupt):
+        run(y, levels, generator=g, on_step=stop)
+    (half,) = kept
+    now = log_values(half.particles.flatten(0, 1), 1.1).view(2, 12)
+    rest = run(half.particles, levels[2:], generator=g, start_log_weights=half.log_weights - now)
+    spent = half.log_partition - (half.log_weights.logsumexp(-1) - math.log(12))
+    close(rest.particles, whole.particles)
+    close(rest.log_weights, whole.log_weights)
+    close(spent + rest.log_partition, whole.log_partition)

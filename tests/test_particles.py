@@ -106,6 +106,24 @@ def test_gradients_with_the_indices_held(rng):
     assert torch.autograd.gradcheck(run, (gains, start))
 
 
+def test_each_step_tells_what_a_run_that_ended_there_would_return(rng):
+    gains, told = torch.randn(4, 2, 3, generator=rng, dtype=F64), []
+    out = grow(gains, threshold=1.0, on_step=lambda t, particles: told.append((t, particles)))
+    assert [t for t, _ in told] == [0, 1, 2, 3] and (out.ancestors != torch.arange(3)).any()
+    for t, got in told:
+        short = grow(gains[: t + 1], threshold=1.0)
+        assert all(torch.equal(a, b) for a, b in zip(got[1:], short[1:], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(told[-1][1][1:], out[1:], strict=True))
+    kept = []
+    with pytest.raises(RuntimeError, match="enough"):
+        grow(gains, threshold=1.0, on_step=lambda t, particles: kept.append(particles) if t < 2 else stop())
+    assert len(kept) == 2 and torch.equal(kept[1].ess, out.ess[:, :2])
+
+
+def stop():
+    raise RuntimeError("enough")
+
+
 def test_no_runs_and_one_particle(rng):
     none = grow(torch.zeros(2, 0, 3, dtype=F64))
     assert none.log_partition.shape == (0,) and none.ancestors.shape == (0, 2, 3) and none.ess.shape == (0, 2)

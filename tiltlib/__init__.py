@@ -30,7 +30,7 @@ smc             twisted sequential Monte Carlo on strings
 mcmc            Metropolis-Hastings on strings, toward a power
 policies        policies to train: logits, a small transformer
 losses          losses of feedback: policy gradient, DPO, GRPO
-diffusion       noise levels, samplers, a loss, from any score
+diffusion       noise levels, samplers, from any score or network
 guidance        changes of a score or of a step that aim at a tilt
 verify          evidence: E-values, certificates, plans, verdict lines
 testing         whether a model of yours keeps the rules

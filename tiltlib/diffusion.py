@@ -2,8 +2,10 @@
 
 A noised sample is x_t = alpha x_0 + sigma eps. In y = x_t / alpha, with the level of noise s = sigma / alpha, every
 schedule is the same process, y = x_0 + s eps, so a score is a function `score(y, s)`: the gradient in y of the log
-density of x_0 + s eps, for y of shape (n, D) and a number s. What a schedule chooses is the levels that a sampler
-visits, from the largest down; a run in x is a run in y, scaled by alpha at its two ends.
+density of x_0 + s eps, for n points y and a number s. A point may be a vector, an image or anything else: y has shape
+(n, ...), such as (n, D) or (n, C, H, W). What a schedule chooses is the levels that a sampler visits, from the largest
+down; a run in x is a run in y, scaled by alpha at its two ends. `of_network` makes a score of a network that was
+trained in x, to predict the noise, x_0 or v.
 
 With D = y + s^2 score(y, s), the mean of x_0 given y, and lambda = -log s, the samplers of `sample` are
 
@@ -37,6 +39,7 @@ from tiltlib import _checks, _numerics
 from tiltlib.mixtures import GaussianMixture
 
 __all__ = [
+    "NetworkScore",
     "Transition",
     "denoised",
     "denoising_loss",
@@ -45,6 +48,7 @@ __all__ = [
     "geometric",
     "karras",
     "of_mixture",
+    "of_network",
     "posterior_transition",
     "sample",
     "transition",
@@ -54,6 +58,8 @@ __all__ = [
 # score(y, s): gradient in y of the log density of x_0 + s eps. Only `denoising_loss` may pass a tensor of levels.
 Level = Any
 Score = Callable[[Tensor, Level], Tensor]
+# network(x, t): what it predicts, in the shape of x, for the time index t of each point.
+Network = Callable[[Tensor, Tensor], Tensor]
 # step(score, y, s, s_next, generator): the points at the next level.
 Step = Callable[[Score, Tensor, float, float, Generator | None], Tensor]
 
@@ -65,18 +71,34 @@ _METHODS = ("euler", "heun", "dpmpp_2m", "ab3", "maruyama", "ancestral")
 # D is not extrapolated at all, as for a last level of 0.
 _LIMIT = 5.0
 _FEW = 16
+# A level is a trained one if its time index is this near to a whole number: levels in float32 are, by a wide margin,
+# where neighbours differ by more than 0.1 percent.
+_NEAR = 1e-4
 
 
 class Transition(NamedTuple):
     """A step with Gaussian noise: N(mean, std^2 I).
 
     Attributes:
-        mean: Mean of each next point, shape (n, D).
+        mean: Mean of each next point, shape (n, ...).
         std: Standard deviation of each coordinate; 0 where the step draws no noise.
     """
 
     mean: Tensor
     std: float
+
+
+class NetworkScore(NamedTuple):
+    """What `of_network` returns.
+
+    Attributes:
+        score: The score function (y, s), at any level from the last of `levels` above 0 to the first.
+        levels: The levels that the network was trained at, strictly decreasing, float64, shape (T,): `levels[-1 - t]`
+            is that of time index t.
+    """
+
+    score: Score
+    levels: Tensor
 
 
 def _fractions(n: int) -> Tensor:
@@ -190,9 +212,16 @@ def variance_preserving(n: int, time: float) -> Tensor:
 
 def _points(name: str, value: Tensor) -> None:
     _checks.tensor(name, value)
-    if value.ndim != 2:
-        raise ValueError(f"{name} must have shape (n, D), got {tuple(value.shape)}")
+    if value.ndim < 2 or 0 in value.shape[1:]:
+        raise ValueError(f"{name} must have shape (n, ...), n points that are not empty, got {tuple(value.shape)}")
     _checks.finite(name, value)
+
+
+def _level_per_point(s: Tensor, y: Tensor) -> None:
+    shape = (len(y), *[1] * (y.ndim - 1))
+    if s.shape != shape:
+        raise ValueError(f"s must have shape {shape}, got {tuple(s.shape)}")
+    _checks.positive_per_row("s", s, y.shape)
 
 
 def evaluate(score: Score, y: Tensor, s: Level, name: str = "score") -> Tensor:
@@ -202,12 +231,12 @@ def evaluate(score: Score, y: Tensor, s: Level, name: str = "score") -> Tensor:
 
     Args:
         score: Score function (y, s).
-        y: Points at level s, shape (n, D).
+        y: Points at level s, shape (n, ...).
         s: Level of noise, as the score takes it.
         name: What to call the score in an error.
 
     Returns:
-        The score at each point, shape (n, D), in the dtype of `y`; the score may return another.
+        The score at each point, shape (n, ...), in the dtype of `y`; the score may return another.
 
     Raises:
         TypeError: the score returns no floating tensor.
@@ -245,7 +274,7 @@ def draw(step: Transition, *, generator: Generator | None) -> Tensor:
         generator: Source of randomness, on the device of the points; None will do where `std` is 0.
 
     Returns:
-        Points, shape (n, D), in the dtype of the mean.
+        Points, shape (n, ...), in the dtype of the mean.
 
     Raises:
         TypeError: `generator` is not a `torch.Generator`, and there is noise to draw.
@@ -281,6 +310,122 @@ def of_mixture(mixture: GaussianMixture) -> Score:
     return lambda y, s: mixture.noised(1.0, s).score(y)
 
 
+def of_network(network: Network, alphas_cumprod: Tensor, prediction: str) -> NetworkScore:
+    """Make a score function of a network that was trained on noised points x_t, and the levels of its time indices.
+
+        x_t = a x_0 + b eps,    a = sqrt(alphas_cumprod[t]),    b = sqrt(1 - alphas_cumprod[t])
+        y = x_t / a = x_0 + s eps,    s = b / a,    so that a = 1 / sqrt(1 + s^2) and b = s a
+        score(y, s) = -E[eps | y] / s = (E[x_0 | y] - y) / s^2
+
+    The best prediction is a mean given x_t. For v = a eps - b x_0 it gives x_0 = a x_t - b v and eps = b x_t + a v. So
+
+        prediction    score(y, s), of what the network gives at (a y, t)
+        "eps"         -eps / s
+        "v"           -a (a y + v / s)
+        "x0"          (x_0 - y) / s^2
+
+    Differentiable in the points and in what `network` depends on.
+
+    Between two trained levels t is interpolated linearly in log s, and a and b are those of s itself. So do the
+    schedulers of diffusers that visit such levels, and networks take it that embed t by sines and cosines; one that
+    looks t up in a table refuses it, as there t is floating. Outside of the trained levels nothing is known, and the
+    score refuses them.
+
+    Args:
+        network: Function (x, t) of noised points, shape (n, ...), in the dtype of y, and the time index of each, shape
+            (n,): int64 where all levels are trained ones, up to 1e-4 of an index, floating otherwise. It returns the
+            prediction, in the shape of x.
+        alphas_cumprod: Share of the signal in the variance of x_t at each time index, in (0, 1] and at least 1e-300,
+            strictly decreasing, shape (T,), at least two of them below 1. An entry 1 is level 0, which a sampler may
+            go to, and the score refuses.
+        prediction: What the network predicts: "eps", "v" or "x0".
+
+    Returns:
+        `NetworkScore(score, levels)`. The score takes a number s or a tensor of shape (n, 1, ..., 1), as
+        `denoising_loss` gives it, and returns the dtype of its points. `levels[k::m]` are levels for `sample`, to which
+        one may append 0.
+
+    Raises:
+        TypeError: `alphas_cumprod`, or what `network` returns, is not a floating tensor.
+        ValueError: an unknown `prediction`; `alphas_cumprod` not in (0, 1], not strictly decreasing or of another
+            shape. From the score: s outside of the trained levels, y not (n, ...), or a prediction of another shape or
+            not finite.
+
+    Example:
+        >>> alphas_cumprod = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
+        >>> network = lambda x, t: x * (1 - alphas_cumprod[t]).sqrt()[:, None]  # E[eps | x_t] for x_0 of law N(0, 1)
+        >>> score, levels = of_network(network, alphas_cumprod, "eps")
+        >>> [round(s, 3) for s in levels.tolist()]
+        [3.0, 1.0, 0.333]
+        >>> round(score(torch.ones(1, 1, dtype=torch.float64), 3.0).item(), 3)  # -y / (1 + s^2)
+        -0.1
+
+    Source: [ho2020], [salimans2022], [karras2022]; book, `network-score`.
+    """
+    _checks.one_of("prediction", prediction, ("eps", "v", "x0"))
+    rising = _trained_levels(alphas_cumprod)
+    first = int(rising[0] == 0)
+    logs = rising[first:].log()
+    if len(logs) < 2 or not bool((logs.diff() > 0).all()):
+        raise ValueError(
+            f"alphas_cumprod must give at least two levels above 0, that float64 can tell apart, "
+            f"got {len(rising)} levels from {rising[0].item():g} to {rising[-1].item():g}"
+        )
+
+    def time_index(s: Tensor, dtype: torch.dtype) -> Tensor:
+        at, table = s.log(), logs.to(s.device)
+        right = torch.searchsorted(table, at).clamp(1, len(logs) - 1)
+        low, high = table[right - 1], table[right]
+        t = right - 1 + (at - low) / (high - low)
+        outside = (t < -_NEAR) | (t > len(logs) - 1 + _NEAR)
+        if bool(outside.any()):
+            raise ValueError(
+                f"s must lie in [{rising[first].item():g}, {rising[-1].item():g}], between the levels that the network "
+                f"was trained at, got {s[outside][0].item():g}"
+            )
+        nearest = t.round()
+        trained = bool(((t - nearest).abs() <= _NEAR).all())
+        return first + (nearest.long() if trained else t.clamp(0, len(logs) - 1).to(dtype))
+
+    def score(y: Tensor, s: Level) -> Tensor:
+        _points("y", y)
+        if isinstance(s, Tensor):
+            _level_per_point(s, y)
+        else:
+            s = _checks.level("s", s)
+        s = torch.as_tensor(s, dtype=torch.float64, device=y.device).detach()
+        wide = y.to(torch.promote_types(y.dtype, torch.float32))
+        a = (1 + s**2).rsqrt()
+        t = time_index(s.flatten(), wide.dtype).expand(len(y)).contiguous()
+        out = evaluate(network, (a * wide).to(y.dtype), t, "network").to(wide.dtype)
+        if prediction == "eps":
+            value = -out / s
+        elif prediction == "v":
+            value = -a * (a * wide + out / s)
+        else:
+            value = (out - wide) / s**2
+        return value.to(y.dtype)
+
+    return NetworkScore(score, rising.flip(0))
+
+
+def _trained_levels(alphas_cumprod: Tensor) -> Tensor:
+    """Check the shares of the signal, and give the level of each time index."""
+    _checks.finite("alphas_cumprod", alphas_cumprod)
+    if alphas_cumprod.ndim != 1 or len(alphas_cumprod) < 2:
+        raise ValueError(f"alphas_cumprod must have shape (T,) with T >= 2, got {tuple(alphas_cumprod.shape)}")
+    shares = alphas_cumprod.detach().double()
+    numbers = shares.tolist()
+    for t, share in enumerate(numbers):
+        if not 1e-300 <= share <= 1:
+            raise ValueError(f"alphas_cumprod must lie in (0, 1], at least 1e-300, got {share!r} at index {t}")
+        if t and not share < numbers[t - 1]:
+            raise ValueError(
+                f"alphas_cumprod must decrease strictly, got {share!r} after {numbers[t - 1]!r} at index {t}"
+            )
+    return ((1 - shares) / shares).sqrt()
+
+
 def denoised(score: Score, y: Tensor, s: float) -> Tensor:
     """Compute the mean of x_0 given its noised value, by Tweedie's formula.
 
@@ -290,15 +435,15 @@ def denoised(score: Score, y: Tensor, s: float) -> Tensor:
 
     Args:
         score: Score function (y, s).
-        y: Noised points, shape (n, D).
+        y: Noised points, shape (n, ...).
         s: Level of noise, > 0.
 
     Returns:
-        D, shape (n, D), in the dtype of `y`.
+        D, shape (n, ...), in the dtype of `y`.
 
     Raises:
         TypeError: `y`, or what `score` returns, is not a floating tensor.
-        ValueError: `y` not (n, D) or not finite, `s` not in (0, 1e150], or a score of another shape or not finite.
+        ValueError: `y` not (n, ...) or not finite, `s` not in (0, 1e150], or a score of another shape or not finite.
 
     Source: [efron2011]; book, `noised-mixture`.
     """
@@ -317,7 +462,7 @@ def transition(score: Score, y: Tensor, s: float, s_next: float, churn: float = 
 
     Args:
         score: Score function (y, s).
-        y: Points at level s, shape (n, D).
+        y: Points at level s, shape (n, ...).
         s: Level of the points, > 0.
         s_next: Level s' to go to, in [0, s).
         churn: Noise factor c >= 0; 0 is the probability-flow ODE, 1 the reverse SDE.
@@ -327,7 +472,7 @@ def transition(score: Score, y: Tensor, s: float, s_next: float, churn: float = 
 
     Raises:
         TypeError: `y`, or what `score` returns, is not a floating tensor.
-        ValueError: `y` not (n, D) or not finite, not 0 <= `s_next` < `s` <= 1e150, `churn` not in [0, 1e150], or a
+        ValueError: `y` not (n, ...) or not finite, not 0 <= `s_next` < `s` <= 1e150, `churn` not in [0, 1e150], or a
             score of another shape or not finite.
 
     Source: [song2021sde], [karras2022]; book, `reverse-process`.
@@ -349,7 +494,7 @@ def posterior_transition(score: Score, y: Tensor, s: float, s_next: float) -> Tr
 
     Args:
         score: Score function (y, s).
-        y: Points at level s, shape (n, D).
+        y: Points at level s, shape (n, ...).
         s: Level of the points, > 0.
         s_next: Level s' to go to, in [0, s); at 0 the step draws no noise.
 
@@ -358,7 +503,7 @@ def posterior_transition(score: Score, y: Tensor, s: float, s_next: float) -> Tr
 
     Raises:
         TypeError: `y`, or what `score` returns, is not a floating tensor.
-        ValueError: `y` not (n, D) or not finite, not 0 <= `s_next` < `s` <= 1e150, or a score of another
+        ValueError: `y` not (n, ...) or not finite, not 0 <= `s_next` < `s` <= 1e150, or a score of another
             shape or not finite.
 
     Source: [ho2020]; book, `gaussian-chain`.
@@ -413,7 +558,7 @@ def sample(
 
     Args:
         score: Score function (y, s) of the law to sample.
-        y: Points drawn from the law at the first level, shape (n, D).
+        y: Points drawn from the law at the first level, shape (n, ...).
         levels: Levels of noise, >= 0 and strictly decreasing, shape (steps + 1,).
         method: One of "euler", "heun", "dpmpp_2m", "ab3", "maruyama", "ancestral", or a function `step(score, y, s,
             s_next, generator)` that returns the points at the next level.
@@ -421,11 +566,11 @@ def sample(
         generator: Source of randomness, on the device of `y`; required where noise is drawn.
 
     Returns:
-        Points at the last level, shape (n, D), in the dtype of `y`.
+        Points at the last level, shape (n, ...), in the dtype of `y`.
 
     Raises:
         TypeError: `y`, `levels` or what `score` returns is not a floating tensor, or no `generator` for noise.
-        ValueError: `levels` not in [0, 1e150] or not strictly decreasing; `y` not (n, D) or not finite; a score of
+        ValueError: `levels` not in [0, 1e150] or not strictly decreasing; `y` not (n, ...) or not finite; a score of
             another shape or not finite; an unknown `method`; `churn` not in [0, 1e150], or given to another method.
 
     Example:
@@ -468,25 +613,25 @@ def sample(
 def denoising_loss(score: Score, x0: Tensor, s: float | Tensor, eps: Tensor) -> Tensor:
     """Compute the denoising loss of a score, one value per point.
 
-        |s score(x_0 + s eps, s) + eps|^2, summed over the D coordinates
+        |s score(x_0 + s eps, s) + eps|^2, summed over the coordinates of the point
 
     Over draws of x_0 and eps its mean is least for the score of the law of x_0; times weights w(x_0), for that of the
     tilt by w. Differentiable in `x0`, `s`, `eps` and what `score` depends on.
 
     Args:
         score: Score function (y, s).
-        x0: Clean points, shape (n, D).
-        s: Level of noise, > 0: a number, or a tensor of shape (n, 1) with a level for each point. The score gets it as
-            it is. A tensor has the dtype of `x0`.
-        eps: Standard normal noise, shape (n, D), in the dtype of `x0`.
+        x0: Clean points, shape (n, ...).
+        s: Level of noise, > 0: a number, or a tensor of shape (n, 1, ..., 1), of as many dimensions as `x0`, with a
+            level for each point. The score gets it as it is. A tensor has the dtype of `x0`.
+        eps: Standard normal noise, shape (n, ...), in the dtype of `x0`.
 
     Returns:
         Loss of each point, shape (n,), in the dtype of `x0`.
 
     Raises:
         TypeError: `x0`, `eps` or what `score` returns is not a floating tensor, or dtypes that differ.
-        ValueError: `x0` not (n, D), `eps` of another shape, one of them not finite, `s` not in (0, 1e150] or of another
-            shape, or a score of another shape or not finite.
+        ValueError: `x0` not (n, ...), `eps` of another shape, one of them not finite, `s` not in (0, 1e150] or of
+            another shape, or a score of another shape or not finite.
 
     Source: [hyvarinen2005], [vincent2011]; book, `weighted-score-matching`.
     """
@@ -494,9 +639,7 @@ def denoising_loss(score: Score, x0: Tensor, s: float | Tensor, eps: Tensor) -> 
     _checks.finite("eps", eps)
     _checks.same_shape(x0=x0, eps=eps)
     if isinstance(s, Tensor):
-        if s.shape != (len(x0), 1):
-            raise ValueError(f"s must have shape {(len(x0), 1)}, got {tuple(s.shape)}")
-        _checks.positive_per_row("s", s, x0.shape)
+        _level_per_point(s, x0)
     else:
         s = _checks.level("s", s)
     for name, value in (("eps", eps), ("s", s)):
@@ -505,4 +648,4 @@ def denoising_loss(score: Score, x0: Tensor, s: float | Tensor, eps: Tensor) -> 
     value = evaluate(score, x0 + eps * s, s)
     # Squares of numbers in half precision overflow from 256 on.
     wide = value.to(torch.promote_types(x0.dtype, torch.float32))
-    return (wide * s + eps).square().sum(-1).to(x0.dtype)
+    return (wide * s + eps).square().flatten(1).sum(-1).to(x0.dtype)

@@ -3,14 +3,18 @@
 The tilt of p by w multiplies the density at each level s by the value h(y, s) = E[w(x_0) | x_0 + s eps = y], up to Z.
 So its score is that of p plus grad log h. Four changes of the score, each a score function (y, s) again:
 
-    exact_value        score + grad log h: the score of the tilt, for Gaussian mixtures
-    classifier_free    s_u + g (s_c - s_u): h = p(c | y), and its gradient times g
-    plug_in            grad log h replaced by the gradient of r(D(y, s)) / beta, D = E[x_0 | y]
-    plug_in, damped    that gradient times (I + A C / beta)^-1, C = Cov[x_0 | y]: exact for one Gaussian
+    exact_value          score + grad log h: the score of the tilt, for Gaussian mixtures
+    classifier_free      s_u + g (s_c - s_u): h = p(c | y), and its gradient times g
+    plug_in              grad log h replaced by the gradient of r(D(y, s)) / beta, D = E[x_0 | y]: any score and reward
+    plug_in_quadratic    the same in closed form, for a Gaussian mixture and a quadratic reward
+    that one, damped     its gradient times (I + A C / beta)^-1, C = Cov[x_0 | y]: exact for one Gaussian
 
 One change of the step, from values alone: `soft_best_of_n_step` draws candidates for the next point and keeps one. And
 one correction of whatever the score gets wrong: `particles` weights and resamples points that follow any score. Guided
-points have to start from the guided law at the first level, not from that of the reference.
+points have to start from the guided law at the first level, not from that of the reference. A strength of guidance is a
+number, or a function of the level: `lambda s: 2.0 if 0.3 < s < 5 else 1.0` guides in an interval.
+
+Points have shape (n, ...), as in `diffusion`; where a Gaussian mixture is asked for, they are vectors (n, D).
 
 What is a difference of two scores or two log densities is computed in float64, and comes back in the dtype of y.
 """
@@ -32,6 +36,7 @@ __all__ = [
     "log_values",
     "particles",
     "plug_in",
+    "plug_in_quadratic",
     "soft_best_of_n_step",
     "value_gradient",
 ]
@@ -40,6 +45,8 @@ __all__ = [
 LogValues = Callable[[Tensor, float], Tensor]
 # kernel(score, y, s, s_next): `diffusion.transition` or `posterior_transition`.
 Kernel = Callable[[Score, Tensor, float, float], Transition]
+# A number, or a function of the level that gives one.
+Scale = float | Callable[[float], float]
 
 
 def _number(name: str, value: float) -> float:
@@ -47,6 +54,14 @@ def _number(name: str, value: float) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value!r}")
     return float(value)
+
+
+def _at_level(name: str, value: Scale) -> Callable[[float], float]:
+    """Make a strength a function of the level. What a function gives is looked at when it is asked."""
+    if callable(value):
+        return lambda s: _number(f"{name}(s)", value(s))
+    constant = _number(name, value)
+    return lambda s: constant
 
 
 def _per_point(name: str, value: Tensor, y: Tensor) -> Tensor:
@@ -60,10 +75,10 @@ def _per_point(name: str, value: Tensor, y: Tensor) -> Tensor:
     return value.double()
 
 
-def classifier_free(conditional: Score, unconditional: Score, guidance_scale: float) -> Score:
+def classifier_free(conditional: Score, unconditional: Score, guidance_scale: Scale) -> Score:
     """Extrapolate from the unconditional score through the conditional one.
 
-        s_u(y, s) + g (s_c(y, s) - s_u(y, s))
+        s_u(y, s) + g(s) (s_c(y, s) - s_u(y, s))
 
     The difference is the gradient of log p(c | y) at level s. For g other than 0 and 1 the sum is in general not the
     score of any one law at all levels, and the samplers of `diffusion` end at different laws. Differentiable.
@@ -71,25 +86,26 @@ def classifier_free(conditional: Score, unconditional: Score, guidance_scale: fl
     Args:
         conditional: Score function s_c.
         unconditional: Score function s_u.
-        guidance_scale: g, finite; 0 is unconditional, 1 conditional, above 1 guided.
+        guidance_scale: g, finite: a number or a function of the level; 0 is unconditional, 1 conditional, above 1
+            guided.
 
     Returns:
         The guided score function. It refuses a score of another shape than its argument, so that a single row is not
         taken for a score of every point, and returns the dtype of its argument.
 
     Raises:
-        TypeError: `guidance_scale` is a tensor.
-        ValueError: `guidance_scale` is not finite.
+        TypeError: `guidance_scale` is, or returns, a tensor.
+        ValueError: `guidance_scale` is not finite, or does not return a finite number.
 
     Source: [ho2022cfg]; book, `cfg-is-value-guidance` and `cfg-is-not-a-tilt`.
     """
-    scale = _number("guidance_scale", guidance_scale)
+    scale = _at_level("guidance_scale", guidance_scale)
 
     def score(y: Tensor, s: float) -> Tensor:
         _checks.tensor("y", y)
         start = diffusion.evaluate(unconditional, y, s, "unconditional")
         toward = diffusion.evaluate(conditional, y, s, "conditional").double()
-        return (start + scale * (toward - start)).to(y.dtype)
+        return (start + scale(s) * (toward - start)).to(y.dtype)
 
     return score
 
@@ -178,7 +194,70 @@ def log_values(ref: GaussianMixture, tilted: Tilted) -> LogValues:
     return value
 
 
-def plug_in(
+def plug_in(ref: Score, reward: Callable[[Tensor], Tensor], beta: float, *, guidance_scale: Scale = 1.0) -> Score:
+    """Guide by the reward of the denoised point, in place of the value.
+
+        score(y, s) + g(s) grad r(D(y, s)) / beta,    D = y + s^2 score(y, s) = E[x_0 | y]
+
+    The gradient is taken in y, by autograd through the score: with J the derivative of D, which is Cov[x_0 | y] / s^2,
+    it is J' times the gradient of r at D. It would be that of log h if the mean could be taken through the exponential,
+    and is not in general. Not differentiable: the result carries no graph. Cost one call of the score and one backward
+    pass through it, also inside of `torch.no_grad` or `torch.inference_mode`.
+
+    Args:
+        ref: Score function of the reference, differentiable by autograd.
+        reward: Function of denoised points, shape (n, ...), in the dtype of y, that gives r of each, shape (n,). It is
+            differentiable by autograd, and takes each point by itself.
+        beta: Temperature in reward units, > 0.
+        guidance_scale: g, finite: a number or a function of the level; 1 is plug-in guidance.
+
+    Returns:
+        The guided score function, of points of any shape, for levels s in (0, 1e150]. It computes in float32 at least
+        and returns the dtype of its points.
+
+    Raises:
+        TypeError: `guidance_scale` is, or returns, a tensor. From the score: y, or what `reward` returns, is not a
+            floating tensor.
+        ValueError: `beta` not finite and > 0, or `guidance_scale` not finite. From the score: `reward` returns another
+            shape, numbers that are not finite or without a graph, or has a gradient that is not finite.
+
+    Example:
+        >>> score = lambda y, s: -y / (1 + s**2)  # of the law N(0, 1)
+        >>> guided = plug_in(score, lambda x: 3 * x.flatten(1).sum(1), 1.0)
+        >>> guided(torch.zeros(1, 1, 2, 2), 1.0).flatten().tolist()  # J is 1 / (1 + s^2)
+        [1.5, 1.5, 1.5, 1.5]
+
+    Source: [chung2023]; book, `plug-in-bias`.
+    """
+    _checks.positive("beta", beta)
+    beta, scale = float(beta), _at_level("guidance_scale", guidance_scale)
+
+    def guided(y: Tensor, s: float) -> Tensor:
+        s = _checks.level("s", s)
+        _checks.finite("y", y)
+        score, wide = _numerics.widened(ref, y)
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = wide.detach().clone().requires_grad_()
+            value = diffusion.evaluate(score, leaf, s, "ref")
+            rewards = _per_point("reward", reward((leaf + s**2 * value).to(y.dtype)), y)
+            _checks.finite("reward", rewards)
+            slope = None
+            if rewards.requires_grad:
+                (slope,) = torch.autograd.grad(rewards.sum(), leaf, allow_unused=True)
+        if slope is None:
+            raise ValueError("reward must be differentiable in its points, got numbers that carry no graph to them")
+        slope = slope.double() / beta
+        bad = int((~slope.isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"reward / beta must have a finite gradient, got {bad} of {slope.numel()} entries NaN or infinite"
+            )
+        return (value.detach() + scale(s) * slope).to(y.dtype)
+
+    return guided
+
+
+def plug_in_quadratic(
     ref: GaussianMixture,
     quadratic: Tensor | None,
     linear: Tensor | None,
@@ -186,13 +265,13 @@ def plug_in(
     *,
     damped: bool = False,
 ) -> Score:
-    """Guide by the reward of the denoised point, in place of the value.
+    """Guide a mixture by a quadratic reward of the denoised point: `plug_in` in closed form.
 
         score(y, s) + (C / s^2) (b - A D) / beta,    r(x) = -x'Ax / 2 + b'x,  D = E[x_0 | y],  C = Cov[x_0 | y]
 
-    C / s^2 is the derivative of D, so the second term is the gradient in y of r(D) / beta. It would be that of log h if
-    the mean could be taken through the exponential. `damped` multiplies the gradient at D by (I + A C / beta)^-1, which
-    makes it exact where x_0 given y is normal: for one Gaussian, not for a mixture. Differentiable.
+    C / s^2 is the derivative of D, so the second term is the gradient in y of r(D) / beta. `damped` multiplies the
+    gradient at D by (I + A C / beta)^-1, which makes it exact where x_0 given y is normal: for one Gaussian, not for a
+    mixture. Differentiable.
 
     Args:
         ref: Reference law p.
@@ -247,7 +326,7 @@ def plug_in(
     return guided
 
 
-def soft_best_of_n_step(log_values: LogValues, power: float, n: int, *, kernel: Kernel = diffusion.transition) -> Step:
+def soft_best_of_n_step(log_values: LogValues, power: Scale, n: int, *, kernel: Kernel = diffusion.transition) -> Step:
     """Make a step that draws n candidates for the next point and keeps one by its value.
 
         y'_1 ... y'_n from kernel(score, y, s, s'),    P(i) proportional to exp(power log_values(y'_i, s'))
@@ -259,7 +338,7 @@ def soft_best_of_n_step(log_values: LogValues, power: float, n: int, *, kernel: 
     Args:
         log_values: Function (y, s) that gives the log value of each point, shape (n,); -inf excludes a candidate, for
             any `power`.
-        power: Exponent of the value, finite.
+        power: Exponent of the value, finite: a number or a function of the level s' of the candidates.
         n: Number of candidates, >= 1; 1 leaves the sampler as it is.
         kernel: Law of the candidates: `diffusion.transition` (partial for another `churn`) or `posterior_transition`.
 
@@ -267,13 +346,13 @@ def soft_best_of_n_step(log_values: LogValues, power: float, n: int, *, kernel: 
         The step, for the argument `method` of `diffusion.sample`.
 
     Raises:
-        TypeError: `n` is not an int, or `power` is a tensor.
-        ValueError: `n` < 1, or `power` is not finite.
+        TypeError: `n` is not an int, or `power` is, or returns, a tensor.
+        ValueError: `n` < 1, or `power` is not finite, or does not return a finite number.
 
     Source: [li2024svdd], [verdun2025]; book, `stepwise-soft-bon`.
     """
     _checks.count("n", n)
-    n, power = int(n), _number("power", power)
+    n, exponent = int(n), _at_level("power", power)
 
     def step(score: Score, y: Tensor, s: float, s_next: float, generator: Generator | None) -> Tensor:
         _checks.generator("generator", generator)
@@ -282,12 +361,17 @@ def soft_best_of_n_step(log_values: LogValues, power: float, n: int, *, kernel: 
         pool = diffusion.draw(Transition(mean.repeat_interleave(n, 0), std), generator=generator)
         values = _per_point("log_values", log_values(pool, s_next), pool).view(len(y), n)
         _checks.log_weights("log_values", values)
-        values = torch.where(values > -math.inf, power * values, -math.inf)
+        values = torch.where(values > -math.inf, exponent(s_next) * values, -math.inf)
         _checks.log_weights("power times log_values", values)
         chosen = selection.soft_best_of_n(values, 1.0, generator=generator)
-        return pool.view(len(y), n, y.shape[-1]).take_along_dim(chosen[:, None, None], 1)[:, 0]
+        return pool[n * torch.arange(len(y), device=y.device) + chosen]
 
     return step
+
+
+def _in_chunks(score: Score, chunk: int) -> Score:
+    """Call a score on at most so many points at once."""
+    return lambda y, s: torch.cat([diffusion.evaluate(score, part, s) for part in y.split(chunk)])
 
 
 def particles(
@@ -303,6 +387,8 @@ def particles(
     threshold: float = 0.5,
     scheme: Scheme = resampling.systematic,
     start_log_weights: Tensor | None = None,
+    chunk: int | None = None,
+    on_step: Callable[[float, Particles], None] | None = None,
 ) -> Particles:
     """Correct guidance by particles: propose with one score, weight toward the other and toward the tilt, resample.
 
@@ -319,10 +405,11 @@ def particles(
     Args:
         ref: Score function of the reference.
         proposal: Score function that points follow; `ref` itself for unguided proposals.
-        y: Points at the first level from the reference law there, shape (runs, n, D): independent systems of n points.
+        y: Points at the first level from the reference law there, shape (runs, n, ...): independent systems of n
+            points.
         levels: Levels of noise, >= 0 and strictly decreasing, shape (steps + 1,).
-        log_tilt: Function that gives log w of finished points (m, D), shape (m,); -inf excludes a point.
-        log_values: Function (y, s) for points (m, D) on the way, shape (m,), finite. The function `log_values`
+        log_tilt: Function that gives log w of finished points (m, ...), shape (m,); -inf excludes a point.
+        log_values: Function (y, s) for points (m, ...) on the way, shape (m,), finite. The function `log_values`
             makes the exact one. Default: 0.
         generator: Source of randomness, on the device of `y`.
         kernel: Law K of a step: `diffusion.transition` (partial for another `churn`) or `posterior_transition`.
@@ -330,35 +417,51 @@ def particles(
         scheme: One of `resampling.multinomial`, `residual`, `stratified`, `systematic`.
         start_log_weights: For points from another law at the first level, log of reference density over theirs, shape
             (runs, n).
+        chunk: Most points that a function of the caller gets at once, >= 1; default: all runs * n. The draws are the
+            same. It saves memory where no graph is kept: under `torch.no_grad`.
+        on_step: Function (s', particles) that is called after each step, with the level that it went to and with what
+            would be returned if the run ended there, the weights in it those of log_values at s'. It must not change
+            the tensors. What it raises ends the run; what it was given stays whole, and the last is the result.
 
     Returns:
         `Particles(particles, log_weights, log_partition, ancestors, ess)`; the particles are points at the last level,
-        dtype of `y`, shape (runs, n, D).
+        dtype of `y`, shape (runs, n, ...).
 
     Raises:
-        TypeError: `y`, `levels` or what a function returns is not a floating tensor, or `generator` is not a
-            `torch.Generator`.
+        TypeError: `y`, `levels` or what a function returns is not a floating tensor, `generator` is not a
+            `torch.Generator`, or `chunk` not an int.
         ValueError: a kernel without noise, as an ODE has no ratio of densities; `levels` as for `diffusion.sample`; `y`
-            not (runs, n, D) or not finite; functions that return another shape, or values that are not finite;
-            `threshold` outside [0, 1].
+            not (runs, n, ...) or not finite; functions that return another shape, or values that are not finite;
+            `threshold` outside [0, 1]; `chunk` < 1.
 
     Source: [delmoral2006], [wu2023]; book, `smc-guidance`.
     """
     _checks.generator("generator", generator)
     numbers = _checks.levels("levels", levels)
     _checks.tensor("y", y)
-    if y.ndim != 3 or not y.shape[1]:
-        raise ValueError(f"y must have shape (runs, n, D) with n >= 1 and D >= 1, got {tuple(y.shape)}")
+    if y.ndim < 3 or 0 in y.shape[1:]:
+        raise ValueError(
+            f"y must have shape (runs, n, ...) with n >= 1 points that are not empty, got {tuple(y.shape)}"
+        )
     _checks.finite("y", y)
-    runs, n, d = y.shape
+    if chunk is not None:
+        _checks.count("chunk", chunk)
+    runs, n = y.shape[:2]
+    size = runs * n if chunk is None else int(chunk)
     guided = proposal is not ref
     points = y.flatten(0, 1)
-    (proposal, _), (ref, points) = (_numerics.widened(score, points, torch.float64) for score in (proposal, ref))
+    (proposal, _), (ref, points) = (
+        _numerics.widened(_in_chunks(score, size), points, torch.float64) for score in (proposal, ref)
+    )
+
+    def values_of(name: str, function: Callable[..., Tensor], points: Tensor, *level: float) -> Tensor:
+        parts = points.to(y.dtype).split(size)
+        return torch.cat([_per_point(name, function(part, *level), part) for part in parts])
 
     def twist(points: Tensor, s: float) -> Tensor:
         if log_values is None:
             return torch.zeros(runs * n, dtype=torch.float64, device=y.device)
-        value = _per_point("log_values", log_values(points.to(y.dtype), s), points)
+        value = values_of("log_values", log_values, points, s)
         _checks.finite("log_values", value)
         return value
 
@@ -376,12 +479,12 @@ def particles(
         if guided:
             # Both kernels have one std: log N(y'; ref) - log N(y'; proposal) with y' = mean + std noise.
             gap = (mean - kernel(ref, points, s, s_next).mean) / std
-            log_ratio = -(gap * (gap / 2 + noise)).sum(-1)
+            log_ratio = -(gap * (gap / 2 + noise)).flatten(1).sum(-1)
         points = mean + std * noise
         if i < len(numbers) - 2:
             ahead = twist(points, s_next)
         else:
-            ahead = _per_point("log_tilt", log_tilt(points.to(y.dtype)), points)
+            ahead = values_of("log_tilt", log_tilt, points)
             _checks.rewards("log_tilt", ahead.view(runs, n))
         return (points, ahead), log_ratio + ahead - values
 
@@ -392,6 +495,15 @@ def particles(
         if start_log_weights.shape != (runs, n):
             raise ValueError(f"start_log_weights must have shape {(runs, n)}, got {tuple(start_log_weights.shape)}")
         log_weights = log_weights + start_log_weights.double()
+
+    def of_points(out: Particles) -> Particles:
+        (points, _), *rest = out
+        return Particles(points.view(y.shape).to(y.dtype), *rest)
+
+    def report(i: int, so_far: Particles) -> None:
+        assert on_step is not None
+        on_step(numbers[i + 1], of_points(so_far))
+
     out = grow(
         (points, values),
         step,
@@ -401,6 +513,6 @@ def particles(
         generator=generator,
         threshold=threshold,
         scheme=scheme,
+        on_step=None if on_step is None else report,
     )
-    (points, _), *rest = out
-    return Particles(points.view(runs, n, d).to(y.dtype), *rest)
+    return of_points(out)

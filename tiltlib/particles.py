@@ -30,7 +30,7 @@ class Particles(NamedTuple):
     """A finished particle system.
 
     Attributes:
-        particles: The particles themselves: tokens (runs, n, L) of `smc.twisted_smc`, points (runs, n, D) of
+        particles: The particles themselves: tokens (runs, n, L) of `smc.twisted_smc`, points (runs, n, ...) of
             `guidance.particles`, the last state of `grow`.
         log_weights: Their unnormalised log weights since the last resampling, float64, shape (runs, n).
         log_partition: Estimate of log Z per run, float64, shape (runs,); exp of it is unbiased for Z. -inf where all
@@ -57,6 +57,7 @@ def grow(
     generator: torch.Generator,
     threshold: float = 0.5,
     scheme: Scheme = resampling.systematic,
+    on_step: Callable[[int, Particles], None] | None = None,
 ) -> Particles:
     """Move particles step by step, each time resampling first when the weights are uneven.
 
@@ -76,6 +77,8 @@ def grow(
         generator: Source of randomness for resampling, on the device of `log_weights`.
         threshold: Resample when ESS / n falls below it, in [0, 1]: 0 is never, 1 whenever weights differ.
         scheme: One of `resampling.multinomial`, `residual`, `stratified`, `systematic`.
+        on_step: Function (number of the step, particles) that is called after each step with what would be returned if
+            it were the last. It must not change the tensors. What it raises ends the run.
 
     Returns:
         `Particles(particles, log_weights, log_partition, ancestors, ess)`, the weights in float64.
@@ -101,7 +104,18 @@ def grow(
     log_partition = torch.zeros(runs, dtype=torch.float64, device=device)
     # Equal weights may differ in their last digits; that is no reason to resample.
     enough = threshold * n * (1 - 1e-9)
-    ancestors, sizes = [], [_ess(log_weights)]
+    ancestors: list[Tensor] = []
+    sizes = [_ess(log_weights)]
+
+    def so_far() -> Particles:
+        return Particles(
+            state,
+            log_weights,
+            log_partition + log_weights.logsumexp(-1) - math.log(n),
+            torch.stack(ancestors, 1),
+            torch.stack(sizes[1:], -1),
+        )
+
     for t in range(steps):
         uneven = ((0 < sizes[-1]) & (sizes[-1] < enough))[:, None]
         parents = itself
@@ -116,13 +130,9 @@ def grow(
         log_weights = log_weights + gained.view(runs, n)
         ancestors.append(parents)
         sizes.append(_ess(log_weights))
-    return Particles(
-        state,
-        log_weights,
-        log_partition + log_weights.logsumexp(-1) - math.log(n),
-        torch.stack(ancestors, 1),
-        torch.stack(sizes[1:], -1),
-    )
+        if on_step is not None:
+            on_step(t, so_far())
+    return so_far()
 
 
 def _ess(log_weights: Tensor) -> Tensor:
