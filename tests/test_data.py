@@ -141,7 +141,11 @@ def test_the_language_model_is_that_of_transformers(smollm2):
 def test_the_language_model_says_what_follows(smollm2):
     """A file read in the wrong order of bytes, halves or rotated pairs would babble."""
     net, tokenizer = smollm2
-    for text, following in (("The capital of France is", " Paris"), ("One, two, three,", " four"), ("Monday, Tuesday, Wednesday,", " Thursday")):
+    for text, following in (
+        ("The capital of France is", " Paris"),
+        ("One, two, three,", " four"),
+        ("Monday, Tuesday, Wednesday,", " Thursday"),
+    ):
         logits = net(input_ids=language.encode(tokenizer, text)[None], use_cache=False).logits[0, -1]
         assert following.strip() in tokenizer.decode(logits.topk(3).indices.tolist()), text
 

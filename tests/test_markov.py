@@ -1036,3 +1036,19 @@ def test_rewards_of_strings_in_a_batch_of_any_shape(rng):
 def test_begun_strings_refuse_what_does_not_fit(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_a_number_of_symbols_is_an_alphabet(rng):
+    table = torch.randn(9, 3, generator=rng, dtype=F64).log_softmax(-1)
+    numbered, named = MarkovChain(table, 3), MarkovChain(table, "ab ")
+    assert len(numbered.alphabet) == len(set(numbered.alphabet)) == 3 and numbered.order == 2
+    tokens = torch.tensor([[0, 1, 2, 0], [2, 2, 1, 1]])
+    assert torch.equal(numbered.logps(tokens), named.logps(tokens))
+    assert torch.equal(numbered.encode(numbered.decode(tokens)), tokens)
+    numbered.check_alike("other", MarkovChain(table, 3))  # two chains of one number of symbols are alike
+    with pytest.raises(ValueError, match="alphabet must hold at least 2 distinct symbols"):
+        MarkovChain(table, 1)
+    with pytest.raises(ValueError, match="alphabet must be an integer >= 1, got 0"):
+        MarkovChain(table, 0)
+    with pytest.raises(TypeError, match="alphabet must be an int"):
+        MarkovChain(table, 3.0)
