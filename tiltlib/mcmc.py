@@ -242,7 +242,7 @@ def power_mh_law(logps: Tensor, length: int, power: float, steps: int, *, start:
             Default: `logps`.
 
     Returns:
-        Log-probabilities after the moves, float64, shape (V^L,).
+        Log-probabilities after the moves, dtype of `logps`, computed in float64, shape (V^L,).
 
     Raises:
         TypeError: `logps` or `start` is not a floating tensor, or `length` or `steps` not an int.
@@ -288,7 +288,7 @@ def power_mh_law(logps: Tensor, length: int, power: float, steps: int, *, start:
             new = c.exp() * (lighter + heavier) + here.exp() * (1 - accepted)
             moved += torch.empty_like(new).scatter(-1, order, new).flatten() / length
         mu = (moved / moved.sum()).log()
-    return mu
+    return mu.to(logps.dtype)
 
 
 def _redrawn(source: AutoregressiveModel[Any], tokens: Tensor, cut: Tensor, generator: torch.Generator) -> Tensor:
