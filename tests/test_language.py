@@ -462,6 +462,10 @@ def test_a_pool_of_something_else_is_refused(tmp_path):
     for bad in ({"seed": "another"}, {"kinds": ("gpt2", "gpt2")}):
         with pytest.raises(ValueError, match=r"path must hold what this call draws, got other tokens in line \d"):
             pool(path, n=3, **bad)
+    with pytest.raises(
+        ValueError, match=r"path must hold what this call draws, got log-probability \S+ for \S+ in line 4"
+    ):
+        pool(path, n=3, kinds=("llama", "llama"))
     with pytest.raises(ValueError, match=r"path must hold at most 4 lines, got 6"):
         pool(path, n=2)
     with pytest.raises(ValueError, match=r"path must hold 4 tokens and logp of prompt 0 in line 4"):

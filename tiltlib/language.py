@@ -624,8 +624,9 @@ def generate(
     Each string is a line of JSON, with `prompt` (the number of the model), `tokens`, `logp` and, if there is `decode`,
     `text`. Lines are written as soon as `chunk` strings are drawn. A later call with the same arguments takes the lines
     that are there and draws the others; the result is that of a call that went through. It draws the first lines again,
-    and refuses a file that holds others. Not differentiable. A last line that was cut off is drawn again. Add a
-    `reward` to each line, and `python -m tiltlib.pool` reads the file.
+    looks at the log-probability of one string for each other prompt, and refuses a file that holds others. Not
+    differentiable. A last line that was cut off is drawn again. Add a `reward` to each line, and `python -m
+    tiltlib.pool` reads the file.
 
     Args:
         models: P >= 1 models of one length L, one for each prompt.
@@ -656,6 +657,8 @@ def generate(
                 first = i * n + start
                 have = stored[first : first + u.shape[-1]]
                 if len(have) == u.shape[-1] and first:
+                    if not start:
+                        _same_law(model, *have[0], f"line {first + 1} of {path}")
                     continue
                 tokens, logps = (x.tolist() for x in model._write(u))
                 for j, (old, new) in enumerate(zip(have, tokens, strict=False)):
@@ -675,6 +678,13 @@ def generate(
     drawn = torch.tensor([string for string, _ in stored], device=device)
     totals = torch.tensor([logp for _, logp in stored], dtype=torch.float64, device=device)
     return Pool(drawn.view(len(models), n, length), totals.view(len(models), n))
+
+
+def _same_law(model: LanguageModel, tokens: list[int], logp: float, where: str) -> None:
+    """Require that a string on disk came from a model, as far as its log-probability tells."""
+    found = model.logps(torch.tensor([tokens], device=model.prompt.device)).item()
+    if not abs(found - logp) <= 1e-3 * len(tokens):  # float32 moves the log-probability of a token by 1e-4
+        raise ValueError(f"path must hold what this call draws, got log-probability {logp:g} for {found:g} in {where}")
 
 
 def _stored(path: Path, prompts: int, n: int, length: int) -> list[tuple[list[int], float]]:
