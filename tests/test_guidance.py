@@ -690,9 +690,8 @@ def test_no_points(rng):
     assert out.log_weights.shape == (0, 4) and out.log_partition.shape == (0,) and out.ess.shape == (0, 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_particles_in_small_dtypes(dtype):
-    """Weights are ratios of kernels at the points that were drawn: rounding of the points does not enter them."""
+def noting_dtypes():
+    """A set, and a wrapper of functions of points that adds the dtype they get to it."""
     seen = set()
 
     def see(f):
@@ -702,6 +701,13 @@ def test_particles_in_small_dtypes(dtype):
 
         return seeing
 
+    return seen, see
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_particles_in_small_dtypes(dtype):
+    """Weights are ratios of kernels at the points that were drawn: rounding of the points does not enter them."""
+    seen, see = noting_dtypes()
     y, levels = points(400, 1, torch.Generator().manual_seed(1)).view(1, 400, 1), diffusion.geometric(100, 0.5, 3.0)
     y = y.to(dtype)
     run = lambda y: guidance.particles(  # noqa: E731
@@ -966,15 +972,7 @@ def test_plug_in_keeps_no_graph_whatever_the_mode(mode, rng):
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.float16, torch.bfloat16])
 def test_plug_in_sees_and_returns_the_dtype_of_the_points(dtype, rng):
-    seen = set()
-
-    def see(f):
-        def seeing(y, *rest):
-            seen.add(y.dtype)
-            return f(y, *rest)
-
-        return seeing
-
+    seen, see = noting_dtypes()
     y = points(6, 2, rng).to(dtype)
     wide = guidance.plug_in(lambda y, s: -y / (1 + s**2), quadratic_reward, 2.0)(y.double(), 0.8)
     got = guidance.plug_in(see(lambda y, s: -y / (1 + s**2)), see(quadratic_reward), 2.0)(y, 0.8)

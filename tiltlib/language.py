@@ -396,10 +396,7 @@ class LanguageModel(AutoregressiveModel[Begun]):
             TypeError: `generator` is no generator.
             ValueError: as for `next_logps`.
         """
-        _checks.generator("generator", generator)
-        n, device = len(state.ended), self.prompt.device
-        u = torch.rand((n, 1), generator=generator, device=device, dtype=torch.float64)
-        return self._pick(state, u[:, 0])[0]
+        return self._pick(state, self._uniforms(len(state.ended), 1, generator)[0])[0]
 
     def append(self, state: Begun, tokens: Tensor) -> Begun:
         """Write one more token to each string; see `AutoregressiveModel.append`.
