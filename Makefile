@@ -68,9 +68,10 @@ quick: .venv/.stamp
 bench: .venv-bench/.stamp
 	.venv-bench/bin/python tests/bench.py
 
-.venv-mutants/.stamp: requirements-mutants.txt
+.venv-mutants/.stamp: requirements-mutants.txt requirements-language.txt
 	$(PYTHON) -m venv .venv-mutants
 	.venv-mutants/bin/pip install --quiet --disable-pip-version-check -r requirements-mutants.txt
+	.venv-mutants/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-language.txt
 	touch $@
 
 mutants: .venv-mutants/.stamp
