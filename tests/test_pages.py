@@ -197,6 +197,20 @@ def test_a_chapter_is_one_sitting(name, visit, record_property):
     assert height <= LONGEST.get(name, 15_000) and code <= MOST_CODE * height
 
 
+SMALL = """() => [...document.querySelectorAll("svg[data-font]")].filter((e) => e.clientWidth).map((e) =>
+    [e.dataset.font * e.clientWidth / e.viewBox.baseVal.width, e.getAttribute("aria-label").slice(0, 60)])"""
+FIRST = (
+    """() => document.querySelector("article :is(.bk-fig, .bk-explorable, .bk-samples)").getBoundingClientRect().top"""
+)
+
+
+@pytest.mark.parametrize("name", SITTINGS)
+def test_pictures_come_first_and_can_be_read_on_a_phone(name, visit):
+    assert visit(f"{name}.html").evaluate(FIRST) <= 1500
+    small = [found for found in visit(f"{name}.html", "phone").evaluate(SMALL) if found[0] < 11]
+    assert not small, "labels of less than 11 px on a phone"
+
+
 @pytest.mark.parametrize("name", [page.name for page in CHAPTERS])
 def test_every_statement_has_its_line_of_evidence(name, visit):
     page = next(page for page in CHAPTERS if page.name == name)
@@ -348,6 +362,13 @@ def test_search_finds_a_word(visit):
     assert page.trouble == []
 
 
+def page_with(name):
+    """The page that holds an explorable, and so its script."""
+    found = [n for n in TOC if f'data-name="{name}"' in (HTML / f"{n}.html").read_text("utf-8")]
+    assert found, f"no page holds the explorable {name}"
+    return f"{found[0]}.html"
+
+
 CASES = [([0.5, 0.3, 0.2], [0, 1, 2], n, beta) for n in (1, 2, 4, 1000, 10**6) for beta in (0.05, 1, 10)]
 CASES += [([0.7, 0.1, 0.1, 0.1], [-3, 5, 5, 0], 7, 0.3), ([1.0], [2], 5, 1)]
 
@@ -364,7 +385,7 @@ def laws_of(logps, rewards, n, beta):
 def test_the_page_computes_the_laws_that_tiltlib_computes(visit):
     from tiltlib.categorical import tilt, total_variation
 
-    page = visit("search.html")  # the script is on every page, and this one is light
+    page = visit("search.html")  # the numbers are on every page, and this one is light
     for p, rewards, n, beta in CASES:
         logps, r = torch.tensor(p, dtype=torch.float64).log(), torch.tensor(rewards, dtype=torch.float64)
         laws, goal = laws_of(logps, r, n, beta), tilt(logps, r, beta)
@@ -392,7 +413,7 @@ def churned_variance(A, B, g, c):
 def test_the_page_computes_the_variances_that_the_book_proves(visit):
     from scipy.stats import norm
 
-    page, A, B = visit("search.html"), 1.0, 2.0
+    page, A, B = visit(page_with("churn")), 1.0, 2.0
     for g, c in itertools.product((1, 1.5, 3, 10), (0, 0.1, 0.5, 1, 2, 10)):
         ours, goal, tv = page.evaluate(
             """([A, B, g, c]) => {
@@ -412,9 +433,7 @@ def test_the_page_computes_the_variances_that_the_book_proves(visit):
 def test_the_page_shows_what_it_computes(visit):
     from tiltlib.categorical import kl, tilt, total_variation
 
-    name = next((n for n in TOC if 'data-name="soft-best-of-n"' in (HTML / f"{n}.html").read_text("utf-8")), None)
-    assert name, "no page holds the soft best-of-N interactive"
-    box = visit(f"{name}.html").query_selector('.bk-explorable[data-name="soft-best-of-n"]')
+    box = visit(page_with("soft-best-of-n")).query_selector('.bk-explorable[data-name="soft-best-of-n"]')
     options = box.evaluate("e => JSON.parse(e.dataset.options)")
     n, beta = (float(s.get_attribute("aria-valuetext").split(" = ")[1]) for s in box.query_selector_all("input"))
     logps = torch.tensor(options.get("p", [0.5, 0.3, 0.2]), dtype=torch.float64).log()

@@ -19,6 +19,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
+from sphinx_exercise.nodes import is_exercise_node
 
 # Sphinx loads this file by its name, and tiltlib may not be installed.
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -171,6 +172,32 @@ class Evidence(SphinxPostTransform):
             title = self.env.book_entries[label].statement.title if label else "the setting"
             uri = self.app.builder.get_relative_uri(self.env.docname, page) + (f"#{label}" if label else "")
             line += nodes.reference("", title, internal=True, refuri=uri)
+
+
+# --- exercises -----------------------------------------------------------------------------------------------------
+
+
+class Exercise(SphinxPostTransform):
+    """Fold the cells between an exercise and its solution: where the reader answers, and what checks the answer."""
+
+    default_priority = 4
+    formats = ("html",)
+
+    def run(self, **kwargs):
+        for exercise in list(self.document.findall(is_exercise_node)):
+            inside = exercise.parent
+            at = inside.index(exercise) + 1
+            end = at
+            while end < len(inside) and f"tag_{verdicts.EXERCISE}" in inside[end].get("classes", []):
+                end += 1
+            if end > at:
+                cells = inside[at:end]
+                body = nodes.container("", *cells, classes=["answer-body"], is_div=True)
+                opening = nodes.raw("", f'<details class="answer"><summary>{ANSWER}</summary>', format="html")
+                inside[at:end] = [opening, body, nodes.raw("", "</details>", format="html")]
+
+
+ANSWER = "Answer in the notebook: a cell to fill, and its check."
 
 
 # --- proofs --------------------------------------------------------------------------------------------------------
@@ -511,6 +538,17 @@ def note_run(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] = nbformat.writes(notebook)
 
 
+def load_explorables(app: Sphinx, pagename, template, context, doctree) -> None:
+    """Give a page the scripts of what it lets a reader explore, and no others."""
+    for name in sorted(set(re.findall(r'class="bk-explorable"[^>]* data-name="([^"]+)"', context.get("body", "")))):
+        if not Path(app.srcdir, EXPLORABLES, f"{name}.js").exists():
+            logger.warning("no script %s/%s.js", EXPLORABLES, name, location=pagename)
+        app.add_js_file(f"explorables/{name}.js", priority=850)  # after numbers.js and drawing.js, at 800
+
+
+EXPLORABLES = "book/_static/explorables"
+
+
 def drop_thebe(app: Sphinx, pagename, template, context, doctree) -> None:
     """Remove thebe's scripts: unused here, and loaded twice they throw on every page."""
 
@@ -567,6 +605,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_post_transform(ResolveStatus)
     app.add_post_transform(Setup)
     app.add_post_transform(Evidence)
+    app.add_post_transform(Exercise)
     app.add_post_transform(DropRepeatedIds)
     app.add_post_transform(KeepPunctuation)
     app.connect("config-inited", configure)
@@ -574,6 +613,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("source-read", note_run)
     app.connect("autodoc-process-docstring", process_docstring, priority=400)  # before napoleon, at 500
     app.connect("autodoc-skip-member", skip_fields)
+    app.connect("html-page-context", load_explorables)
     app.connect("html-page-context", drop_thebe, priority=900)  # after thebe has added its own
     app.connect("build-finished", copy_static)
     app.connect("build-finished", prune_mathjax, priority=900)  # after MathJax has been copied
