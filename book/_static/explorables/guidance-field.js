@@ -6,14 +6,17 @@
   // tilt of p by p(c|x)^g is again a mixture; g = 0 is p itself and g = 1 the law of the class.
   function powerTilt({ means, v, centre, width }, g) {
     const precision = 1 / v + g / width, gap = (m) => (m[0] - centre[0]) ** 2 + (m[1] - centre[1]) ** 2;
-    const mass = means.map((m) => Math.exp((-g * gap(m)) / (2 * (g * v + width))));
     const moved = means.map((m) => m.map((x, i) => (x / v + (g * centre[i]) / width) / precision));
-    return { shares: mass.map((x) => x / sum(mass)), means: moved, v: 1 / precision };
+    return { logs: means.map((m) => (-g * gap(m)) / (2 * (g * v + width))), means: moved, v: 1 / precision };
   }
-  function noisedScore({ shares, means, v }, s, [x, y]) { // gradient of the log density of a mixture with noise of level s
-    const V = v + s ** 2, logs = means.map(([a, b], k) => Math.log(shares[k]) - ((x - a) ** 2 + (y - b) ** 2) / (2 * V));
+  function sharesOf(logs) {
     const mass = logs.map((l) => Math.exp(l - Math.max(...logs))), all = sum(mass);
-    return [0, 1].map((i) => sum(means.map((m, k) => (mass[k] / all) * (m[i] - (i ? y : x)))) / V);
+    return mass.map((x) => x / all);
+  }
+  function noisedScore({ logs, means, v }, s, y) { // gradient of the log density of a mixture with noise of level s
+    const V = v + s ** 2, far = (m) => (y[0] - m[0]) ** 2 + (y[1] - m[1]) ** 2;
+    const shares = sharesOf(means.map((m, k) => logs[k] - far(m) / (2 * V)));
+    return y.map((u, i) => sum(means.map((m, k) => shares[k] * (m[i] - u))) / V);
   }
   // The two pushes on top of the score of p: what guidance adds, and what the tilt by p(c|x)^g asks for.
   function pushes(law, g, s, at) {
@@ -27,8 +30,8 @@
   });
   // Heun steps of the ODE dy/ds = -s score(y), from such points with the mean and the spread of a law; the points at each level.
   function odePoints(score, law, levels, n) {
-    const mean = [0, 1].map((i) => sum(law.means.map((m, k) => law.shares[k] * m[i])));
-    const apart = sum(law.means.map((m, k) => law.shares[k] * ((m[0] - mean[0]) ** 2 + (m[1] - mean[1]) ** 2))) / 2;
+    const shares = sharesOf(law.logs), mean = [0, 1].map((i) => sum(law.means.map((m, k) => shares[k] * m[i])));
+    const apart = sum(law.means.map((m, k) => shares[k] * ((m[0] - mean[0]) ** 2 + (m[1] - mean[1]) ** 2))) / 2;
     const wide = Math.sqrt(law.v + apart + levels[0] ** 2);
     const all = [spiral(n).map((z) => z.map((x, i) => mean[i] + wide * x))];
     for (let k = 0; k + 1 < levels.length; k++) {
