@@ -63,8 +63,8 @@
     const getG = control(root, "g", "scale", [1, 1.5, 2, 2.5, 3, 4, 5, 7, 10], g), getS = control(root, "s", "level", levels, s);
     const dot = (fill) => `<circle cx="13" cy="7" r="4" fill="${fill}"/>`;
     const RING = 'fill="none" stroke="currentColor" stroke-dasharray="2 3"';
-    root.querySelector(".bk-key").innerHTML = key(dot(BLUE), "guided: score of <i>p</i> plus <i>g</i> times the difference")
-      + key(dot(ORANGE), "the tilt: its own score") + key(`<circle cx="13" cy="7" r="6" ${RING}/>`, "modes of <i>p</i>");
+    root.querySelector(".bk-key").innerHTML = key(dot(BLUE), "what guidance adds")
+      + key(dot(ORANGE), "what the tilt asks for") + key(`<circle cx="13" cy="7" r="6" ${RING}/>`, "modes of <i>p</i>");
     let known = 0, runs; // the runs depend on the scale alone
     return (width, height, panels) => {
       const gNow = getG(), sNow = getS();
@@ -92,8 +92,7 @@
       });
       const part = here.map((points) => `${Math.round(100 * nearest(points, means)[0])} %`);
       const size = [0, 1].map((i) => Math.sqrt(sum(fields.map((f) => Math.hypot(...f[i]) ** 2))));
-      return `mode on the left: ${part[0]} of the guided points, ${part[1]} of the tilt's &emsp; `
-        + `guidance pushes ${(size[0] / size[1]).toFixed(2)} times as hard`;
+      return `left mode holds ${part[0]} (guided), ${part[1]} (tilt) &emsp; push: ${(size[0] / size[1]).toFixed(2)} times the tilt's`;
     };
   });
   Object.assign(bookjs, { powerTilt, noisedScore, pushes, guidedPoints, nearest });
