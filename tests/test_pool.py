@@ -221,6 +221,7 @@ def test_pass_at_k():
     assert rates[3].item() == pytest.approx(0.928571, abs=5e-7)
     assert abs(rates[3].item() - (1 - (1 - 3 / 8) ** 4)) > 0.08  # the plug-in
     assert rates[5:].tolist() == pytest.approx([1, 1, 1], abs=1e-15)
+    assert torch.equal(pool.pass_at_k(correct > 0, 8), rates) and pool.pass_at_k(correct > 0, 8).dtype == F64
     assert pool.pass_at_k(0 * correct, 8).tolist() == [0] * 8 and pool.pass_at_k(0 * correct + 1, 8).tolist() == [1] * 8
 
 
@@ -737,7 +738,7 @@ def test_command_line_prints_the_curve_of_a_pool(capsys, tmp_path):
         estimate, limit = pool.divergence(r, 0.5, k)
         assert (kl, bound) == (f"{estimate.item():.4f}", f"{limit.item():.4f}")
     assert "<svg" in (tmp_path / "a.jsonl.svg").read_text(encoding="utf-8") and "picture: " in out
-    assert "beta 0.5" in out
+    assert "\nrule soft, beta 0.5\n" in out
 
 
 def test_command_line_averages_over_prompts_and_takes_values(capsys, tmp_path):
@@ -752,6 +753,7 @@ def test_command_line_averages_over_prompts_and_takes_values(capsys, tmp_path):
     picture = tmp_path / "curve.png"
     status, out, err = run(capsys, path, "--beta", 1, "--rule", "hard", "--n", 6, "--picture", picture)
     assert status == 0 and err == "" and picture.stat().st_size > 1000 and "beta" not in out
+    assert "\nrule hard, mean of value\n" in out
     each = pool.curve(r, 1.0, 6, rule="hard", values=f)
     errors = pool.standard_errors(r, 1.0, 6, rule="hard", values=f).square().sum(0).sqrt() / 3
     for n, mean, error, over, doubtful in columns(out, "N", "mean", "s.e.", "over prompts", "doubtful"):

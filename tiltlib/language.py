@@ -622,8 +622,8 @@ def generate(
     `text`. Lines are written as soon as `chunk` strings are drawn. A later call with the same arguments takes the lines
     that are there and draws the others; the result is that of a call that went through. It draws the first lines again,
     looks at the log-probability of one string for each other prompt, and refuses a file that holds others. Not
-    differentiable. A last line that was cut off is drawn again. Add a `reward` to each line, and `python -m
-    tiltlib.pool` reads the file.
+    differentiable. A last line that was cut off is drawn again. A file keeps its n: for more strings later draw another
+    file, from another seed. Add a `reward` to each line, and `python -m tiltlib.pool` reads the file.
 
     Args:
         models: P >= 1 models of one length L, one for each prompt.
@@ -662,7 +662,8 @@ def generate(
                     if old[0] != new:
                         raise ValueError(
                             f"path must hold what this call draws, got other tokens in line {first + j + 1} of {path}: "
-                            "another model, prompt, option, generator, or a machine that rounds differently"
+                            "another model, prompt, option or n, a generator in another state (make it anew for each "
+                            "call), or a machine that rounds differently"
                         )
                 for string, logp in zip(tokens[len(have) :], logps[len(have) :], strict=True):
                     line: dict[str, object] = {"prompt": i, "tokens": string, "logp": logp}
@@ -684,6 +685,9 @@ def _same_law(model: LanguageModel, tokens: list[int], logp: float, where: str) 
         raise ValueError(f"path must hold what this call draws, got log-probability {logp:g} for {found:g} in {where}")
 
 
+_KEEPS_N = "the file was begun with another n; for more strings draw another file, from another seed"
+
+
 def _stored(path: Path, prompts: int, n: int, length: int) -> list[tuple[list[int], float]]:
     """Read the strings that a file holds, and cut off a last line that is not whole."""
     if not path.exists():
@@ -692,7 +696,7 @@ def _stored(path: Path, prompts: int, n: int, length: int) -> list[tuple[list[in
     kept = whole[: whole.rfind(b"\n") + 1]
     lines = kept.decode("utf-8").split("\n")[:-1]
     if len(lines) > prompts * n:
-        raise ValueError(f"path must hold at most {prompts * n} lines, got {len(lines)} in {path}")
+        raise ValueError(f"path must hold at most {prompts * n} lines, got {len(lines)} in {path}: {_KEEPS_N}")
     found = []
     for number, line in enumerate(lines):
         try:
@@ -703,7 +707,7 @@ def _stored(path: Path, prompts: int, n: int, length: int) -> list[tuple[list[in
         if prompt != number // n or len(tokens) != length or not math.isfinite(logp):
             raise ValueError(
                 f"path must hold {length} tokens and logp of prompt {number // n} in line {number + 1}, "
-                f"got {line[:60]!r} in {path}"
+                f"got {line[:60]!r} in {path}: a line was changed, or {_KEEPS_N}"
             )
         found.append((tokens, logp))
     if len(kept) < len(whole):

@@ -22,6 +22,8 @@ From the command line: `python -m tiltlib.pool FILE` reads answers, one a line, 
 
     {"prompt": "a", "reward": 0.7}                                JSON lines, or CSV with these columns
     {"prompt": "a", "reward": 0.2, "value": 1, "logratio": -0.1}  of which prompt, value and logratio are optional
+
+Where lines have a `value`, the curve is that of the value of the answer kept by its reward.
 """
 
 import argparse
@@ -213,14 +215,14 @@ def pass_at_k(correct: Tensor, n: int) -> Tensor:
     The hard curve of 0 and 1; `curve` itself is asked. Not differentiable.
 
     Args:
-        correct: 1 for a correct answer and 0 for a wrong one, shape (..., M), floating.
+        correct: 1 for a correct answer and 0 for a wrong one, shape (..., M), floating or bool.
         n: Largest k, 1 <= n <= M.
 
     Returns:
-        Pass rates for k = 1, ..., n, shape (..., n), in the dtype of `correct`.
+        Pass rates for k = 1, ..., n, shape (..., n), in the dtype of `correct`; float64 for bool.
 
     Raises:
-        TypeError: `correct` is not a floating tensor, or `n` not an int.
+        TypeError: `correct` is neither a floating nor a bool tensor, or `n` not an int.
         ValueError: numbers other than 0 and 1, fewer than two answers, or `n` < 1 or > M.
 
     Example:
@@ -229,6 +231,8 @@ def pass_at_k(correct: Tensor, n: int) -> Tensor:
 
     Source: [chen2021]; book, `pool-curve-rules`.
     """
+    if isinstance(correct, Tensor) and correct.dtype == torch.bool:
+        correct = correct.double()
     _checks.tensor("correct", correct)
     wrong = correct[(correct != 0) & (correct != 1)]
     if len(wrong):
@@ -1031,7 +1035,8 @@ def _table(
         beta = _temperature(pools, options.ess)
     answers = sum(len(pool.rewards) for pool in pools)
     print(f"{options.file}: {answers} answers to {len(pools)} prompt{'s' * (len(pools) > 1)}, {smallest} or more each")
-    print(f"rule {options.rule}" + ("" if options.rule == "hard" else f", beta {beta:.6g}"))
+    of = ", mean of value" if "value" in names else ""
+    print(f"rule {options.rule}" + ("" if options.rule == "hard" else f", beta {beta:.6g}") + of)
     points, errors = [], []
     for i, pool in enumerate(pools):
         given = {"rule": options.rule, "values": pool.values, "log_ratios": pool.log_ratios}
