@@ -468,11 +468,12 @@ def test_interval_with_one_shuffle_places_the_bets_of_verify():
 @pytest.mark.parametrize("rule", RULES)
 def test_interval_is_of_disjoint_blocks(rule):
     r, f = example_pool(24, 2.0, "interval-of-blocks")
-    f = f.clamp(-1, 1)
+    r, f = r.round(), f.clamp(-1, 1)  # ties in every block
     got = pool.interval(
-        r, 0.7, 2, low=-1, high=1, rule=rule, values=f, shuffles=1, delta=0.1, generator=verify.rng("blocks")
+        r, 0.7, 3, low=-1, high=1, rule=rule, values=f, shuffles=1, delta=0.1, generator=verify.rng("blocks")
     )
-    order = torch.rand(1, 24, generator=verify.rng("blocks"), dtype=F64).argsort(-1)[0].view(12, 2)
+    assert got.abs().max() < 1
+    order = torch.rand(1, 24, generator=verify.rng("blocks"), dtype=F64).argsort(-1)[0].view(8, 3)
     # The pool is looked at in ascending order of the rewards.
     places = r.argsort(stable=True)[order]
     means = torch.stack([(kept(r[s], 0.7, rule) * f[s]).sum() for s in places])
@@ -566,6 +567,17 @@ def test_a_target_next_to_the_best_of_n_asks_for_greed():
     near = vector(0, 1e-3, 1)  # so near that no temperature of the curves tells them apart
     greedy = pool.curve(near, 1.0, 2, rule="hard")[1].item()
     assert pool.needed_beta(near, greedy - 1e-6, 2, sigmas=0) == (0, 0, 0)
+    assert pool.needed_beta(POOL, math.nextafter(2, 3), 2) == (math.inf, math.inf, math.inf)  # and next to the mean
+
+
+def test_a_temperature_is_within_two_standard_errors_unless_said():
+    r, _ = example_pool(60, 4.0, "two-errors")
+    got = pool.needed_beta(r, 2.6, 3)
+    shift = 2 * pool.standard_errors(r, got.best, 3)[2].item()
+    for beta, level in zip(got, (2.6, 2.6 - shift, 2.6 + shift), strict=True):
+        assert pool.curve(r, beta, 3)[2].item() == pytest.approx(level, abs=1e-9)
+    whole = pool.needed_beta(POOL, 4.4, 6, sigmas=0)  # the infinite error at N = M counts 0 times
+    assert whole == (whole.best,) * 3 and pool.curve(POOL, whole.best, 6)[5].item() == pytest.approx(4.4, abs=1e-9)
 
 
 # --- divergence, doubts ----------------------------------------------------------------------------------------------
@@ -660,7 +672,10 @@ ALIVE = {"low": 0.0, "high": 5.0, "generator": torch.Generator()}
         (lambda: pool.mean_interval(POOL, low=1, high=9), "x must lie in [1, 9], got values from 0 to 5"),
         (lambda: pool.needed_n(POOL, 1.0, math.nan, 2), "target must be finite, got nan"),
         (lambda: pool.needed_n(POOL, 1.0, 2.5, 2, sigmas=-1), "sigmas must be finite and >= 0, got -1"),
-        (lambda: pool.needed_n(POOL.expand(0, 6), 1.0, 2.5, 2), "rewards must hold at least one pool, got shape (0,)"),
+        (
+            lambda: pool.needed_n(POOL.expand(2, 0, 6), 1.0, 2.5, 2),
+            "rewards must hold at least one pool, got shape (2, 0)",
+        ),
         (
             lambda: pool.needed_beta(POOL, 2.0, 3),
             "target must lie strictly between the mean reward 2 and the best of 3 3.75, got 2.0",
@@ -763,8 +778,8 @@ def test_command_line_averages_over_prompts_and_takes_values(capsys, tmp_path):
 
 def test_command_line_finds_a_temperature(capsys, tmp_path):
     r = torch.randn(2, 30, generator=verify.rng("ess"), dtype=F64)
-    records = [{"prompt": i, "reward": x} for i in range(2) for x in r[i].tolist()]
-    records += [{"prompt": "tied", "reward": 1.0}] * 5
+    records = [{"prompt": "tied", "reward": 1.0}] * 5
+    records += [{"prompt": i, "reward": x} for i in range(2) for x in r[i].tolist()]
     file = lines(tmp_path / "a.jsonl", records)
     status, out, _ = run(capsys, file, "--ess", 0.7, "--target", 0.9, "--n", 2)
     betas = [float(weights_for(x, 0.7)) for x in r]
@@ -794,6 +809,46 @@ def test_command_line_says_what_a_target_needs(capsys, tmp_path):
     assert "N = inf" in out and "at N = 5: target must lie strictly between the mean reward 2 and the best of 5" in out
     noisy = [f"{pool.divergence(POOL, 1.0, n, rule='exponential')[0].item():.4f}" for n in (1, 2, 4, 5)]
     assert [row[0] for row in columns(out, "KL")] == noisy
+
+
+def test_command_line_of_the_hard_rule_asks_for_no_temperature(capsys, tmp_path):
+    i = torch.arange(514)
+    r = torch.stack([i % 2, i % 3 > 0]).double()  # half of them or more are best: no temperature keeps fewer
+    file = lines(tmp_path / "a.jsonl", [{"prompt": i, "reward": x} for i in (0, 1) for x in r[i].tolist()])
+    status, out, _ = run(capsys, file, "--rule", "hard", "--target", 0.8)
+    head = [f"{file}: 1028 answers to 2 prompts, 514 or more each", "rule hard"]
+    assert status == 0 and out.splitlines()[:2] == head and columns(out, "N")[-1] == ["256"]
+    assert "target 0.8: N = 2, from" in out and "at N" not in out
+
+
+def test_command_line_finds_the_temperature_of_its_rule(capsys, tmp_path):
+    r = torch.stack([POOL, POOL.sqrt()])
+    file = lines(tmp_path / "a.jsonl", [{"prompt": i, "reward": x} for i in (0, 1) for x in r[i].tolist()])
+    options = ("--beta", 1, "--target", 2, "--rule", "exponential", "--n")
+    beta = pool.needed_beta(r, 2.0, 2, rule="exponential").best
+    assert f"at N = 2: beta = {beta:.6g}, from " in run(capsys, file, *options, 2)[1]
+    assert "at N" not in run(capsys, file, *options, 1)[1]  # one answer is kept at any temperature
+
+
+def test_the_picture_is_the_curve_with_a_band_of_two_errors(capsys, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: drawn.append((figure, path)))
+    file = lines(tmp_path / "a.jsonl", [{"reward": x} for x in POOL.tolist()])
+    run(capsys, file, "--beta", 1, "--n", 6)
+    ((figure, path),) = drawn
+    (ax,) = figure.axes
+    ((line,), (band,)) = ax.lines, ax.collections
+    c, e = pool.curve(POOL, 1.0, 6).numpy(), pool.standard_errors(POOL, 1.0, 6).numpy()
+    assert path == tmp_path / "a.jsonl.svg" and ax.get_title() == "a.jsonl, soft best-of-N"
+    assert line.get_xdata().tolist() == [*range(1, 7)] and line.get_ydata().tolist() == c.tolist()
+    edge = band.get_paths()[0].vertices
+    assert edge[:, 0].max() == 5  # all 6 answers say nothing about their error
+    for n in range(1, 6):
+        at = edge[edge[:, 0] == n, 1]
+        assert (at.min(), at.max()) == pytest.approx((c[n - 1] - 2 * e[n - 1], c[n - 1] + 2 * e[n - 1]), abs=1e-12)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["two standard errors", "unbiased curve"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("N", "mean of what best-of-N keeps")
+    assert ax.get_xscale() == "log" and ax.xaxis.get_transform().base == 2
 
 
 def test_command_line_of_a_draft(capsys, tmp_path):
@@ -931,24 +986,53 @@ def test_needed_n_passes_on_the_rule_the_values_and_the_ratios():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_one_block_of_the_whole_pool_is_one_bet(rule):
-    """Ties included; and the chance of an error is .05 unless said."""
     r, f = example_pool(8, 2.0, "interval-of-one-block")
     r[3] = r.max()  # a tie at the top
-    f = f.clamp(-1, 1)
+    f = f.clamp(-1, 1) / 9 - 8 / 9  # so low that one value says something
+    options = {"low": -1, "high": 1, "delta": 0.9}
     one = (kept(r, 0.7, rule) * f).sum()[None]
-    got = pool.interval(r, 0.7, 8, low=-1, high=1, rule=rule, values=f, shuffles=1, generator=verify.rng("one"))
-    torch.testing.assert_close(got, pool.mean_interval(one, low=-1, high=1, delta=0.05), rtol=0, atol=1e-12)
-    assert torch.equal(pool.mean_interval(one, low=-1, high=1), pool.mean_interval(one, low=-1, high=1, delta=0.05))
-    rows = pool.interval(
+    expected = pool.mean_interval(one, **options)
+    assert expected[1] < 0.9
+    got = pool.interval(
         *(torch.stack([r, r]), 0.7, 8),
-        low=-1,
-        high=1,
         rule=rule,
         values=torch.stack([f, -f]),
         shuffles=1,
         generator=verify.rng("one"),
+        **options,
     )
-    torch.testing.assert_close(rows, torch.stack([got, -got.flip(0)]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(got, torch.stack([expected, -expected.flip(0)]), rtol=0, atol=1e-12)
+
+
+def test_an_interval_is_of_16_shuffles_at_05_unless_said():
+    x = torch.rand(40, generator=verify.rng("unless-said"), dtype=F64)
+    said = pool.mean_interval(x, low=0, high=1, delta=0.05)
+    assert torch.equal(pool.mean_interval(x, low=0, high=1), said) and 0 < said[0] < said[1] < 1
+    ends = [
+        pool.interval(x, 1.0, 2, low=0, high=1, generator=verify.rng("unless-said"), **options)
+        for options in ({}, {"delta": 0.05, "shuffles": 16})
+    ]
+    assert torch.equal(*ends) and 0 < ends[0][0] < ends[0][1] < 1
+
+
+def test_intervals_of_rows():
+    x = torch.rand(2, 3, 30, generator=verify.rng("interval-rows"), dtype=F64)
+    alone = torch.stack([torch.stack([pool.mean_interval(x[i, j], low=0, high=1) for j in range(3)]) for i in (0, 1)])
+    torch.testing.assert_close(pool.mean_interval(x, low=0, high=1), alone, rtol=0, atol=1e-12)
+
+
+def test_an_interval_lies_within_the_bounds():
+    assert pool.mean_interval(vector(0.5), low=-1, high=3).tolist() == [-1, 3]  # one value says nothing at .05
+
+
+@pytest.mark.parametrize(("low", "high", "end"), [(0.0, 0.1, 0.1), (0.7, 1.0, 0.7)])
+def test_a_value_at_a_bound_that_its_dtype_rounds_is_at_the_bound(low, high, end):
+    """In bfloat16 .1 is more than .1 and .7 less than .7."""
+    x = vector(end, *[1.0 if high == 1 else 0.0] * 30)
+    got, expected = pool.mean_interval(x.bfloat16(), low=low, high=high), pool.mean_interval(x, low=low, high=high)
+    assert torch.equal(got, expected.bfloat16()) and expected.diff() < (high - low) / 2
+    options = {"low": low, "high": high, "generator": verify.rng("rounded-bound"), "shuffles": 1}
+    assert torch.equal(pool.interval(x.bfloat16(), 1.0, 1, **options), expected.bfloat16())
 
 
 @pytest.mark.parametrize("rule", ["soft", "exponential"])
@@ -956,11 +1040,11 @@ def test_a_needed_temperature_has_the_unit_of_the_reward_and_no_zero(rule):
     plain = pool.needed_beta(POOL, 3.3, 3, rule=rule, sigmas=0.2)
     moved = pool.needed_beta(10 * POOL - 400, 33 - 400, 3, rule=rule, sigmas=0.2)
     assert torch.tensor(moved).tolist() == pytest.approx((10 * torch.tensor(plain)).tolist(), rel=1e-6)
-    apart = pool.needed_beta(torch.stack([POOL - 300, POOL + 300]), 3.3, 3, rule=rule, sigmas=0)
-    assert apart.best == pytest.approx(plain.best, rel=1e-6)
-    assert pool.needed_beta(POOL, 3.3, 3, rule=rule) == pool.needed_beta(POOL, 3.3, 3, rule=rule, sigmas=2.0)
-    hot = pool.needed_beta(10 * POOL, 33, 3, rule=rule, sigmas=0.2)
-    assert hot.best > 1 and hot.low > hot.best > hot.high  # above 1 as below
+    small = pool.needed_beta(POOL / 10, 0.33, 3, rule=rule, sigmas=0.2)
+    assert small.low > small.best > small.high and small.best < 1 < moved.best  # below 1 as above
+    cold = pool.needed_beta(POOL, 3.6, 3, rule=rule, sigmas=0).best
+    apart = pool.needed_beta(torch.stack([POOL - 300, POOL + 300]), 3.6, 3, rule=rule, sigmas=0)
+    assert apart.best == pytest.approx(cold, rel=1e-6) and cold < 1
 
 
 def test_the_bounds_of_a_mean_are_finite():

@@ -546,8 +546,8 @@ def interval(
     pools, shape = _pools(rewards, beta, n, rule, values, None)
     _checks.count("shuffles", shuffles)
     _checks.generator("generator", generator)
-    f = (rewards if values is None else values.expand(shape + values.shape[-1:])).detach().double()
-    _bounded("rewards" if values is None else "values", f, low, high)
+    name, f = ("rewards", rewards) if values is None else ("values", values)
+    _bounded(name, f.detach(), low, high)
     m = rewards.shape[-1]
     k = m // n
     means = torch.empty(len(pools), shuffles, k, dtype=torch.float64, device=rewards.device)
@@ -622,12 +622,12 @@ def _enclosed(x: Tensor, low: float, high: float, delta: float) -> Tensor:
 def _upper(x: Tensor, delta: float) -> Tensor:
     """Bound the mean of values in [0, 1], shape (..., shuffles, k), from above."""
     k = x.shape[-1]
-    t = torch.arange(1, k + 1, dtype=torch.float64, device=x.device)
-    mean = (0.5 + x.cumsum(-1)) / (t + 1)
-    variance = (0.25 + (x - mean).square().cumsum(-1)) / (t + 1)
+    count = torch.arange(2, k + 2, device=x.device)
+    mean = (0.5 + x.cumsum(-1)) / count
+    variance = (0.25 + (x - mean).square().cumsum(-1)) / count
     variance = torch.cat([torch.full_like(x[..., :1], 0.25), variance[..., :-1]], -1)  # what earlier values say
     bet = (2 * math.log(1 / delta) / (k * variance)).sqrt()
-    below, above = (torch.full(x.shape[:-2], end, dtype=torch.float64, device=x.device) for end in (0.0, 1.0))
+    below, above = torch.zeros_like(x[..., 0, 0]), torch.ones_like(x[..., 0, 0])
     for _ in range(54):  # wealth grows with the mean that is bet against
         middle = (below + above) / 2
         u = middle[..., None, None]
@@ -771,8 +771,8 @@ def needed_beta(rewards: Tensor, target: float, n: int, *, rule: str = "soft", s
     at = reached(target)
     if not 0 < at < math.inf:  # closer to an end than any temperature that the curves are computed at
         return Needed(at, at, at)
-    points = curve(wide, at, n, rule=rule)
-    shift = float(_averaged(points, standard_errors(wide, at, n, rule=rule))[1][-1])
+    errors = standard_errors(wide, at, n, rule=rule)
+    shift = float(_averaged(errors, errors)[1][-1])
     shift = sigmas * shift if sigmas > 0 else 0.0
     return Needed(at, reached(target - shift), reached(target + shift))
 
@@ -998,7 +998,6 @@ def _picture(path: Path, n: Tensor, mean: Tensor, error: Tensor, title: str) -> 
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     ax = figure.subplots()
-    error = torch.where(error < math.inf, error, math.nan)
     ax.fill_between(n, mean - 2 * error, mean + 2 * error, alpha=0.25, label="two standard errors")
     ax.plot(n, mean, marker="." if len(n) < 65 else "", label="unbiased curve")
     ax.set_xscale("log", base=2)
