@@ -826,7 +826,11 @@ def test_command_line_finds_the_temperature_of_its_rule(capsys, tmp_path):
     file = lines(tmp_path / "a.jsonl", [{"prompt": i, "reward": x} for i in (0, 1) for x in r[i].tolist()])
     options = ("--beta", 1, "--target", 2, "--rule", "exponential", "--n")
     beta = pool.needed_beta(r, 2.0, 2, rule="exponential").best
-    assert f"at N = 2: beta = {beta:.6g}, from " in run(capsys, file, *options, 2)[1]
+    _, out, _ = run(capsys, file, *options, 2)
+    assert f"at N = 2: beta = {beta:.6g}, from " in out
+    spread = pool.curve(r, 1.0, 2, rule="exponential").std(0) / math.sqrt(2)
+    kl = [pool.divergence(r, 1.0, n, rule="exponential")[0].mean().item() for n in (1, 2)]
+    assert columns(out, "over prompts", "KL") == [[f"{spread[i].item():.3g}", f"{kl[i]:.4f}"] for i in (0, 1)]
     assert "at N" not in run(capsys, file, *options, 1)[1]  # one answer is kept at any temperature
 
 

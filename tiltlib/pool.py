@@ -1039,7 +1039,6 @@ def _table(
         progress(i + 1, "pools done")
     each = torch.stack(points)
     mean, error = _averaged(each, torch.stack(errors))
-    spread = each.std(0) / math.sqrt(len(pools)) if len(pools) > 1 else torch.full_like(mean, math.nan)
     sizes = sorted({2**i for i in range(n.bit_length())} | {n})
     print(f"{'N':>7}{'mean':>12}{'s.e.':>10}{'over prompts':>14}{'KL':>9}{'KL <=':>8}{'doubtful':>10}")
     for size in sizes:
@@ -1048,7 +1047,7 @@ def _table(
         kl = f"{sum(_moved(law).item() for law in laws) / len(laws):.4f}"
         kl = "-" if "logratio" in names else kl  # the pool of a draft says nothing simple about p
         doubtful = sum(bool(_doubts(pool.rewards, law, size)) for pool, law in zip(pools, laws, strict=True))
-        over = "-" if len(pools) == 1 else f"{spread[size - 1].item():.3g}"
+        over = "-" if len(pools) == 1 else f"{each[:, size - 1].std().item() / math.sqrt(len(pools)):.3g}"
         print(
             f"{size:>7}{mean[size - 1].item():>12.6g}{error[size - 1].item():>10.3g}{over:>14}{kl:>9}"
             f"{math.log(size) - (size - 1) / size:>8.4f}{f'{doubtful}/{len(pools)}':>10}"
