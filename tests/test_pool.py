@@ -84,6 +84,7 @@ def test_curve_at_its_limits(rule):
     constant = pool.curve(r, 0.7, 9, rule=rule, values=torch.full((9,), 0.1, dtype=F64))
     assert constant.tolist() == [0.1] * 9  # to the last digit
     if rule != "hard":
+        pool.curve(vector(0, 600), 1.0, 2, rule=rule)  # as far apart as they may be
         hot, cold = (pool.curve(r, beta, 9, rule=rule, values=f) for beta in (1e13, 3 / 590))
         torch.testing.assert_close(hot, f.mean().expand(9), rtol=0, atol=1e-12)
         if rule == "soft":
@@ -93,7 +94,7 @@ def test_curve_at_its_limits(rule):
 
 
 def test_hard_rule_asks_for_the_order_alone():
-    r = vector(0, 1e-30, 1, 1e30)
+    r = vector(-1e30, 0, 1e-30, 1)
     ranks = pool.curve(r, 1.0, 4, rule="hard", values=vector(1, 2, 3, 4))
     torch.testing.assert_close(ranks, pool.curve(vector(1, 2, 3, 4), 5e-324, 4, rule="hard"))
     assert pool.curve(r, 1.0, 4, rule="hard", values=vector(1, 0, 0, 0))[0] == 0.25
@@ -607,6 +608,9 @@ def test_doubts_say_what_is_wrong():
     equal = pool.doubts(torch.full((50,), 2.0, dtype=F64), 1.0, 2)
     assert equal == ["all 50 rewards are 2: nothing is selected"]
     assert pool.doubts(vector(*range(40)), 1.0, 4, rule="hard") == []
+    # At the limits there is no doubt: 10 answers count, a quarter is the share of one.
+    ten, four = (pool.doubts(vector(*range(m)), 1.0, 1, rule="hard") for m in (10, 4))
+    assert ten == [] and four == ["the kept answer is as good as one of 4.0: too few to know their rewards' mean"]
     # The rule that is asked for: the exponential one keeps the best more often than the soft one.
     one = torch.cat([torch.zeros(99, dtype=F64), vector(4)])
     found = [pool.doubts(one, 1.0, 50, rule=rule) for rule in ("soft", "exponential")]
@@ -642,7 +646,7 @@ ALIVE = {"low": 0.0, "high": 5.0, "generator": torch.Generator()}
         (lambda: pool.curve(POOL, 1.0, 1, log_ratios=POOL[:5]), "log_ratios must broadcast to shape (6,), got (5,)"),
         (lambda: pool.curve(POOL, 1.0, 1, log_ratios=-POOL.log()), "log_ratios must be finite or -inf (excluded)"),
         (
-            lambda: pool.curve(POOL, 1.0, 1, log_ratios=POOL - math.inf),
+            lambda: pool.curve(POOL.expand(2, 6), 1.0, 1, log_ratios=torch.stack([POOL, POOL - math.inf])),
             "log_ratios must leave at least one outcome of positive mass per row",
         ),
         (
@@ -724,8 +728,11 @@ def lines(path, records):
     return path
 
 
-def run(capsys, *arguments):
-    status = pool._main([str(a) for a in arguments])
+def run(capsys, *arguments, clock=lambda: 0.0):
+    """The status and what was printed. Nothing is said about progress, however busy the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool.time, "monotonic", clock)
+        status = pool._main([str(a) for a in arguments])
     printed = capsys.readouterr()
     return status, printed.out, printed.err
 
@@ -843,7 +850,7 @@ def test_the_picture_is_the_curve_with_a_band_of_two_errors(capsys, tmp_path, mo
     (ax,) = figure.axes
     ((line,), (band,)) = ax.lines, ax.collections
     c, e = pool.curve(POOL, 1.0, 6).numpy(), pool.standard_errors(POOL, 1.0, 6).numpy()
-    assert path == tmp_path / "a.jsonl.svg" and ax.get_title() == "a.jsonl, soft best-of-N"
+    assert path == f"{file}.svg" and ax.get_title() == "a.jsonl, soft best-of-N"
     assert line.get_xdata().tolist() == [*range(1, 7)] and line.get_ydata().tolist() == c.tolist()
     edge = band.get_paths()[0].vertices
     assert edge[:, 0].max() == 5  # all 6 answers say nothing about their error
@@ -893,11 +900,12 @@ def test_bad_lines_are_named_and_the_others_are_used(capsys, tmp_path):
     clean = run(capsys, lines(tmp_path / "b.jsonl", good), "--beta", 1)[1]
     assert out.splitlines()[1:-1] == clean.splitlines()[1:-1]  # all but the two lines that name the file
     # A bad line does not say which numbers the others have.
-    reversed_values = [{**g, "value": -g["value"]} for g in good]
-    status, out, _ = run(capsys, lines(tmp_path / "e.jsonl", ['{"reward": NaN}', *reversed_values]), "--beta", 1)
+    bad, reversed_values = ['{"reward": NaN}', '{"value": 1}'], [{**g, "value": -g["value"]} for g in good]
+    status, out, _ = run(capsys, lines(tmp_path / "e.jsonl", [*bad, *reversed_values]), "--beta", 1)
     assert status == 1 and columns(out, "mean")[0] == ["-2"]
-    many = lines(tmp_path / "c.jsonl", [*good, *["nonsense"] * 30])
-    assert "and 10 more" in run(capsys, many, "--beta", 1)[2]
+    for bad, more in ((20, []), (21, [f"{tmp_path / 'c.jsonl'}: and 1 more"])):
+        many = lines(tmp_path / "c.jsonl", [*good, *["nonsense"] * bad])
+        assert run(capsys, many, "--beta", 1)[2].splitlines()[20:] == more
 
 
 def test_bad_lines_of_a_table_are_named(capsys, tmp_path):
@@ -909,6 +917,38 @@ def test_bad_lines_of_a_table_are_named(capsys, tmp_path):
     expected += ["line 6 has no reward", "line 7 has a value that is no finite number: 'x'"]
     expected += ["line 8 has a value that is no finite number: '\ufffd'"]
     assert err.splitlines() == [f"{file}: {line}" for line in expected]
+
+
+def test_prompts_are_told_apart_to_the_letter_and_an_empty_column_is_none(capsys, tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_bytes(b'prompt,reward,value\nalone,9,\n"a\nb",1,\n"a\r\nb",2,\n"a\nb",3,\n"a\r\nb",4,\n')
+    status, out, err = run(capsys, file, "--beta", 1, "--n", 1)
+    assert status == 1 and err == f"{file}: prompt 'alone' has one answer, which is no pool\n"
+    assert "4 answers to 2 prompts, 2 or more each" in out and columns(out, "mean") == [["2.5"]]
+
+
+HELP = {
+    "-h, --help": "show this help message and exit",
+    "--rule {hard,soft,exponential}": "how one of N answers is kept (soft)",
+    "--beta BETA": "temperature in reward units",
+    "--ess ESS": "else the temperature keeps this share of a pool (0.5)",
+    "--n N": "largest N (half of the smallest pool, at most 256)",
+    "--target TARGET": "say which N and which temperature reach this mean",
+    "--picture PICTURE": "where the picture goes (FILE.svg)",
+}
+
+
+def test_help_says_what_each_option_does(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        pool._main(["--help"])
+    usage, what, file, options = capsys.readouterr().out.split("\n\n")
+    assert usage.startswith("usage: python -m tiltlib.pool [-h]") and what == pool.__doc__.split("\n\n")[0]
+    assert file.split("file", 1)[1].strip() == "answers, one a line: .csv with a header, else JSON lines"
+    assert options.split()[1:] == " ".join(f"{option} {help}" for option, help in HELP.items()).split()
+    with pytest.raises(SystemExit):
+        pool._main(["a.jsonl", "--rule", "best"])
+    assert "argument --rule: invalid choice: 'best'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -953,13 +993,12 @@ def test_nothing_is_lost_without_matplotlib(capsys, tmp_path, monkeypatch):
     assert err == "no picture: it needs the matplotlib package, pip install matplotlib\n"
 
 
-def test_long_files_show_progress(capsys, tmp_path, monkeypatch):
-    clock = itertools.count()
-    monkeypatch.setattr(pool.time, "monotonic", lambda: 9.0 * next(clock))
+def test_long_files_show_progress_when_more_than_5_seconds_have_passed(capsys, tmp_path):
+    # At the start; 1,024 lines; 2,048 lines, and again to say so; the pool; the table, and again.
+    clock = iter([100, 105, 105.75, 105.75, 110.75, 116, 116])
     file = lines(tmp_path / "a.jsonl", [{"reward": x} for x in range(2100)])
-    _, _, err = run(capsys, file, "--beta", 1000, "--n", 1)
-    said = [line.split(",  ")[0] for line in re.sub(r", \d+ s", ",  ", err).splitlines()]
-    assert said == ["1,024 lines read", "2,048 lines read", "1 pools done", "1 draws of the table done"]
+    _, _, err = run(capsys, file, "--beta", 1000, "--n", 1, clock=lambda: next(clock))
+    assert err == "2,048 lines read, 6 s\n1 draws of the table done, 16 s\n"
 
 
 @pytest.mark.slow

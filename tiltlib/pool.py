@@ -201,7 +201,7 @@ def standard_errors(
     for row, pool in zip(out, pools, strict=True):
         known = min(n, m - 1)  # without an answer there are no M left
         without = _without_each(pool, known, rule)
-        row[:known] = (without - _curve(pool, known, rule)[:, None]).square().sum(-1).sqrt()
+        row[:known] = (without - _curve(pool, known, rule)[:, None]).square().sum(1).sqrt()
     return out.view(*shape, n).to(rewards.dtype)
 
 
@@ -302,7 +302,7 @@ def _sizes(n: int, like: Tensor) -> Tensor:
 
 def _within(m: int, n: int, like: Tensor) -> Tensor:
     """Compute C(i, N) / C(m, N), the share of N-subsets that lie among the first i of m; rows i = 0..m, columns N."""
-    i = torch.arange(1, m + 1, dtype=torch.float64, device=like.device)[:, None]
+    i = _sizes(m, like)[:, None]
     # From the top down by factors 1 - N / i; the factor at i = N is 0, and what lies below stays there.
     lower = (1 - _sizes(n, like) / i).flip(0).cumprod(0).flip(0)
     return torch.cat([lower, torch.ones_like(lower[:1])])
@@ -310,8 +310,7 @@ def _within(m: int, n: int, like: Tensor) -> Tensor:
 
 def _best_of(m: int, n: int, like: Tensor) -> Tensor:
     """Compute (N / i) C(i, N) / C(m, N), the chance that the i-th of m is the last in an N-subset; rows i = 1..m."""
-    i = torch.arange(1, m + 1, dtype=torch.float64, device=like.device)[:, None]
-    return _within(m, n, like)[1:] * (_sizes(n, like) / i)
+    return _within(m, n, like)[1:] * (_sizes(n, like) / _sizes(m, like)[:, None])
 
 
 def _levels(pool: _Pool) -> tuple[Tensor, Tensor, Tensor]:
@@ -395,7 +394,7 @@ def _exponential(pool: _Pool, n: int) -> Tensor:
         return out
     width = -float(pool.log_w[0]) / panels
     ends = -pool.log_w / width  # where each answer dies, counted in panels; the best at 0
-    x, until = _interpolation(ends, panels, width)
+    x, until = _interpolation(ends, width)
     for first in range(0, panels, 8):
         panel = torch.arange(first, min(first + 8, panels), dtype=torch.float64, device=like.device)
         left, size = (width * panel).exp()[:, None], math.expm1(width)
@@ -426,12 +425,12 @@ def _gauss(count: int) -> tuple[Floats, Floats, Floats]:
     return x, weight, legendre.legvander(x, count - 1).T * weight
 
 
-def _interpolation(ends: Tensor, panels: int, width: float) -> tuple[Tensor, Tensor]:
+def _interpolation(ends: Tensor, width: float) -> tuple[Tensor, Tensor]:
     """Return the nodes of a panel, and integrals of the interpolating polynomials up to each end; the last, up to 1."""
     x, _, dual = _gauss(_NODES)
     e = ends.cpu().numpy()
-    inside = np.expm1(width * (e - np.minimum(np.floor(e), panels - 1))) / math.expm1(width)
-    y = np.append(2 * inside.clip(0, 1) - 1, 1.0)
+    inside = np.expm1(width * (e - np.floor(e))) / math.expm1(width)
+    y = np.append(2 * inside - 1, 1.0)
     # The integral of (2 l + 1) P_l from -1 is P_(l+1) - P_(l-1), with -1 for P_(-1).
     p = legendre.legvander(y, _NODES)
     gained = (p[:, 1:] - np.column_stack([-np.ones_like(y), p[:, : _NODES - 1]])) / 2
@@ -448,7 +447,7 @@ def _without_each(pool: _Pool, n: int, rule: str) -> Tensor:
         return _soft_without_each(pool, n) * pool.mean_ratio ** _sizes(n, pool.f)[:, None] + pool.offset
     if rule == "hard":
         return _hard_without_each(pool, n) + pool.offset
-    return torch.stack([_curve(_leave_out(pool, i), n, rule) for i in range(m)], -1)
+    return torch.stack([_curve(_leave_out(pool, i), n, rule) for i in range(m)], 1)
 
 
 def _leave_out(pool: _Pool, i: int) -> _Pool:
@@ -862,12 +861,12 @@ def doubts(rewards: Tensor, beta: float, n: int, *, rule: str = "soft") -> list[
 
 def _doubts(rewards: Tensor, law: Tensor, n: int) -> list[str]:
     m = len(law)
-    if float(rewards.min()) == float(rewards.max()):
-        return [f"all {m} rewards are {rewards[0].item():g}: nothing is selected"]
+    least = float(rewards.min())
+    if least == float(rewards.max()):
+        return [f"all {m} rewards are {least:g}: nothing is selected"]
     found = []
     if n > _HALF * m:
-        disjoint = f"{m // n} disjoint pool{'s' if m // n > 1 else ''} of this size"
-        found.append(f"N = {n} is more than half of the {m} answers: {disjoint}")
+        found.append(f"N = {n} is more than half of the {m} answers: 1 disjoint pool of this size")
     size = float(weights.ess(law))
     if size < _FEW:
         found.append(f"the kept answer is as good as one of {size:.1f}: too few to know their rewards' mean")
@@ -969,7 +968,7 @@ def _scored(found: _Lines) -> tuple[list[_Scored], list[str]]:
     """Turn rows into pools; a prompt with one answer is no pool."""
     pools, left_out = [], []
     for prompt, numbers in found.prompts.items():
-        columns = torch.from_numpy(np.array(numbers).reshape(-1, len(found.names)).T.copy())
+        columns = torch.frombuffer(numbers, dtype=torch.float64).view(-1, len(found.names)).T.contiguous()
         if columns.shape[1] < 2:
             left_out.append(f"prompt {prompt!r} has one answer, which is no pool")
             continue
@@ -993,7 +992,7 @@ def _temperature(pools: list[_Scored], fraction: float) -> float:
     return float(np.median(found))
 
 
-def _picture(path: Path, n: Tensor, mean: Tensor, error: Tensor, title: str) -> None:
+def _picture(path: str, n: Tensor, mean: Tensor, error: Tensor, title: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -1014,7 +1013,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ess", type=float, default=0.5, help="else the temperature keeps this share of a pool (0.5)")
     parser.add_argument("--n", type=int, help="largest N (half of the smallest pool, at most 256)")
     parser.add_argument("--target", type=float, help="say which N and which temperature reach this mean")
-    parser.add_argument("--picture", type=Path, help="where the picture goes (FILE.svg)")
+    parser.add_argument("--picture", help="where the picture goes (FILE.svg)")
     return parser.parse_args(argv)
 
 
@@ -1057,7 +1056,7 @@ def _table(
             print(f"doubt at N = {n}: {sentence}")
     if options.target is not None:
         _print_needed(options, pools, names, mean, error, n)
-    picture = options.picture or Path(f"{options.file}.svg")
+    picture = options.picture or f"{options.file}.svg"
     try:
         _picture(picture, torch.arange(1, n + 1), mean, error, f"{options.file.name}, {options.rule} best-of-N")
     except ImportError:
@@ -1096,7 +1095,7 @@ def _main(argv: list[str] | None = None) -> int:
         nonlocal last
         if time.monotonic() - last > 5:
             last = time.monotonic()
-            print(f"{number:,} {what}, {last - start:.0f} s", file=sys.stderr, flush=True)
+            print(f"{number:,} {what}, {last - start:.0f} s", file=sys.stderr)
 
     try:
         found = _read(options.file, progress)
