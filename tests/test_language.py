@@ -266,10 +266,10 @@ class Flat:
 
 
 def test_ties_at_the_edge_go_to_lower_numbers():
-    m = LanguageModel(Flat(0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), torch.tensor([0]), 2, top_k=3)
+    m = LanguageModel(Flat(0.0, 1.0, 0.0, 1.0, *[0.0] * 16), torch.tensor([0]), 2, top_k=3)
     row = m.next_logps(m.begin(2))[1]
     e = math.exp(1)
-    expected = torch.tensor([1 / (1 + 2 * e), e / (1 + 2 * e), 0, e / (1 + 2 * e), *[0] * 6], dtype=F64).log()
+    expected = torch.tensor([1 / (1 + 2 * e), e / (1 + 2 * e), 0, e / (1 + 2 * e), *[0] * 16], dtype=F64).log()
     torch.testing.assert_close(row, expected, rtol=0, atol=1e-14)
     check_model(m, 2, generator=rng("language", "ties"), draws=1000)
 
