@@ -125,6 +125,8 @@ def write_run(source: Path, notebook, outputs) -> None:
         for o in cell.outputs:
             if o.output_type == "execute_result":
                 o.execution_count = count
+            if o.output_type == "error":  # on purpose, as any other leaves no run: a reader needs what it says
+                o.traceback = [f"{o.ename}: {o.evalue}"]
     nbformat.validate(notebook)
     text = nbformat.writes(notebook)
     if not path.exists() or path.read_text(encoding="utf-8") != text:  # an unchanged run keeps its page

@@ -378,15 +378,66 @@ def test_layers_ask_for_one_lesson():
         assert problem.startswith(f"book/name: {number} lessons; one check of a chapter is left open")
 
 
+THEOREM = Cell("markdown", "```{prf:theorem} A\n:label: a\n```")
+LEMMA = Cell("markdown", "```{prf:lemma} B\n:label: b\n```")
+SECTION = Cell("markdown", "## Next")
+SHOWN = Cell("code", 'figures.show(fig, "alt", "Each of these six words counts.")', (), "[figure] alt")
+
+
+def test_a_theorem_without_a_picture_is_found():
+    for cells in ((SHOWN, SECTION, THEOREM), (SECTION, THEOREM, SHOWN), (SECTION, SHOWN, LEMMA, THEOREM)):
+        assert checks.pictures([Page("book/name", cells)]) == []
+    for cells in (
+        (THEOREM,),
+        (THEOREM, LEMMA, SHOWN),
+        (THEOREM, SECTION, SHOWN),
+        (SECTION, SHOWN, SECTION, THEOREM),
+    ):
+        (problem,) = checks.pictures([Page("book/name", cells)])
+        assert problem.startswith("book/name: a has no picture")
+    hidden = SHOWN._replace(tags=("check",))  # folded behind a proof
+    assert len(checks.pictures([Page("book/name", (hidden, THEOREM))])) == 1
+
+
+def test_a_caption_that_says_little_is_found():
+    assert checks.captions([Page("book/name", (SHOWN,))]) == []
+    for call in (
+        'figures.show(fig, "alt")',
+        'figures.slider(figs, labels, "alt", "Too short.")',
+        'figures.explorable("x", "y")',
+    ):
+        (problem,) = checks.captions([Page("book/name", (Cell("code", call),))])
+        assert problem.startswith("book/name: a caption of ")
+    long = 'figures.explorable("x", "y", caption=f"Push {n} to one: what happens to it then?")'
+    assert checks.captions([Page("book/name", (Cell("code", long),))]) == []
+
+
+EXERCISE = Cell("markdown", "```{exercise}\n:label: ex\nDo it.\n```")
+SOLUTION = Cell("markdown", "```{solution-start} ex\n:class: dropdown\n```")
+END = Cell("markdown", "```{solution-end}\n```")
+FILL = Cell("code", "check(...)", ("exercise", "raises-exception"), "AssertionError: Fill in the answer.")
+RIGHT = Cell("code", "check(2)", ("exercise",), "Right: it is two.")
+MISTAKE = Cell("code", "check(3)", ("exercise", "raises-exception"), "AssertionError: That counts both ends.")
+PASSES = MISTAKE._replace(output="Right: it is three.")
+MUTE = MISTAKE._replace(output="AssertionError: ")
+
+
 @pytest.mark.parametrize(
-    ("solution", "problem"),
-    [("", "has no solution"), ("```{solution} ex\nDone.\n```", "not a dropdown")],
+    ("cells", "problem"),
+    [
+        ((EXERCISE, FILL), "has no solution"),
+        ((EXERCISE, FILL, SOLUTION._replace(source="```{solution} ex\nDone.\n```")), "not a dropdown"),
+        ((EXERCISE, SOLUTION, RIGHT, MISTAKE, END), "no cell to fill"),
+        ((EXERCISE, FILL, SOLUTION, MISTAKE, END), "no cell of the solution prints that the answer is right"),
+        ((EXERCISE, FILL, SOLUTION, RIGHT, END), "no cell of the solution shows a common mistake"),
+        ((EXERCISE, FILL, SOLUTION, RIGHT, PASSES, END), "a mistake passes: `check(3)`"),
+        ((EXERCISE, FILL, SOLUTION, RIGHT, MUTE, END), "fails without a hint"),
+        ((EXERCISE, FILL, SOLUTION, END, RIGHT, MISTAKE), "in no exercise: `check(2)`"),
+    ],
 )
-def test_exercises_finds(solution, problem):
-    exercise = "```{exercise}\n:label: ex\nDo it.\n```\n"
-    assert problem in " ".join(checks.exercises(book(exercise + solution)))
-    solved = exercise + "```{solution-start} ex\n:class: dropdown\n```\n```{solution-end}\n```"
-    assert checks.exercises(book(solved)) == []
+def test_exercises_finds(cells, problem):
+    assert problem in " ".join(checks.exercises([Page("book/name", cells)]))
+    assert checks.exercises([Page("book/name", (EXERCISE, FILL, SOLUTION, RIGHT, MISTAKE, END))]) == []
 
 
 def test_citations_finds_an_unknown_key():

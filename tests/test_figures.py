@@ -318,11 +318,11 @@ def test_progress_needs_a_label():
 # --- what a reader meets ---------------------------------------------------------------------------------------------
 
 
-def test_a_plain_figure_is_as_wide_as_the_text():
+def test_a_plain_figure_can_be_read_on_a_phone():
     fig, _ = figures.figure()
-    assert fig.get_size_inches().tolist() == pytest.approx([7 * figures.SCALE, 3.2 * figures.SCALE])
+    assert fig.get_size_inches().tolist() == pytest.approx([5.2 * figures.SCALE, 3.2 * figures.SCALE])
     svg = figures.show(fig, "a").html
-    assert 'style="width:100%;max-width:672px;height:auto"' in svg
+    assert 'style="width:100%;max-width:499px;height:auto"' in svg
     for size in ({"width": 0.5}, {"height": 0.5}):
         figures.figure(**size)
 
@@ -394,8 +394,8 @@ def test_an_svg_is_one_element_that_says_what_it_shows():
     head, body = re.fullmatch(r'<figure class="bk-fig">(<svg [^>]*>)(.*)</svg></figure>', html, re.DOTALL).groups()
     assert re.fullmatch(
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        r'viewBox="0 0 [\d.]+ [\d.]+" role="img" aria-label="a &amp; b" fill="currentColor" stroke-linejoin="round" '
-        'stroke-linecap="butt" style="width:100%;max-width:672px;height:auto">',
+        r'viewBox="0 0 [\d.]+ [\d.]+" role="img" aria-label="a &amp; b" data-font="9" fill="currentColor" '
+        'stroke-linejoin="round" stroke-linecap="butt" style="width:100%;max-width:499px;height:auto">',
         head,
     )
     assert body[0] == "<" and not re.search(r"\n\s|\s\n", body)  # not one byte of layout
@@ -441,6 +441,22 @@ def test_explorable_as_a_page_without_scripts_shows_it():
         'data-options="{&quot;first&quot;: &quot;x&quot;, &quot;second&quot;: [1]}"><p><em>a &amp; b (Interactive in '
         "the online book, with scripts on.)</em></p></div>"
     )
+
+
+def test_a_caption_below_an_explorable():
+    plain = figures.explorable("x", "y", n=1).html
+    html = figures.explorable("x", "y", "Try n < 2.", n=1).html
+    assert html == f'<figure class="bk-fig">{plain}<figcaption>Try n &lt; 2.</figcaption></figure>'
+
+
+def test_an_svg_names_its_smallest_text():
+    fig, ax = figures.figure(width=7)
+    ax.set_title("T", fontsize=20)
+    ax.text(0, 0, "unseen", fontsize=3).set_visible(False)
+    ax.text(0, 0, " ", fontsize=2)
+    assert 'data-font="9"' in figures.show(fig, "a").html  # of the ticks
+    ax.text(0, 0, "small", fontsize=7.5)
+    assert 'data-font="7.5"' in figures.show(fig, "a").html
 
 
 def test_samples_and_tables_to_the_letter():

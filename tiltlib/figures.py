@@ -83,7 +83,7 @@ class Html:
 
 
 def figure(
-    nrows: int = 1, ncols: int = 1, *, width: float = 7.0, height: float = 3.2, **subplots_kw: Any
+    nrows: int = 1, ncols: int = 1, *, width: float = 5.2, height: float = 3.2, **subplots_kw: Any
 ) -> tuple[Figure, Any]:
     """Make a figure and its axes in the style of the book.
 
@@ -93,7 +93,8 @@ def figure(
     Args:
         nrows: Number of rows of axes, >= 1.
         ncols: Number of columns of axes, >= 1.
-        width: Largest shown width in inches, > 0; the book's text column is about 7 wide.
+        width: Largest shown width in inches, > 0; the book's text column is about 7 wide. At 5.2 the labels are large
+            enough on a phone.
         height: Shown height in inches at that width, > 0.
         **subplots_kw: Passed on to `matplotlib.figure.Figure.subplots`, for example `sharey=True`.
 
@@ -193,14 +194,15 @@ def slider(figs: Iterable[Figure], labels: Sequence[str], alt: str, caption: str
     return Html(html, f"[slider] {alt}")
 
 
-def explorable(name: str, alt: str, **options: Any) -> Html:
+def explorable(name: str, alt: str, caption: str | None = None, **options: Any) -> Html:
     """Show an interactive that the page itself computes.
 
-    The book's own script, `book/_static/book.js`, draws it; elsewhere the reader sees `alt`.
+    The book's own script, `book/_static/explorables/NAME.js`, draws it; elsewhere the reader sees `alt`.
 
     Args:
         name: Which interactive, for example `"soft-best-of-n"` or `"tilt"`.
         alt: What there is to see and to change; plain text, not empty.
+        caption: What to try, as plain text below the picture, or None.
         **options: Settings of the interactive, as JSON values.
 
     Returns:
@@ -221,6 +223,8 @@ def explorable(name: str, alt: str, **options: Any) -> Html:
         f'data-options="{escape(data)}"><p><em>{escape(alt)} (Interactive in the online book, with scripts on.)</em>'
         "</p></div>"
     )
+    if caption:
+        html = f'<figure class="bk-fig">{html}{_caption(caption)}</figure>'
     return Html(html, f"[explorable] {name}: {alt}")
 
 
@@ -357,6 +361,7 @@ def _svg(fig: Figure, alt: str) -> str:
     """Draw a figure as one <svg> element that can stand anywhere in any page."""
     _need_matplotlib()
     import matplotlib
+    from matplotlib.text import Text
 
     for ax in fig.axes:
         if legend := ax.get_legend():
@@ -381,12 +386,15 @@ def _svg(fig: Figure, alt: str) -> str:
     svg = re.sub(r'( id="|href="#|url\(#)@', rf"\g<1>{prefix}-", svg)
 
     width = fig.get_size_inches()[0] / SCALE * 96  # CSS pixels
+    texts = [text for text in fig.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    smallest = min((text.get_fontsize() for text in texts), default=0.0)  # in units of the box, which are points
     head, body = svg.split(">", 1)
     box = re.search(r'viewBox="[^"]+"', head)
     assert box  # matplotlib states it
     # The joins and caps are those of the dropped <style>; fill covers the glyphs, whose black is left unsaid.
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box[0]} role="img" '
-        f'aria-label="{escape(alt)}" fill="currentColor" stroke-linejoin="round" stroke-linecap="butt" '
+        f'aria-label="{escape(alt)}" data-font="{smallest:g}" '
+        f'fill="currentColor" stroke-linejoin="round" stroke-linecap="butt" '
         f'style="width:100%;max-width:{width:.0f}px;height:auto">{body.strip()}'
     )

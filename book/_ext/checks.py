@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 
 import verdicts
-from verdicts import Page, Verdict
+from verdicts import Cell, Page, Verdict
 
 ALPHA = 1e-8  # false alarm of one match or mean claim
 MISS = 1e-8  # chance that such a claim misses a declared wrong version
@@ -17,7 +18,8 @@ FAMILY = 1e-6  # chance of any false alarm in the whole book, and of any false p
 CLEAR_MISS = 100  # a near-miss of an exact claim is off by this many tolerances
 NEAR = re.compile(r"1\.05|0\.95|5-percent")  # in the name of a falsifier whose right-hand side is 5 % off
 CELL_LINES = 12
-UNSEEN = {"hide-input", "hide-cell", "remove-input", "remove-cell", "setup", verdicts.CHECK}
+RAISES = "raises-exception"
+UNSEEN = {"hide-input", "hide-cell", "remove-input", "remove-cell", "setup", verdicts.CHECK, verdicts.EXERCISE}
 UNCOMPARED = {"nbval-ignore-output", "nbval-skip", "remove-cell", "remove-output"}
 _CITE = re.compile(r"\{cite(?::\w+)?\}`([^`]+)`")
 
@@ -171,11 +173,12 @@ def cell_lengths(pages: list[Page]) -> list[str]:
 
 
 def exercises(pages: list[Page]) -> list[str]:
-    """Every exercise has a label and a solution that opens on a click."""
+    """Every exercise has a label, a solution that opens on a click, and a check that a mistake does not pass."""
     found = []
     for page in pages:
         blocks = list(verdicts.blocks(page.prose))
         solved = {b.argument: b for b in blocks if b.name in ("solution", "solution-start")}
+        cells = exercise_cells(page)
         for b in blocks:
             if b.name not in ("exercise", "exercise-start"):
                 continue
@@ -184,7 +187,103 @@ def exercises(pages: list[Page]) -> list[str]:
                 found.append(f"{page.name}: exercise {label or b.argument!r} has no solution")
             elif "dropdown" not in solved[label].options.get("class", ""):
                 found.append(f"{page.name}: the solution of {label} is not a dropdown")
+            problems = self_check(*cells[label]) if label in cells else []
+            found += [f"{page.name}: {label}: {problem}" for problem in problems]
+        found += [f"{page.name}: in no exercise: `{cell.source}`" for cell in sum(cells.get("", ([], [])), [])]
     return found
+
+
+def exercise_cells(page: Page) -> dict[str, tuple[list[Cell], list[Cell]]]:
+    """By the label of each exercise, its code cells: those for the reader, and those in the solution."""
+    found: dict[str, tuple[list[Cell], list[Cell]]] = {}
+    label, solving = "", 0
+    for cell in page.cells:
+        if cell.kind == "code" and verdicts.EXERCISE in cell.tags:
+            found.setdefault(label, ([], []))[solving].append(cell)
+            continue
+        for b in verdicts.blocks(cell.source) if cell.kind == "markdown" else ():
+            if b.name in ("exercise", "exercise-start"):
+                label, solving = b.options.get("label", ""), 0
+            elif b.name == "solution-start":
+                label, solving = b.argument, 1
+            elif b.name in ("solution", "solution-end"):
+                label = ""
+    return found
+
+
+def self_check(reader: list[Cell], solution: list[Cell]) -> list[str]:
+    """What an exercise lacks: a cell to fill, a check that passes for the solution and one that fails for a mistake."""
+    found = []
+    if not any("..." in cell.source and RAISES in cell.tags for cell in reader):
+        found.append(f"no cell to fill, with `...` for the answer, tagged {verdicts.EXERCISE} and {RAISES}")
+    mistakes = [cell for cell in solution if RAISES in cell.tags]
+    if not any(cell.output.startswith("Right") for cell in solution if cell not in mistakes):
+        found.append("no cell of the solution prints that the answer is right")
+    if not mistakes:
+        found.append(f"no cell of the solution shows a common mistake, tagged {RAISES}")
+    for cell in mistakes:
+        if "Error" not in cell.output:
+            found.append(f"a mistake passes: `{cell.source}`")
+        elif not re.match(r"AssertionError: (\S+\s+){3}", cell.output):
+            found.append(f"a mistake fails without a hint: `{cell.source}` says {cell.output!r}")
+    return found
+
+
+def pictures(pages: list[Page]) -> list[str]:
+    """Every theorem has a picture above it in its section, or below it before the next statement."""
+    found = []
+    for page in pages:
+        events = list(outline(page))
+        for i, (kind, label) in enumerate(events):
+            if kind != "theorem":
+                continue
+            above = [x for x, _ in events[:i]]
+            if above.count("section") > 1:  # what opens the chapter belongs to its first section
+                above = above[len(above) - above[::-1].index("section") :]
+            below = list(itertools.takewhile(lambda x: x == "picture", (x for x, _ in events[i + 1 :])))
+            if "picture" not in above + below:
+                found.append(f"{page.name}: {label} has no picture above it in its section or right below it")
+    return found
+
+
+def outline(page: Page) -> Iterable[tuple[str, str]]:
+    """Sections, statements and pictures of a page in reading order, as ("section", title) and so on."""
+    for cell in page.cells:
+        if cell.kind == "code":
+            if verdicts.CHECK not in cell.tags and re.search(
+                r"\bfigures\.(show|slider|explorable|samples)\(", cell.source
+            ):
+                yield "picture", cell.output
+            continue
+        for found in re.finditer(
+            r"^## +(.+)|^`{3,} *\{prf:(\w+)\}[^\n]*\n(?::label: *(\S+))?|(\{figure\})", cell.source, re.M
+        ):
+            title, kind, label, figure = found.groups()
+            yield ("section", title) if title else ("picture", "") if figure else (kind, label)
+
+
+WORDS = 6  # of a caption, at least
+
+
+def captions(pages: list[Page]) -> list[str]:
+    """Every picture has a caption that says something: the finding, or what to try."""
+    found = []
+    for page in pages:
+        for cell in (c for c in page.cells if c.kind == "code" and "figures." in c.source):
+            for call in (n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Call)):
+                place = CAPTION.get(ast.unparse(call.func))
+                if place is None:
+                    continue
+                given = [k.value for k in call.keywords if k.arg == "caption"] + call.args[place : place + 1]
+                words = [
+                    w for g in given for n in ast.walk(g) if isinstance(n, ast.Constant) for w in str(n.value).split()
+                ]
+                if len(words) < WORDS:
+                    found.append(f"{page.name}: a caption of {len(words)} words: {ast.unparse(call)[:90]}")
+    return found
+
+
+CAPTION = {"figures.show": 2, "figures.slider": 3, "figures.explorable": 2}  # which argument it is
 
 
 def citations(pages: list[Page], keys: set[str]) -> list[str]:

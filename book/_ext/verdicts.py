@@ -36,6 +36,7 @@ CLAIMS = "book/claims/"
 # one reads runs without it. A lesson is the one check of a chapter that is left open and talked through.
 CHECK = "check"
 LESSON = "lesson"
+EXERCISE = "exercise"
 
 _VERDICT = re.compile(r"(PASS|REJECT|INCONCLUSIVE|NOTE) +(match|mean|within|exact|bound|observed) +(\S+)(.*)")
 _FENCE = re.compile(r"^ *(`{3,}|~{3,}|:{3,})\{([\w:-]+)\} *(.*?) *$")
@@ -267,8 +268,13 @@ def _parts(numbers: list[str]) -> str:
 
 def text_of(outputs: list[dict]) -> str:
     """Join the text of a cell's stored outputs (notebooks store text as a string or as a list of lines)."""
-    texts = [o.get("text", o.get("data", {}).get("text/plain", "")) for o in outputs]
-    return "\n".join(t if isinstance(t, str) else "".join(t) for t in texts)
+
+    def text(output: dict) -> str | list[str]:
+        if output.get("output_type") == "error":
+            return f"{output['ename']}: {output['evalue']}"
+        return output.get("text", output.get("data", {}).get("text/plain", ""))
+
+    return "\n".join(t if isinstance(t, str) else "".join(t) for t in map(text, outputs))
 
 
 def parse_page(name: str, text: str, notebook: bool) -> Page:
