@@ -470,7 +470,7 @@ def test_float32_is_the_same_law_to_its_digits():
 
 
 def pool(path, n=20, chunk=8, seed="pool", kinds=("llama", "gpt2"), **options):
-    models = [model(kind, chunk=chunk, end=3) for kind in kinds]
+    models = [model(kind, chunk=chunk, end=8) for kind in kinds]
     return language.generate(models, n, path, generator=rng("language", seed), **options)
 
 
@@ -479,10 +479,10 @@ def test_a_pool_that_broke_off_goes_on(tmp_path):
     text = (tmp_path / "whole.jsonl").read_bytes()
     assert whole.tokens.shape == (2, 20, L) and whole.logps.shape == (2, 20)
     g = rng("language", "pool")  # it is what sample draws, one prompt after the other
-    assert torch.equal(whole.tokens[0], model("llama", end=3).sample(20, generator=g))
-    assert torch.equal(whole.tokens[1], model("gpt2", end=3).sample(20, generator=g))
-    assert bool((whole.tokens[1, :, :-1] == 3).any())  # some ended early
-    expected = model("gpt2", end=3).logps(whole.tokens[1])
+    assert torch.equal(whole.tokens[0], model("llama", end=8).sample(20, generator=g))
+    assert torch.equal(whole.tokens[1], model("gpt2", end=8).sample(20, generator=g))
+    assert bool((whole.tokens[1, :, :-1] == 8).any())  # some ended early
+    expected = model("gpt2", end=8).logps(whole.tokens[1])
     torch.testing.assert_close(whole.logps[1], expected, rtol=0, atol=DIGITS["gpt2"])
     lines = text.split(b"\n")
     for kept in (0, 1, 5, 8, 12, 16, 20, 21, 39, 40):
