@@ -205,14 +205,14 @@ def test_without_resampling_the_page_shows_soft_best_of_n(visit):
 
 
 def test_six_particles_on_the_page_follow_tiltlib(visit, rng):
-    """The start: six particles, an exact twist, half of them effective, weights carried."""
+    """Of the start: runs of tiltlib that carry weights, and systems of the page that drop them."""
     from tiltlib import resampling, smc, stepwise, verify
 
     chain, rewards = system_of_particles()
     page = visit(page_with("particles"))
     carried, dropped = (page.evaluate(PARTICLES, [6, 1, 0.8, c])["law"] for c in (True, False))
     law, wrong = (torch.tensor(x, dtype=torch.float64).log() for x in (carried, dropped))
-    runs = verify.plan(law, wrong)
+    runs = max(verify.plan(law, wrong), verify.plan(wrong, law))
     gain = stepwise.gain(chain, rewards, 1.0, chain.soft_values(rewards, 1.0, 3))
     scheme = resampling.multinomial
     out = smc.twisted_smc(chain, gain, 3, 6, generator=rng, threshold=0.8, scheme=scheme, runs=runs)
@@ -231,7 +231,7 @@ def test_the_page_shows_the_law_of_the_picked_particle(visit):
     box = page.query_selector('.bk-explorable[data-name="particles"]')
     for weights in ("dropped", "carried"):
         box.query_selector(f'input[value="{weights}"]').check()
-        law = torch.tensor(page.evaluate(PARTICLES, [6, 1, 0.5, weights == "carried"])["law"], dtype=torch.float64)
+        law = torch.tensor(page.evaluate(PARTICLES, [6, 1, 0.8, weights == "carried"])["law"], dtype=torch.float64)
         bars = box.query_selector_all(".bk-panels > :last-child rect")
         drawn = torch.tensor([float(bar.get_attribute("height")) for bar in bars]).double()
         torch.testing.assert_close(drawn / drawn.sum(), law, rtol=1e-5, atol=1e-7)
