@@ -3,6 +3,7 @@
   const { sum, BLUE, ORANGE, GREEN, PAD, TOP, START, CURVE } = bookjs;
   const { scale, text, line, curve, svg, axes, below, point, key, control } = bookjs;
   const SIDE = Math.sqrt(3) / 2; // height of a triangle of side 1
+  const INK = 'stroke="currentColor" stroke-width="1.5"';
 
   const normalised = (logs) => {
     const mass = logs.map((x) => Math.exp(x - Math.max(...logs)));
@@ -30,6 +31,16 @@
     return Math.min(...next) >= 0.01 ? next : law;
   }
 
+  // The triangle in small ones, each as its three corners.
+  const CELLS = [], FINE = 22, grid = (i, j) => [1 - (i + j) / FINE, i / FINE, j / FINE];
+  for (let i = 0; i < FINE; i++) {
+    for (let j = 0; i + j < FINE; j++) {
+      CELLS.push([grid(i, j), grid(i + 1, j), grid(i, j + 1)]);
+      if (i + j < FINE - 1) CELLS.push([grid(i + 1, j), grid(i + 1, j + 1), grid(i, j + 1)]);
+    }
+  }
+  const middle = (cell) => [0, 1, 2].map((k) => sum(cell.map((law) => law[k])) / 3);
+
   // The law nearest to where a pointer is, in whole hundredths, none of them 0.
   function nearest(place) {
     const some = place.map((x) => Math.max(0.01, x)), law = some.map((x) => Math.max(1, Math.round((100 * x) / sum(some))));
@@ -43,7 +54,8 @@
     const spot = document.createElement("span");
     Object.assign(spot, { className: "bk-handle", tabIndex: 0 });
     spot.style.setProperty("--ink", color);
-    for (const [k, v] of [["role", "slider"], ["aria-label", name], ["aria-valuemin", 0], ["aria-valuemax", 100]]) spot.setAttribute(k, v);
+    const said = { role: "slider", "aria-label": name, "aria-valuemin": 0, "aria-valuemax": 100 };
+    Object.entries(said).forEach(([k, v]) => spot.setAttribute(k, v));
     const set = (next) => {
       place.law = next;
       spot.dispatchEvent(new Event("input", { bubbles: true }));
@@ -76,8 +88,8 @@
     triangle.innerHTML = '<div class="bk-picture"></div>';
     const P = handle(triangle, "reference p", GREEN, p), S = handle(triangle, "start", BLUE, start);
     const dot = (x, y) => `<circle cx="${x}" cy="${y}" r="4" fill="${ORANGE}"/>`;
-    const diamond = ([x, y], fill) => `<path d="M${x} ${y - 8}l8 8l-8 8l-8 -8Z" fill="${fill}" stroke="currentColor" stroke-width="1.5"/>`;
-    const disc = (color) => `<circle cx="13" cy="7" r="6" fill="${color}" stroke="currentColor" stroke-width="1.5"/>`;
+    const diamond = ([x, y], fill) => `<path d="M${x} ${y - 8}l8 8l-8 8l-8 -8Z" fill="${fill}" ${INK}/>`;
+    const disc = (color) => `<circle cx="13" cy="7" r="6" fill="${color}" ${INK}/>`;
     root.querySelector(".bk-key").innerHTML = key(disc(GREEN), "<i>p</i>, the reference: drag it")
       + key(disc(BLUE), "a start: drag it") + key(diamond([13, 7], ORANGE), "the best law") + key(diamond([13, 7], "none"), "the worst")
       + (trained.length ? key(dot(13, 7), "trained from <i>p</i>") : "");
@@ -92,43 +104,36 @@
       const ref = P.law, tops = best(ref, B), q = B === 1 ? null : sharpened(ref, B);
 
       // The objective, from the worst law (paper) to the best (ink).
-      const n = 22, cells = [];
-      for (let i = 0; i < n; i++) {
-        for (let j = 0; i + j < n; j++) {
-          const law = (u, v) => [1 - (u + v) / n, u / n, v / n];
-          cells.push([law(i, j), law(i + 1, j), law(i, j + 1)]);
-          if (i + j < n - 1) cells.push([law(i + 1, j), law(i + 1, j + 1), law(i, j + 1)]);
-        }
-      }
-      const values = cells.map((c) => internal(ref.map((_, k) => sum(c.map((law) => law[k])) / 3), ref, B));
-      const low = Math.min(...values), high = Math.max(...values);
-      const shade = scale(low, high + 1e-12, 0, 0.5);
+      const values = CELLS.map((c) => internal(middle(c), ref, B)), shade = scale(Math.min(...values), Math.max(...values) + 1e-12, 0, 0.5);
       const tile = (c, i) => `<path d="M${c.map((law) => at(law).map((x) => x.toFixed(1)).join(" ")).join("L")}Z" fill="${ORANGE}"
         opacity="${shade(values[i]).toFixed(3)}" shape-rendering="crispEdges"/>`;
-      const path = Array.from({ length: 161 }, (_, i) => flow(S.law, ref, B, (40 * (i / 160) ** 3) / Math.max(0.1, Math.abs(1 - B))));
+      const slow = 1 / Math.max(0.1, Math.abs(1 - B)); // near the border all takes longer
+      const path = Array.from({ length: 161 }, (_, i) => flow(S.law, ref, B, 40 * (i / 160) ** 3 * slow));
       // Below b = 1 three borders through the worst law part the starts by the corner where they end.
       const opposite = (y) => q.map((v, k) => (k === y ? 0 : v / (1 - q[y])));
       const borders = B < 1 ? [0, 1, 2].map((y) => line(...at(q), ...at(opposite(y)), START)).join("") : "";
       const edge = [0, 1, 2, 0].map((y) => at(corner(ref, y)));
       root.querySelector(".bk-picture").innerHTML = svg(width, height, "Laws of three responses, as points of a triangle",
-        cells.map(tile).join("") + borders + curve(edge, 'stroke="currentColor"') + curve(path.map(at), CURVE)
+        CELLS.map(tile).join("") + borders + curve(edge, 'stroke="currentColor"') + curve(path.map(at), CURVE)
         + (B < 1 ? diamond(at(q), "none") : "") + tops.map((law) => diamond(at(law), ORANGE)).join("")
         + [0, 1, 2].map((y) => text(edge[y][0], y === 2 ? edge[y][1] - 10 : floor + 22, `y${"₁₂₃"[y]}`)).join(""));
 
       const runs = ref.every((v, k) => v === p[k]) ? trained : []; // they belong to the first reference
       const x = scale(0, 3, PAD, width - 12), y = scale(0, Math.log(3), height - PAD, TOP + 4);
-      const above = Array.from({ length: 100 }, (_, i) => 1.001 + (i / 99) ** 2 * 1.999).map((v) => [x(v), y(entropy(sharpened(ref, v)))]);
+      const above = Array.from({ length: 100 }, (_, i) => 1.001 + (i / 99) ** 2 * 1.999);
       panels[1].innerHTML = svg(width, height, "Entropy of the best law against b",
         axes(width, height, "entropy of the best law") + below(width, height, "b")
         + [0, 1, 2, 3].map((v) => text(x(v), height - PAD + 16, v)).join("")
-        + [[0, "0"], [Math.log(2), "log 2"]].map(([v, s]) => text(PAD + 6, y(v) - (v ? 4 : 0) - (v ? 0 : 6), s, "start")).join("")
-        + line(PAD, y(Math.log(2)), width - 4, y(Math.log(2)), 'stroke="currentColor" opacity="0.4"') + line(x(1), TOP, x(1), height - PAD, START)
-        + curve([[x(0), y(0)], [x(1), y(0)]], CURVE) + curve(above, CURVE) + runs.map(([v, h]) => dot(x(v), y(h))).join("") + point([x(B), y(entropy(tops[0]))]));
+        + text(PAD + 6, y(0) - 6, "0", "start") + text(PAD + 6, y(Math.log(2)) - 4, "log 2", "start")
+        + line(PAD, y(Math.log(2)), width - 4, y(Math.log(2)), 'stroke="currentColor" opacity="0.4"')
+        + line(x(1), TOP, x(1), height - PAD, START)
+        + curve([[x(0), y(0)], [x(1), y(0)]], CURVE) + curve(above.map((v) => [x(v), y(entropy(sharpened(ref, v)))]), CURVE)
+        + runs.map(([v, h]) => dot(x(v), y(h))).join("") + point([x(B), y(entropy(tops[0]))]));
 
-      const say = (law) => `(${law.map((v) => +v.toFixed(3)).join(", ")})`, names = tops.map((law) => `<i>y</i><sub>${law.indexOf(1) + 1}</sub>`);
-      const end = flow(S.law, ref, B, 400 / Math.max(0.1, Math.abs(1 - B)));
-      return `<i>b</i> = ${B}, <i>p</i> = ${say(ref)} &emsp; best: ${B > 1 ? say(tops[0]) : `always ${names.join(", or always ")}`}${B === 1 && names[1] ? ", or any mixture" : ""}`
-        + ` &emsp; from ${say(S.law)} natural gradient ends at ${say(end)}`;
+      const say = (law) => `(${law.map((v) => +v.toFixed(3)).join(", ")})`, end = flow(S.law, ref, B, 400 * slow);
+      const names = tops.map((law) => `<i>y</i><sub>${law.indexOf(1) + 1}</sub>`).join(", or always ");
+      const top = B > 1 ? say(tops[0]) : `always ${names}${B === 1 && tops[1] ? ", or any mixture" : ""}`;
+      return `<i>b</i> = ${B}, <i>p</i> = ${say(ref)} &emsp; best: ${top} &emsp; from ${say(S.law)} natural gradient ends at ${say(end)}`;
     };
   });
   Object.assign(bookjs, { sharpened, entropy, internal, best, flow, moved });

@@ -59,7 +59,8 @@
   // What each loss is stationary at, and what there is to say of it.
   const ownMean = (beta, G) => beta / (1 - 1 / G);
   const rest = (b) => `the tilt at <i>β′</i> = ${b.toPrecision(3)}`;
-  const polar = (b, mu) => `the law <i>β′p</i>/(<i>μ</i> − <i>r</i>), <i>β′</i> = ${b.toPrecision(3)}, <i>μ</i> = ${mu.toPrecision(3)}`;
+  const polar = (b, mu) =>
+    `the law <i>β′p</i>/(<i>μ</i> − <i>r</i>), <i>β′</i> = ${b.toPrecision(3)}, <i>μ</i> = ${mu.toPrecision(3)}`;
   const LOSSES = {
     "k₂, leave-one-out": (p, r, beta) => [tilt(p, r, beta), "the tilt itself"],
     "k₂, group mean": (p, r, beta, G) => [tilt(p, r, ownMean(beta, G)), rest(ownMean(beta, G))],
@@ -74,7 +75,8 @@
     },
   };
 
-  bookjs.explorable("grpo", (root, { p = [0.5, 0.3, 0.2], rewards: r = [0, 1, 2], loss = "k₂, divided by sd", size = 8, beta = 0.5 }) => {
+  bookjs.explorable("grpo", (root, { p = [0.5, 0.3, 0.2], rewards: r = [0, 1, 2], ...from }) => {
+    const { loss = "k₂, divided by sd", size = 8, beta = 0.5 } = from;
     const betas = decades(-1, 1).filter((b) => b >= 0.2 && b <= 5), best = r.indexOf(Math.max(...r));
     const getLoss = choice(root, "loss", Object.keys(LOSSES), loss);
     const getG = control(root, "G", "group size", [2, 3, 4, 6, 8, 12, 16, 32], size);
@@ -91,8 +93,9 @@
       const path = (masses) => finely.map((v, i) => [x(Math.log(v)), y(masses[i])]);
       panels[1].innerHTML = svg(width, height, "Mass of the best outcome against beta",
         axes(width, height, "mass of the best outcome") + below(width, height, "β")
-        + [[0.25, "¼"], [0.5, "½"], [1, "1"], [2, "2"], [4, "4"]].map(([v, s]) => text(x(Math.log(v)), height - PAD + 16, s)).join("")
-        + [0, 0.5, 1].map((v) => text(PAD - 6, y(v) + 4, v, "end")).join("") + line(PAD, y(p[best]), width - 4, y(p[best]), START)
+        + ["¼", "½", "1", "2", "4"].map((s, i) => text(x(Math.log(2 ** (i - 2))), height - PAD + 16, s)).join("")
+        + [0, 0.5, 1].map((v) => text(PAD - 6, y(v) + 4, v, "end")).join("")
+        + line(PAD, y(p[best]), width - 4, y(p[best]), START)
         + curve(path(finely.map((v) => tilt(p, r, v)[best])), GOAL) + curve(path(along(name, G)), CURVE)
         + point([x(Math.log(b)), y(law[best])]));
       return `<i>G</i> = ${G}, <i>β</i> = ${b}: ${words} &emsp; best outcome ${law[best].toFixed(3)}, under <i>π*</i> `
