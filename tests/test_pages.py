@@ -10,6 +10,7 @@ from html import unescape
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
+import pdf
 import pytest
 import verdicts
 from browser import HTML, VIEWS
@@ -175,6 +176,18 @@ INK = r"""() => {
 }"""
 
 
+# What paper would cut: nobody can scroll there.
+CUT = r"""() => {
+  const edge = document.querySelector("article").getBoundingClientRect().right + 1, bad = [];
+  for (const e of document.querySelectorAll("article :is(div.math, mjx-container, pre, table, svg, img)")) {
+    if (!e.checkVisibility()) continue;
+    const past = Math.max(e.getBoundingClientRect().right - edge, e.scrollWidth - e.clientWidth - 2, 0);
+    if (past > 0) bad.push(`on paper ${Math.round(past)} px are cut: ${e.outerHTML.slice(0, 80)}`);
+  }
+  return bad;
+}"""
+
+
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("name", TOC)
 def test_page(name, view, visit):
@@ -187,6 +200,9 @@ def test_page(name, view, visit):
         page.evaluate("document.documentElement.dataset.theme = 'dark'")  # as the theme's own switch does
         look_at(page, f"{shot}-dark")
         bad += page.evaluate(INK) + move_sliders(page)
+        if not name.startswith(verdicts.CLAIMS):
+            pdf.prepare(page)
+            bad += page.evaluate(CUT)
     assert page.trouble + bad == []
 
 
@@ -241,6 +257,37 @@ def test_a_statement_has_a_link_of_its_own(files):
     for page in PAGES:
         links = files[f"{page.name}.html"].links
         assert [s.label for s in page.statements if f"#{s.label}" not in links] == []
+
+
+PREVIEWS = {
+    "a statement here": ("best_of_n", 'a[href="#soft-bon-bias"]:not(.permalink)', ".proof mjx-container"),
+    "a statement elsewhere": (
+        "best_of_n",
+        'a[href="exponential_noise.html#soft-bon-monotone"]',
+        ".proof mjx-container",
+    ),
+    "an equation": ("guidance", 'a[href^="#equation-"]', ".math mjx-container"),
+    "a source": ("best_of_n", 'a[href^="references.html#id"]', ".citation p"),
+}
+
+
+@pytest.mark.parametrize("link", PREVIEWS)
+def test_a_link_shows_what_it_leads_to(link, visit):
+    """By mouse and by keyboard; what a browser would show of itself is gone."""
+    name, selector, shown = PREVIEWS[link]
+    page = visit(f"book/{name}.html")
+    page.wait_for_load_state("load")
+    (first, *_) = [a for a in page.query_selector_all(f"article {selector}") if a.is_visible()]
+    assert first.get_attribute("title") is None
+    for show, hide in (
+        (first.hover, lambda: page.mouse.move(0, 0)),
+        (first.focus, lambda: first.evaluate("e => e.blur()")),
+    ):
+        show()
+        page.wait_for_selector(f".tippy-box {shown}")
+        hide()
+        page.wait_for_selector(".tippy-box", state="detached")
+    assert page.trouble == []
 
 
 def test_search_finds_a_word(visit):
