@@ -48,12 +48,12 @@ test: .venv/.stamp
 	$(BIN)/mypy
 	$(BIN)/python book/_ext/nbnorm.py --check
 	rm -rf _build
-	$(BIN)/pytest --nbval $(NBVAL) --ignore tests/test_pages.py --ignore tests/test_main_flow.py
+	$(BIN)/pytest --nbval $(NBVAL) --ignore tests/test_pages.py --ignore tests/test_explorables.py --ignore tests/test_main_flow.py
 	touch $(RUN)
 	$(BIN)/pytest -n 2 tests/test_main_flow.py
 	{ $(call build); } > _build/build.log 2>&1 || { cat _build/build.log; exit 1; }
 	@! grep "Executing notebook" _build/build.log || { echo "The build ran a notebook that the tests had not."; exit 1; }
-	$(BIN)/pytest -n 2 tests/test_pages.py
+	$(BIN)/pytest -n 2 tests/test_pages.py tests/test_explorables.py
 
 quick: .venv/.stamp
 	$(BIN)/pytest --nbval $(NBVAL) -m "not slow" --ignore tests/test_pages.py tests $(QUICK)
