@@ -1,17 +1,14 @@
 """The built book in a browser, for the tests of pages and of explorables.
 
-Needs `_build/html` (make book) and a Chromium or Chrome, found on the path or named by $CHROMIUM; under CI=true their
-absence fails, elsewhere it skips.
+Needs `_build/html` (make book) and a Chromium or Chrome, see `browse.py`; under CI=true their absence fails, elsewhere
+it skips.
 """
 
-import functools
-import http.server
 import os
-import shutil
-import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
+import browse
 import pytest
 
 HTML = Path(__file__).parents[1] / "_build/html"
@@ -55,24 +52,14 @@ def files():
 
 @pytest.fixture(scope="session")
 def base(files):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=HTML)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with browse.served(HTML) as address:
+        yield address.rstrip("/")
 
 
 @pytest.fixture(scope="session")
 def browser():
-    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, (shutil.which(name) for name in names if name)), None)
-    if path is None:
-        missing("no browser: install chromium or google-chrome, or let $CHROMIUM name one")
+    if (path := browse.browser()) is None:
+        missing(browse.LACKING)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

@@ -10,6 +10,7 @@ from html import unescape
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
+import pdf
 import pytest
 import verdicts
 from browser import HTML, VIEWS
@@ -175,6 +176,18 @@ INK = r"""() => {
 }"""
 
 
+# What paper would cut: nobody can scroll there.
+CUT = r"""() => {
+  const edge = document.querySelector("article").getBoundingClientRect().right + 1, bad = [];
+  for (const e of document.querySelectorAll("article :is(div.math, mjx-container, pre, table, svg, img)")) {
+    if (!e.checkVisibility()) continue;
+    const past = Math.max(e.getBoundingClientRect().right - edge, e.scrollWidth - e.clientWidth - 2, 0);
+    if (past > 0) bad.push(`on paper ${Math.round(past)} px are cut: ${e.outerHTML.slice(0, 80)}`);
+  }
+  return bad;
+}"""
+
+
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("name", TOC)
 def test_page(name, view, visit):
@@ -187,6 +200,9 @@ def test_page(name, view, visit):
         page.evaluate("document.documentElement.dataset.theme = 'dark'")  # as the theme's own switch does
         look_at(page, f"{shot}-dark")
         bad += page.evaluate(INK) + move_sliders(page)
+        if not name.startswith(verdicts.CLAIMS):
+            pdf.prepare(page)
+            bad += page.evaluate(CUT)
     assert page.trouble + bad == []
 
 
