@@ -421,3 +421,62 @@ def test_the_points_of_the_triangle_move_by_pointer_and_by_keys(visit):
     assert said() != before and min(law) >= 0.01 and sum(law) == pytest.approx(1) and law[1] > 0.9
     box.query_selector("input[type=range]").press("ArrowRight")
     assert "b = 0.6" in said() and page.trouble == []
+
+
+EVEN = [1 / 8] * 8
+OFF = [(1.05 if y % 2 == 0 else 0.95) / 8 for y in range(8)]
+EVIDENCE = [  # counts, claimed law, declared wrong laws
+    ([1] + [0] * 7, EVEN, [OFF]),
+    ([12_600, 12_400, 12_550, 12_450, 12_480, 12_520, 12_500, 12_500], EVEN, []),
+    ([131, 119, 130, 118, 132, 121, 129, 120], EVEN, [OFF, OFF[::-1]]),
+    ([0, 0, 40], [0.5, 0.5 - 1e-9, 1e-9], [[0.2, 0.3, 0.5]]),  # what hardly ever comes, came
+    ([3, 2, 0], [0.6, 0.4, 0.0], [[0.0, 1.0, 0.0]]),  # the declared law does not give what came
+    ([3, 2, 1], [0.6, 0.4, 0.0], []),  # nor does the claimed one
+    ([7], [1.0], []),
+    ([133_000, 67_000], [2 / 3, 1 / 3], [[0.66, 0.34]]),
+]
+
+
+def mulberry(seed, n):
+    """The page's generator of uniform numbers."""
+    numbers, low = [], 2**32 - 1
+    for _ in range(n):
+        seed = (seed + 0x6D2B79F5) & low
+        t = (seed ^ seed >> 15) * (1 | seed) & low
+        t ^= (t + ((t ^ t >> 7) * (61 | t) & low)) & low
+        numbers.append((t ^ t >> 14) / 2**32)
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def test_the_page_computes_the_evidence_that_tiltlib_computes(visit):
+    from tiltlib import verify
+
+    page = visit(page_with("evidence"))
+    logs = [torch.tensor(law, dtype=torch.float64).log() for law in (EVEN, OFF)]
+    for counts, p, declared in EVIDENCE:
+        ours = page.evaluate("(x) => bookjs.logEvidence(...x)", [counts, p, declared])
+        target, *wrong = (torch.tensor(law, dtype=torch.float64).log() for law in (p, *declared))
+        # The page takes differences of numbers of size n log n, and shows a tenth of a power of ten.
+        assert ours == pytest.approx(verify.log_e_value(counts, target, wrong), rel=1e-9, abs=1e-6)
+    for p, q in ((EVEN, OFF), ([0.5, 0.3, 0.2], [0.1, 0.1, 0.8]), ([0.9, 0.1], [0.5, 0.5])):
+        ours = page.evaluate("(x) => bookjs.plannedDraws(...x)", [p, q])
+        assert ours == verify.plan(*(torch.tensor(law, dtype=torch.float64).log() for law in (p, q)))
+
+    # What is shown after 2,000 draws, of A by the law that is claimed and of B by the other one.
+    said = [
+        float(x.replace("−", "-")) for x in re.findall(r"<sup>(.*?)</sup>", page.inner_html(".bk-explorable output"))
+    ]
+    a, b = (
+        torch.bucketize(mulberry(seed, 2000), torch.tensor(law, dtype=torch.float64).cumsum(0), right=True)
+        for seed, law in ((2, EVEN), (3, OFF))
+    )
+    a, b = (torch.bincount(draws.clamp(max=7), minlength=8).numpy() for draws in (a, b))
+    e = [
+        verify.log_e_value(*case) / math.log(10)
+        for case in ((a, logs[0], logs[1:]), (b, logs[0], logs[1:]), (b, logs[0]))
+    ]
+    assert said == pytest.approx(e, abs=0.051)
+    # No sample of A comes to the level of rejection.
+    ever = """(p) => Math.max(...[1, 2, 3, 4, 5, 6, 7, 8, 9, 10].map((no) =>
+      bookjs.logEvidence(bookjs.countsAt([200000], p, bookjs.uniforms(2 * no, 200000))[0], p)))"""
+    assert page.evaluate(ever, EVEN) < math.log(1e8) and page.trouble == []
