@@ -480,3 +480,54 @@ def test_the_page_computes_the_evidence_that_tiltlib_computes(visit):
     ever = """(p) => Math.max(...[1, 2, 3, 4, 5, 6, 7, 8, 9, 10].map((no) =>
       bookjs.logEvidence(bookjs.countsAt([200000], p, bookjs.uniforms(2 * no, 200000))[0], p)))"""
     assert page.evaluate(ever, EVEN) < math.log(1e8) and page.trouble == []
+
+
+# --- guidance-field --------------------------------------------------------------------------------------------------
+
+LAWS = [
+    {"means": [[-1.3, -0.5], [1.3, -0.5], [0, 1.5]], "v": 0.3, "centre": [-0.3, -0.2], "width": 1},
+    {"means": [[2, 1]], "v": 2, "centre": [0, 0], "width": 0.1},
+    {"means": [[0, 0], [0, 30]], "v": 0.01, "centre": [0, 40], "width": 5},
+]
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("g", (1, 1.5, 3, 10))
+def test_the_field_of_guidance_is_that_of_tiltlib(law, g, visit):
+    from tiltlib import diffusion, guidance, mixtures
+
+    means, centre = (torch.tensor(law[name], dtype=torch.float64) for name in ("means", "centre"))
+    v, eye = torch.tensor([law["v"]], dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    p = mixtures.GaussianMixture(torch.zeros(len(means), dtype=torch.float64).log_softmax(0), means, v)
+    given, tilted = (p.tilt(k / law["width"] * eye, k / law["width"] * centre, 1.0) for k in (1, g))
+    page = visit(page_with("guidance-field"))
+    points = torch.tensor([[0, 0], [1, -2], [-0.3, 0.4], [50, 7], [-1e3, 1e3]], dtype=torch.float64)
+    for s in (0.01, 0.5, 10):
+        ours = page.evaluate(
+            "([law, g, s, points]) => points.map((y) => bookjs.pushes(law, g, s, y))", [law, g, s, points.tolist()]
+        )
+        push, asked = torch.tensor(ours, dtype=torch.float64).unbind(1)
+        scale = points.norm(dim=1).max().item() / s**2  # differences of scores lose digits
+        for mine, exact in (
+            (push, g * guidance.value_gradient(p, given, points, s)),
+            (asked, guidance.value_gradient(p, tilted, points, s)),
+        ):
+            torch.testing.assert_close(mine, exact, rtol=1e-9, atol=1e-14 * g * scale)
+
+    levels, n = [10, 5, 2, 1, 0.4, 0.1, 0.01], 20
+    runs = page.evaluate("([law, g, levels, n]) => bookjs.guidedPoints(law, g, levels, n)", [law, g, levels, n])
+    i = torch.arange(n, dtype=torch.float64)
+    far, angle = (-2 * torch.log1p(-(i + 0.5) / n)).sqrt(), i * math.pi * (3 - 5**0.5)
+    spiral = torch.stack([far * angle.cos(), far * angle.sin()], 1)
+    score, scores = diffusion.of_mixture(p), [guidance.exact_value(t) for t in (given, tilted)]
+    several = (given, guidance.classifier_free(scores[0], score, g)), (tilted, scores[1])
+    for run, (start, b) in zip(torch.tensor(runs, dtype=torch.float64), several, strict=True):
+        spread = (start.mixture.covariance().trace() / 2 + levels[0] ** 2).sqrt()
+        y = start.mixture.mean() + spread * spiral
+        torch.testing.assert_close(run[0], y, rtol=1e-12, atol=1e-12)
+        for k in range(1, len(levels)):
+            y = diffusion.sample(b, y, torch.tensor(levels[k - 1 : k + 1], dtype=torch.float64), method="heun")
+            torch.testing.assert_close(run[k], y, rtol=1e-9, atol=1e-9 * g)
+        part = page.evaluate("([points, means]) => bookjs.nearest(points, means)", [y.tolist(), law["means"]])
+        near = torch.cdist(y, means).argmin(1).bincount(minlength=len(means)) / n
+        assert part == pytest.approx(near.tolist())
