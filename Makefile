@@ -4,6 +4,7 @@
 # make bench  speed and accuracy beside naive code and other libraries
 # make mutants change the library in one place at a time and see that a test notices; MODULE=weights for one module
 # make accept run the notebooks and store their new outputs, for review in the diff
+# make pdf    print the built book as one PDF: _build/book.pdf
 # make clean  remove what the build made, keep .venv
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,10 +18,12 @@ SOURCES := $(NOTEBOOKS) $(wildcard tiltlib/*.py) conftest.py requirements.txt
 RUN := _build/run.stamp
 # One worker per notebook. The limit on a cell is for one that hangs: it is far above what a busy machine needs.
 NBVAL := -n 2 --dist loadfile --nbval-cell-timeout 1200 --nbval-current-env
+# Tests of the built pages, in a browser.
+BROWSER := tests/test_pages.py tests/test_explorables.py tests/test_pdf.py
 # After a warning the next build starts afresh: Sphinx would not repeat it for a page that has not changed.
 build = $(BIN)/jupyter-book build . -W --keep-going $(1) || { rm -rf _build/.doctrees; false; }
 
-.PHONY: book test quick bench mutants accept clean
+.PHONY: book pdf test quick bench mutants accept clean
 .DEFAULT_GOAL := book
 
 # Without the model of the last line the chapter that reads it shows its stored outputs: see conftest.py.
@@ -41,6 +44,9 @@ book: $(RUN)
 	$(call build,--quiet)
 	@echo "Open file://$(CURDIR)/_build/html/index.html"
 
+pdf: book
+	$(BIN)/python book/_ext/pdf.py
+
 # Starts without _build, so that every page shows outputs of this very commit.
 test: .venv/.stamp
 	$(BIN)/ruff format --check .
@@ -48,15 +54,15 @@ test: .venv/.stamp
 	$(BIN)/mypy
 	$(BIN)/python book/_ext/nbnorm.py --check
 	rm -rf _build
-	$(BIN)/pytest --nbval $(NBVAL) --ignore tests/test_pages.py --ignore tests/test_main_flow.py
+	$(BIN)/pytest --nbval $(NBVAL) $(BROWSER:%=--ignore %) --ignore tests/test_main_flow.py
 	touch $(RUN)
 	$(BIN)/pytest -n 2 tests/test_main_flow.py
 	{ $(call build); } > _build/build.log 2>&1 || { cat _build/build.log; exit 1; }
 	@! grep "Executing notebook" _build/build.log || { echo "The build ran a notebook that the tests had not."; exit 1; }
-	$(BIN)/pytest -n 2 tests/test_pages.py
+	$(BIN)/pytest -n 2 $(BROWSER)
 
 quick: .venv/.stamp
-	$(BIN)/pytest --nbval $(NBVAL) -m "not slow" --ignore tests/test_pages.py tests $(QUICK)
+	$(BIN)/pytest --nbval $(NBVAL) -m "not slow" $(BROWSER:%=--ignore %) tests $(QUICK)
 
 .venv-bench/.stamp: requirements-bench.txt pyproject.toml
 	$(PYTHON) -m venv .venv-bench

@@ -3,6 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from browser import base, browser, contexts, files, visit  # noqa: F401  fixtures
 from hypothesis import HealthCheck, settings
 
 from tiltlib import verify

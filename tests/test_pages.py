@@ -1,57 +1,27 @@
 """Every page of the built book, as a reader without network sees it: light, dark and on a phone.
 
-Needs `_build/html` (make book) and a Chromium or Chrome, found on the path or named by $CHROMIUM; under CI=true their
-absence fails, elsewhere it skips. Screenshots go to `_build/screenshots`: some faults only looking shows.
+See `browser.py` for what they need. Screenshots go to `_build/screenshots`: some faults only looking shows.
 """
 
-import functools
-import http.server
-import itertools
-import math
 import os
 import re
-import shutil
-import threading
 from collections import Counter
 from html import unescape
-from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
+import pdf
 import pytest
-import torch
 import verdicts
+from browser import HTML, VIEWS
 
 ROOT = Path(__file__).parents[1]
-HTML = ROOT / "_build/html"
 SHOTS = ROOT / "_build/screenshots"
 TOC = verdicts.toc_names_of(ROOT)
 PAGES = verdicts.read_book(ROOT)
 CHAPTERS = [page for page in PAGES if page.statements]
-VIEWS = {"wide": 1280, "phone": 390}
-PATIENCE = 600_000  # milliseconds: a busy machine is no fault of a page
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
-# The reader has no network. (Playwright's own way, a route that aborts, would turn the browser's cache off.)
-FLAGS.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
-
 # Ids that the theme repeats on its search page, and sphinx-exercise in each exercise: nothing refers to them.
 REPEATED = {"search-input", "exercise-content", "solution-content"}
-
-
-def missing(what):
-    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(what)
-
-
-@pytest.fixture(scope="session")
-def files():
-    """Each page that Sphinx wrote, read once: path below `_build/html` -> Page."""
-    if not (HTML / "index.html").exists():
-        missing("there is no _build/html to test: run `make book` first")
-    paths = [path for path in HTML.rglob("*.html") if "_static" not in path.parts]
-    return {path.relative_to(HTML).as_posix(): Page(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def test_the_claims_pages_show_every_claim(files):
@@ -60,21 +30,6 @@ def test_the_claims_pages_show_every_claim(files):
         shown = unescape(re.sub(r"<[^>]+>", "", (HTML / path).read_text(encoding="utf-8")))
         assert {f"claim-{s.label}" for s in page.statements} <= set(files[path].ids)
         assert [v.id for e in entries for v in e.verdicts if (v.slug or v.id) not in shown] == []
-
-
-class Page(HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.ids, self.links, self.loads = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.ids += [attrs["id"]] if "id" in attrs else []
-        if tag in ("a", "area"):
-            self.links += [attrs["href"]] if "href" in attrs else []
-        elif tag not in ("use", "image") and attrs.get("rel") not in ("canonical", "license"):
-            self.loads += [attrs[name] for name in ("src", "href") if attrs.get(name)]
 
 
 # --- without a browser ---------------------------------------------------------------------------------------------
@@ -106,73 +61,6 @@ def test_ids_are_unique(files):
 
 
 # --- in the browser ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def base(files):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=HTML)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-@pytest.fixture(scope="session")
-def browser():
-    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, (shutil.which(name) for name in names if name)), None)
-    if path is None:
-        missing("no browser: install chromium or google-chrome, or let $CHROMIUM name one")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="session")
-def contexts(browser):
-    """One browser profile per view, so that scripts and fonts are fetched once."""
-    made = {}
-    for view, width in VIEWS.items():
-        made[view] = browser.new_context(viewport={"width": width, "height": 900})
-        made[view].set_default_timeout(PATIENCE)
-        made[view].add_init_script("localStorage.setItem('mode', 'light'); localStorage.setItem('theme', 'light')")
-    return made
-
-
-@pytest.fixture
-def visit(contexts, base):
-    """Open a page in a view and wait for its maths; what went wrong is in `page.trouble`."""
-    pages = []
-
-    def open_page(name, view="wide"):
-        page, trouble = contexts[view].new_page(), []
-        pages.append(page)
-        page.trouble = trouble
-        local = (f"{base}/", "data:", "blob:")
-
-        def complain(text, url):
-            if url != f"{base}/favicon.ico":  # which the browser asks for by itself, and the book does not name
-                trouble.append(f"console: {text} {url}")
-
-        page.on("request", lambda r: r.url.startswith(local) or trouble.append(f"asks the network for {r.url}"))
-        page.on("response", lambda r: r.status >= 400 and trouble.append(f"{r.status} for {r.url}"))
-        page.on("pageerror", lambda error: trouble.append(f"error in a script: {error}"))
-        page.on("console", lambda m: m.type == "error" and complain(m.text, m.location["url"]))
-        page.goto(f"{base}/{name}")
-        page.evaluate("async () => { await document.fonts.ready; await window.MathJax?.startup?.promise; }")
-        return page
-
-    yield open_page
-    for page in pages:
-        page.close()
 
 
 # How long a chapter is as it opens, and how much of that is code and printed output, in CSS pixels. Folded parts count
@@ -288,6 +176,18 @@ INK = r"""() => {
 }"""
 
 
+# What paper would cut: nobody can scroll there.
+CUT = r"""() => {
+  const edge = document.querySelector("article").getBoundingClientRect().right + 1, bad = [];
+  for (const e of document.querySelectorAll("article :is(div.math, mjx-container, pre, table, svg, img)")) {
+    if (!e.checkVisibility()) continue;
+    const past = Math.max(e.getBoundingClientRect().right - edge, e.scrollWidth - e.clientWidth - 2, 0);
+    if (past > 0) bad.push(`on paper ${Math.round(past)} px are cut: ${e.outerHTML.slice(0, 80)}`);
+  }
+  return bad;
+}"""
+
+
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("name", TOC)
 def test_page(name, view, visit):
@@ -300,6 +200,9 @@ def test_page(name, view, visit):
         page.evaluate("document.documentElement.dataset.theme = 'dark'")  # as the theme's own switch does
         look_at(page, f"{shot}-dark")
         bad += page.evaluate(INK) + move_sliders(page)
+        if not name.startswith(verdicts.CLAIMS):
+            pdf.prepare(page)
+            bad += page.evaluate(CUT)
     assert page.trouble + bad == []
 
 
@@ -360,91 +263,3 @@ def test_search_finds_a_word(visit):
     page = visit("search.html?q=tilt")
     page.wait_for_selector("#search-results li a")
     assert page.trouble == []
-
-
-def page_with(name):
-    """The page that holds an explorable, and so its script."""
-    found = [n for n in TOC if f'data-name="{name}"' in (HTML / f"{n}.html").read_text("utf-8")]
-    assert found, f"no page holds the explorable {name}"
-    return f"{found[0]}.html"
-
-
-CASES = [([0.5, 0.3, 0.2], [0, 1, 2], n, beta) for n in (1, 2, 4, 1000, 10**6) for beta in (0.05, 1, 10)]
-CASES += [([0.7, 0.1, 0.1, 0.1], [-3, 5, 5, 0], 7, 0.3), ([1.0], [2], 5, 1)]
-
-
-def laws_of(logps, rewards, n, beta):
-    """Soft, exponential and hard selection, as the page orders them."""
-    from tiltlib import selection
-
-    soft = selection.soft_best_of_n_law(logps, rewards, beta, n)
-    noise = selection.exponential_best_of_n_law(logps, rewards, beta, n)
-    return torch.stack([soft, noise, selection.best_of_n_law(logps, rewards, n)])
-
-
-def test_the_page_computes_the_laws_that_tiltlib_computes(visit):
-    from tiltlib.categorical import tilt, total_variation
-
-    page = visit("search.html")  # the numbers are on every page, and this one is light
-    for p, rewards, n, beta in CASES:
-        logps, r = torch.tensor(p, dtype=torch.float64).log(), torch.tensor(rewards, dtype=torch.float64)
-        laws, goal = laws_of(logps, r, n, beta), tilt(logps, r, beta)
-        ours, our_goal, tv = page.evaluate(
-            """([p, r, n, beta]) => {
-              const soft = bookjs.softBestOfN(p, r, n, beta), goal = bookjs.tilt(p, r, beta);
-              const others = [bookjs.exponentialBestOfN(p, r, n, beta), bookjs.bestOfN(p, r, n)];
-              return [[soft, ...others], goal, bookjs.totalVariation(soft, goal)];
-            }""",
-            [p, rewards, n, beta],
-        )
-        torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), laws.exp(), rtol=1e-9, atol=1e-15)
-        torch.testing.assert_close(torch.tensor(our_goal, dtype=torch.float64), goal.exp(), rtol=1e-12, atol=1e-15)
-        assert tv == pytest.approx(total_variation(laws[0], goal).item(), rel=1e-6, abs=1e-13)
-
-
-def churned_variance(A, B, g, c):
-    """The integral of `churn`, by another rule."""
-    from scipy.integrate import quad
-
-    power = (1 + c**2) * (g - 1)
-    return A * (quad(lambda q: ((A + (B - A) * q**c**-2) / B) ** power, 0, 1)[0] if c else (A / B) ** (g - 1))
-
-
-def test_the_page_computes_the_variances_that_the_book_proves(visit):
-    from scipy.stats import norm
-
-    page, A, B = visit(page_with("churn")), 1.0, 2.0
-    for g, c in itertools.product((1, 1.5, 3, 10), (0, 0.1, 0.5, 1, 2, 10)):
-        ours, goal, tv = page.evaluate(
-            """([A, B, g, c]) => {
-              const v = bookjs.churnVariance(A, B, g, c), goal = bookjs.tiltVariance(A, B, g);
-              return [v, goal, bookjs.normalDistance(v, goal)];
-            }""",
-            [A, B, g, c],
-        )
-        assert ours == pytest.approx(churned_variance(A, B, g, c), rel=1e-8)
-        assert goal == pytest.approx(1 / (g / A + (1 - g) / B), rel=1e-12)
-        if g > 1:  # the densities cross at one distance from 0
-            crossing = math.sqrt(math.log(ours / goal) / (1 / goal - 1 / ours))
-            exact = 2 * abs(norm.cdf(crossing / ours**0.5) - norm.cdf(crossing / goal**0.5))
-            assert tv == pytest.approx(exact, abs=1e-5)
-
-
-def test_the_page_shows_what_it_computes(visit):
-    from tiltlib.categorical import kl, tilt, total_variation
-
-    box = visit(page_with("soft-best-of-n")).query_selector('.bk-explorable[data-name="soft-best-of-n"]')
-    options = box.evaluate("e => JSON.parse(e.dataset.options)")
-    n, beta = (float(s.get_attribute("aria-valuetext").split(" = ")[1]) for s in box.query_selector_all("input"))
-    logps = torch.tensor(options.get("p", [0.5, 0.3, 0.2]), dtype=torch.float64).log()
-    r = torch.tensor(options.get("rewards", [0, 1, 2]), dtype=torch.float64)
-    laws, goal = laws_of(logps, r, int(n), beta), tilt(logps, r, beta)
-
-    bars = box.query_selector_all(".bk-panels > :first-child rect")
-    heights = [float(bar.get_attribute("height")) for bar in bars]
-    drawn = torch.tensor(heights).double().view(-1, 3).T  # outcome by outcome, a bar for each rule
-    torch.testing.assert_close(drawn / drawn.sum(1, keepdim=True), laws.exp(), rtol=1e-5, atol=1e-7)
-    found = re.findall(r"(?:soft|noise|best) ([\d.]+)(?:·10−(\d+))?", box.query_selector("output").inner_text())
-    shown = [float(digits) * 10 ** -int(power or 0) for digits, power in found]
-    exact = [total_variation(goal, law).item() for law in laws] + [kl(goal, law).item() for law in laws[:2]]
-    assert shown == pytest.approx(exact, rel=5e-3)

@@ -240,6 +240,18 @@ def test_a_twist_may_vanish_where_the_target_does(rng):
         assert abs(z.mean().item() - 0.32) < math.sqrt(math.log(2 / 1e-8) / (2 * runs))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64])
+def test_trace_of_any_integers(dtype):
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    ancestors = torch.tensor([[0, 1, 2], [2, 0, 0]])
+    found = smc.trace(tokens.to(dtype), ancestors.to(dtype))
+    assert found.dtype == dtype and found.long().tolist() == smc.trace(tokens, ancestors).tolist() == [
+        [3, 4],
+        [1, 5],
+        [1, 6],
+    ]
+
+
 def test_bad_traces():
     with pytest.raises(ValueError, match="tokens and ancestors must have one shape"):
         smc.trace(torch.zeros(2, 3).long(), torch.zeros(3, 2).long())

@@ -984,7 +984,11 @@ WIDE = torch.full((2000,), -math.log(2000), dtype=F64)
         (lambda: log_e_value([1, 2, 3], S0, [HOT, [0.0]]), TypeError, r"versus\[1\] must be a floating-point"),
         (lambda: log_e_value([1, 2, 3], S0, [UNIFORM8]), ValueError, r"versus\[0\] must have 3 outcomes .* got 8"),
         (lambda: match(Y, S0, claim="c", versus=[UNIFORM8]), ValueError, r"versus\[0\] must have 3 outcomes"),
-        (lambda: match(Y, S0, claim="c", versus=[S0]), ValueError, "wrong must differ from target, got the same law"),
+        (
+            lambda: match(Y, S0, claim="c", versus=[S0]),
+            ValueError,
+            r"versus\[0\] must differ from target, got the same",
+        ),
         (lambda: plan(S0, S0), ValueError, "wrong must differ from target, got the same law"),
         (lambda: plan(S0, UNIFORM8), ValueError, "wrong must have 3 outcomes as target does, got 8"),
         (lambda: plan([0.0], S0), TypeError, "target must be a floating-point torch.Tensor"),
@@ -1003,7 +1007,7 @@ WIDE = torch.full((2000,), -math.log(2000), dtype=F64)
         (lambda: unit_mean([math.nan]), ValueError, r"values must lie in \[0, 1\], got values from nan"),
         (lambda: unit_mean([0.5], 1.0), ValueError, "expected must lie strictly between low = 0 and high = 1, got 1.0"),
         (lambda: unit_mean([0.5], versus=[0.0]), ValueError, r"versus\[0\] must lie strictly between low = 0 and high"),
-        (lambda: unit_mean([0.5], versus=[0.5]), ValueError, "wrong must differ from expected, got 0.5 and 0.5"),
+        (lambda: unit_mean([0.5], versus=[0.5]), ValueError, r"versus\[0\] must differ from expected, got 0.5 twice"),
         (
             lambda: unit_mean([0.5], high=math.inf),
             ValueError,
@@ -1029,14 +1033,18 @@ WIDE = torch.full((2000,), -math.log(2000), dtype=F64)
             "cells must be None when log_q is given",
         ),
         (lambda: bound([1.0, 2.0], [1.0, 2.0, 3.0], claim="c"), ValueError, r"lhs and rhs must broadcast, got .*2,"),
-        (lambda: within(Y, WIDE, 0.1, claim="c", cells=torch.arange(2000)), ValueError, "at most 1024 outcomes"),
+        (
+            lambda: within(Y, WIDE, 0.1, claim="c", cells=torch.arange(2000)),
+            ValueError,
+            r"cells must be numbers in 0\.\.1023",
+        ),
         (lambda: within(Y + 1, S0, 0.1, claim="c", log_q=S0), ValueError, r"samples must lie in 0\.\.2"),
         (lambda: within(Y, S0, 0.1, claim="c", log_q=S0 + 1), ValueError, "log_q must be log-probabilities"),
         (lambda: within(Y, S0, 0.1, claim="c", log_q=law(0.5, 0.5, 0)), ValueError, "samples must have finite log_q"),
         (
             lambda: within(Y, lambda y: S0[y[:1]], 0.1, claim="c", log_q=S0),
             ValueError,
-            "samples must have finite log_q and a log-probability under target each",
+            "target must give one number per sample",
         ),
         (lambda: exact([1, 2], [1, 2, 3], claim="c"), ValueError, r"same shape, got \(2,\) and \(3,\)"),
         (lambda: exact([], 1, claim="c"), ValueError, "value must hold at least one number, got none"),
@@ -1046,7 +1054,7 @@ WIDE = torch.full((2000,), -math.log(2000), dtype=F64)
         (lambda: exact("1.0", 1.0, claim="c"), TypeError, "value must hold numbers, got str"),
         (lambda: exact(1.0, None, claim="c"), TypeError, "expected must hold numbers, got NoneType"),
         (lambda: exact([[1], [1, 2]], 1, claim="c"), ValueError, "value must hold numbers of one shape"),
-        (lambda: exact(2**53 + 1, 0.5, claim="c"), ValueError, "value and expected must both be integers where one"),
+        (lambda: exact(2**53 + 1, 0.5, claim="c"), ValueError, "value must hold integers that a float64 holds"),
         (lambda: bound(1j, 1, claim="c"), TypeError, "lhs must hold real numbers, got complex128"),
         (lambda: verify.observed([], 1, claim="c"), ValueError, "lhs must hold at least one number, got none"),
         (lambda: unit_mean([0.5], "x"), TypeError, "expected must be a number, got str"),
@@ -1355,7 +1363,7 @@ def test_one_sample_has_a_density_ratio():
 def test_distances_of_integers_of_any_size():
     assert exact(10**30, 0, claim="c").error == 1e30
     assert exact(10**400, 0, claim="c").error == 1e300  # a float holds no more
-    with pytest.raises(ValueError, match="value and expected must both be integers where one needs more than 53 bits"):
+    with pytest.raises(ValueError, match="value must hold integers that a float64 holds where there are"):
         exact(10**30 + 1, 0.5, claim="c")
 
 
@@ -1365,7 +1373,7 @@ def test_the_slack_of_each_comparison_is_attained():
     assert bound(-3.0 + 2e-12, -3.0, claim="c") and not bound(-3.0 + 4e-12, -3.0, claim="c")
     for check in (exact, bound):
         got = check([1.0, math.nan], [1.0, 2.0], claim="c")
-        assert got.decision == "REJECT" and got.error == math.inf
+        assert got.decision == "REJECT" and math.isnan(got.error)
     eps = 2.0**-20
     falsify(lambda x: exact(x, 1.0, eps, claim="c"), 1 + 100 * eps, claim="c!just")
 
@@ -1403,3 +1411,130 @@ def test_the_place_of_a_claim_is_where_it_is_reported(monkeypatch):
         program = compile("verify.report(verify.exact(1, 1, claim='cell'))", file, "exec")
         with nullcontext() if fresh else pytest.raises(ValueError, match="claim must be a new id, got 'cell'"):
             exec(program)
+
+
+# --- what a list may hold, and what a line may say ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ([2**70, 0.5], [2**70, 0.9]),
+        ([2**63 + 1, 1], [2**63, 1]),
+        ([np.uint64(2**63 + 1), np.int64(-1)], [2**63, -1]),
+        ((torch.tensor(2**62 + 1), np.uint64(1)), (torch.tensor(2**62), np.uint64(1))),
+        ([[True, 2**53 + 1]], [[True, 2**53]]),
+    ],
+)
+def test_no_number_of_a_list_is_lost(value, expected):
+    assert exact(value, expected, claim="a.b").decision == "REJECT"
+    assert exact(value, value, claim="a.b").decision == "PASS"
+
+
+@pytest.mark.parametrize(
+    "value", [[2**53 + 1, 0.5], [2**53 + 1, 1j], [np.int64(2**62 + 1), math.nan], [0.5, -(2**53) - 1]]
+)
+def test_a_large_integer_beside_fractions_is_refused(value):
+    with pytest.raises(ValueError, match="^value must hold integers that a float64 holds where there are fractions"):
+        exact(value, value, claim="a.b")
+
+
+def test_large_integers_beside_infinities():
+    assert exact([2**70, -math.inf], [2**70, -math.inf], claim="a.b").decision == "PASS"
+    assert exact([2**70, math.nan], [2**70, 1.0], claim="a.b").decision == "REJECT"
+    assert bound(10**400, 1, claim="a.b").decision == "REJECT"
+    assert bound(-(10**400), 1, claim="a.b").decision == "PASS"
+    with pytest.raises(ValueError, match=r"^value must hold numbers of one shape, got shapes \(\), \(2,\)$"):
+        exact([1, [2, 3]], 1, claim="a.b")
+
+
+@pytest.mark.parametrize("tensor", [torch.eye(2).to_sparse(), torch.zeros(2).to(torch.float8_e4m3fn)])
+def test_a_tensor_that_numpy_does_not_know_is_refused_by_name(tensor):
+    with pytest.raises(TypeError, match=f"^value must be a dense tensor of numbers, got a {tensor.dtype} tensor$"):
+        exact(tensor, tensor, claim="a.b")
+
+
+def test_counts_that_a_float_would_round_are_refused():
+    p = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    with pytest.raises(ValueError, match="^counts must"):
+        log_e_value([2**53 + 1, 1], p)
+    with pytest.raises(ValueError, match="^counts must hold integers that a float64 holds"):
+        log_e_value([2**53 + 1, 1.0], p)
+
+
+@pytest.mark.parametrize(
+    ("chance", "printed"), [(1e-8, "1e-08"), (1.49e-8, "2e-08"), (9.2e-9, "10e-09"), (1.001e-8, "2e-08")]
+)
+def test_a_printed_chance_is_never_less_than_the_chance(chance, printed):
+    p = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    wrong = torch.tensor([0.9, 0.1], dtype=torch.float64).log()
+    samples = torch.arange(1000) % 2
+    line = match(samples, p, claim="a.b", versus=[wrong], alpha=chance, miss=chance).line()
+    assert f"alpha={printed}" in line and f"power=1-{printed}" in line
+    assert bound(0, 1, claim="a.b", delta=chance).line().endswith(f"delta={printed}")
+    assert f"delta={printed}" in within(samples, p, 0.2, claim="a.b", delta=chance).line()
+    assert exact(1.0, 1.0, eps=chance, claim="a.b").line().endswith(f"eps={printed}")
+
+
+def test_chances_of_any_kind_of_number_are_printed():
+    p, q = (torch.tensor(x, dtype=torch.float64).log() for x in ([0.5, 0.5], [0.4, 0.6]))
+    rare = Fraction(1, 10**8)
+    line = match(torch.arange(4000) % 2, p, claim="a.b", versus=[q], alpha=rare, miss=rare).line()
+    assert "power=1-1e-08" in line and line.endswith("alpha=1e-08")
+    assert exact(1, 1, eps=rare, claim="a.b").line().endswith("eps=1e-08")
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda x: exact(x, 1.0, claim="q"),
+        lambda x: bound(x, 1.0, claim="q"),
+        lambda x: bound(1.0, x, claim="q"),
+    ],
+)
+def test_a_falsifier_that_is_not_a_number_shows_nothing(check, capsys):
+    assert check(math.nan).decision == "REJECT"
+    with pytest.raises(ClaimFailed, match="^falsifier gave NaN"):
+        falsify(check, math.nan, claim="q!nan")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_law_gives_one_number_per_sample():
+    samples = torch.zeros(50, 4)
+    for given, shape in ((torch.zeros_like, r"\(50, 4\)"), (lambda x: 0.0, r"\(\)"), (lambda x: x[:7, 0], r"\(7,\)")):
+        with pytest.raises(ValueError, match=rf"^target must give one number per sample, shape \(50,\), got {shape}$"):
+            within(samples, given, 0.1, log_q=lambda x: x[:, 0], claim="a.b")
+        with pytest.raises(ValueError, match="^log_q must give one number per sample"):
+            within(samples, lambda x: x[:, 0], 0.1, log_q=given, claim="a.b")
+
+
+def test_the_plan_of_counts_is_where_the_radius_is_half_of_eps():
+    p = torch.full((7,), -math.log(7), dtype=torch.float64)
+    for eps in (0.5, 1e-3, 1e-9):
+        n = within(torch.tensor([1]), p, eps, claim="a.b").plan
+        fewer = n - max(1, n // 10**9)
+        assert verify._tv_radius(7, n, 1e-8) <= eps / 2 * (1 + 1e-12) < verify._tv_radius(7, fewer, 1e-8)
+    for eps, more in ((1e-200, {}), (5e-324, {}), (5e-324, {"log_q": p})):
+        with pytest.raises(ValueError, match="^eps must be larger"):
+            within(torch.tensor([1]), p, eps, claim="a.b", **more)
+
+
+def test_a_plan_where_nearly_all_may_be_missed():
+    p, q = (torch.tensor(x, dtype=torch.float64).log() for x in ([0.5, 0.5], [0.4, 0.6]))
+    with pytest.raises(ValueError, match="^wrong must be declared here: n = 1 expects"):
+        plan(p, q, alpha=0.9, miss=0.999, declared=None)
+
+
+def test_the_declared_law_that_equals_the_target_is_named():
+    p, q = (torch.tensor(x, dtype=torch.float64).log() for x in ([0.5, 0.5], [0.4, 0.6]))
+    with pytest.raises(ValueError, match=r"^versus\[1\] must differ from target"):
+        match(torch.tensor([0, 1]), p, claim="a.b", versus=[q, p])
+    with pytest.raises(ValueError, match=r"^versus\[1\] must differ from expected, got 0.5 twice$"):
+        verify.mean([0.1], 0.5, low=0, high=1, claim="a.b", versus=[0.4, 0.5])
+
+
+def test_cells_without_end_are_refused_before_they_are_counted():
+    p = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    for most in (1024, 10**12, 2**62):
+        with pytest.raises(ValueError, match=rf"^cells must be numbers in 0\.\.1023 .* values from 0 to {most}$"):
+            within(torch.tensor([0, 1]), p, 0.1, cells=torch.tensor([0, most]), claim="a.b")

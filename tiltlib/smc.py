@@ -73,8 +73,8 @@ def trace(tokens: Tensor, ancestors: Tensor) -> Tensor:
         ValueError: `ancestors` outside 0..n-1, or shapes that differ or are not (..., L, n).
     """
     parents = _checks.sequences("ancestors", ancestors)
-    _checks.sequences("tokens", tokens)
-    _checks.same_shape(tokens=tokens, ancestors=parents)
+    symbols = _checks.sequences("tokens", tokens)
+    _checks.same_shape(tokens=symbols, ancestors=parents)
     if tokens.ndim < 2 or tokens.shape[-2] == 0:
         raise ValueError(f"tokens must have shape (..., L, n) with L >= 1, got {tuple(tokens.shape)}")
     if parents.numel():  # no particle systems have no ancestors to check
@@ -82,9 +82,9 @@ def trace(tokens: Tensor, ancestors: Tensor) -> Tensor:
     particle = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens[..., 0, :].shape)
     strings = []
     for t in reversed(range(tokens.shape[-2])):
-        strings.append(tokens[..., t, :].gather(-1, particle))
+        strings.append(symbols[..., t, :].gather(-1, particle))
         particle = parents[..., t, :].gather(-1, particle)
-    return torch.stack(strings[::-1], -1)
+    return torch.stack(strings[::-1], -1).to(tokens.dtype)
 
 
 @torch.no_grad()

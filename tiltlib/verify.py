@@ -105,28 +105,36 @@ class Verdict:
             evidence = f"log10E={_floor(self.log10_e)}", f"reject_at={math.ceil(-math.log10(self.alpha) - 1e-9)}"
             planned = [] if self.plan is None else [f"plan={self.plan}"]
             planned += [] if not self.declared else [f"declared={self.declared}"]
-            power = [] if self.plan is None else [f"power=1-{self.miss:.0e}"]
-            fields += evidence if expected else [*planned, *evidence, *power, f"alpha={self.alpha:.0e}"]
+            power = [] if self.plan is None else [f"power=1-{_digit(self.miss)}"]
+            fields += evidence if expected else [*planned, *evidence, *power, f"alpha={_digit(self.alpha)}"]
         elif self.kind == "within":
             assert self.tv_lo is not None and self.tv_hi is not None
             low, high = _two_digits(self.tv_lo, up=False), _two_digits(self.tv_hi, up=True)
             fields += [f"tv_lo={low}" if expected else f"plan={self.plan}  tv_hi={high}"]
-            fields += [f"eps={self.eps:g}", f"delta={self.delta:.0e}", f"tier={self.method}"]
+            fields += [f"eps={self.eps:g}", f"delta={_digit(self.delta)}", f"tier={self.method}"]
         elif self.kind == "exact":
             error = [f"error={self.error:.1e}"] if expected else []
-            fields += [*error, f"eps={self.eps:.0e}"]
+            fields += [*error, f"eps={_digit(self.eps)}"]
         elif expected:
             fields += [f"excess={self.error:.1e}"]
         elif self.kind == "observed":
             fields += [] if self.eps is None else [f"limit={self.eps:g}"]
         elif self.delta is not None:
-            fields += [f"delta={self.delta:.0e}"]
+            fields += [f"delta={_digit(self.delta)}"]
         line = "  ".join([f"{self.decision:<6} {self.kind:<6}  {self.claim}", *fields])
         return line + ("  [falsifier, expected]" if expected and self.decision == "REJECT" else "")
 
 
 def _floor(x: float) -> str:
     return str(math.floor(x)) if math.isfinite(x) else str(x)
+
+
+def _digit(x: float | None) -> str:
+    """Round up to one significant digit, so that a printed chance of error is not less than the chance."""
+    assert x is not None
+    digit, exponent = f"{x:.0e}".split("e")
+    below = float(f"{digit}e{exponent}") < x * (1 - 1e-12)
+    return f"{int(digit) + below}e{exponent}"
 
 
 def _two_digits(x: float, *, up: bool) -> str:
@@ -230,7 +238,7 @@ def log_e_value(counts: ArrayLike, target: Tensor, versus: Sequence[Tensor] = ()
     Source: [good1967] for the mixture; [grunwald2024] for E-values; the book, "Verifying", `e-value-validity`.
     """
     p, wrong = _laws(target, _named(versus))
-    c = _numbers("counts", counts)
+    c = _numbers("counts", _fractions("counts", _array("counts", counts)))
     whole = (c >= 0) & (c <= 2**53) & (c == np.floor(c))  # beyond it a float skips numbers
     if c.shape != p.logs.shape or not whole.all() or c.sum() == 0:
         raise ValueError(
@@ -405,6 +413,11 @@ def match(
     _probability("alpha", alpha)
     _probability("miss", miss)
     p, laws = _laws(target, _named(versus))
+    for i, q in enumerate(laws):
+        if np.array_equal(p.logs, q.logs):
+            raise ValueError(
+                f"versus[{i}] must differ from target, got the same law: no number of samples tells them apart"
+            )
     wrong = [(q, _log_ratio(p, q)) for q in laws]
     c = _counts(samples, len(p.logs)).astype(np.float64)
     log_e = _log_e(c, p, wrong)
@@ -427,8 +440,8 @@ def _e_verdict(
         n,
         plan=need,
         declared=declared,
-        alpha=alpha,
-        miss=miss,
+        alpha=float(alpha),
+        miss=float(miss),
         log10_e=log_e / math.log(10),
         method="e-value",
     )
@@ -484,8 +497,10 @@ def _plan(p: _Law, q: _Law, ratio: Floats, alpha: float, miss: float, declared: 
     with np.errstate(divide="ignore", over="ignore"):  # p (q / p - 1)^2 in logs: q / p may be any number
         chi2 = float(np.exp(p.logs[support] + 2 * np.log(np.abs(np.expm1(ratio)))).sum())
     cut = ((1 + _GRID) * (2 * math.log(len(_GRID) / alpha) + (k - 1) * np.log1p(1 / _GRID))).min()
-    noncentrality = brentq(lambda x: ncx2.cdf(cut, k - 1, x) - miss, 1e-9, 1e7)
-    n = _whole_number(float(noncentrality) / max(chi2, 1 / _TOO_MANY))
+    noncentrality = 0.0
+    if ncx2.cdf(cut, k - 1, 1e-9) > miss:  # else any sample will do
+        noncentrality = float(brentq(lambda x: ncx2.cdf(cut, k - 1, x) - miss, 1e-9, 1e7))
+    n = _whole_number(noncentrality / max(chi2, 1 / _TOO_MANY))
     rarest = n * float(p.probs[support].min())
     if rarest < 5:
         raise ValueError(
@@ -537,9 +552,9 @@ def _declared_plan(log_p: Floats, log_q: Floats, ratio: Floats, alpha: float, mi
 _TOO_MANY = 1e300
 
 
-def _whole_number(n: float) -> int:
+def _whole_number(n: float, wish: str = "wrong must differ from target where there is mass") -> int:
     if not n < _TOO_MANY:
-        raise ValueError(f"wrong must differ from target where there is mass, got laws that need {n:.0e} samples")
+        raise ValueError(f"{wish}, got what needs {n:.0e} samples")
     return max(1, math.ceil(n))
 
 
@@ -595,6 +610,8 @@ def mean(
     _between("expected", expected, low, high)
     for name, value in _named(versus):
         _between(name, value, low, high)
+        if value == expected:
+            raise ValueError(f"{name} must differ from expected, got {value!r} twice")
     v = _numbers("values", values).ravel()
     if not ((v >= low) & (v <= high)).all():
         raise ValueError(f"values must lie in [{low:g}, {high:g}], got values from {v.min():g} to {v.max():g}")
@@ -760,7 +777,7 @@ def within(
         eps: Largest total variation distance claimed, in (0, 1).
         claim: Claim id: the label of the theorem, or label.part.
         log_q: Log-probabilities of the sampler itself, shape (K,), or a function as for `target`.
-        cells: Cell of each outcome, integer tensor of shape (K,), values 0..cells-1.
+        cells: Cell of each outcome, integer tensor of shape (K,), values 0..cells-1 with at most 1024 cells.
         delta: Probability of a false PASS, in (0, 1), and likewise of a false REJECT.
 
     Returns:
@@ -770,7 +787,8 @@ def within(
     Raises:
         TypeError: `samples` not integer where outcomes are counted, or a law that is not a float32 or float64 tensor.
         ValueError: indices outside 0..K-1, n = 0, a law not normalised or of another size, `eps` or `delta` outside
-            (0, 1), K > 1024 with neither `log_q` nor `cells`, or a malformed claim id.
+            (0, 1) or so small that no number of samples shows it, K > 1024 with neither `log_q` nor `cells`, functions
+            that do not give one number per sample, or a malformed claim id.
 
     Source: [weissman2003] and [mcdiarmid1989] for the radii; the book, "Verifying", `tv-certificate`.
     """
@@ -783,7 +801,7 @@ def within(
         x = _ratio_terms(samples, target, log_q)
         n = len(x)
         upper, lower = tv_upper_bound(x, delta=delta), 1 - tv_upper_bound(1 - x, delta=delta)
-        need = math.ceil(-2 * math.log(delta) / (0.75 * eps))
+        need = _whole_number(-2 * math.log(delta) / 0.75 / max(eps, 1 / _TOO_MANY), "eps must be larger")
         method = "ratio"
     else:
         if callable(target):
@@ -793,10 +811,10 @@ def within(
         method = "counts"
         if cells is not None:
             cell = _checks.integers("cells", cells).cpu()
-            if cell.shape != target.shape or int(cell.min()) < 0:
+            if cell.shape != target.shape or int(cell.min()) < 0 or int(cell.max()) >= 1024:
                 raise ValueError(
-                    f"cells must be numbers >= 0 of shape {tuple(target.shape)}, one per outcome, "
-                    f"got shape {tuple(cell.shape)} and least value {int(cell.min())}"
+                    f"cells must be numbers in 0..1023 of shape {tuple(target.shape)}, one per outcome, "
+                    f"got shape {tuple(cell.shape)} and values from {int(cell.min())} to {int(cell.max())}"
                 )
             p = np.bincount(cell.numpy(), p).astype(np.float64)
             indices = cell[indices]
@@ -807,12 +825,19 @@ def within(
         frequencies = np.bincount(indices.numpy(), minlength=len(p)) / n
         upper = min(1.0, float(np.abs(frequencies - p).sum() / 2) + _tv_radius(len(p), n, delta))
         lower = _tv_lower(indices, p, delta)
-        need = 1
-        if _tv_radius(len(p), 1, delta) > eps / 2:
-            need = math.ceil(brentq(lambda m: _tv_radius(len(p), m, delta) - eps / 2, 1, 1e18))
+        need = _whole_number((2 * _tv_radius(len(p), 1, delta) / max(eps, 1e-150)) ** 2, "eps must be larger")
     decision = "PASS" if upper <= eps else "REJECT" if lower > eps else "INCONCLUSIVE"
     return Verdict(
-        claim, "within", decision, n, plan=need, tv_lo=lower, tv_hi=upper, eps=eps, delta=delta, method=method
+        claim,
+        "within",
+        decision,
+        n,
+        plan=need,
+        tv_lo=lower,
+        tv_hi=upper,
+        eps=float(eps),
+        delta=float(delta),
+        method=method,
     )
 
 
@@ -821,7 +846,10 @@ def _ratio_terms(samples: Tensor, target: LogLaw, log_q: LogLaw) -> Floats:
     logs = []
     for name, law in (("target", target), ("log_q", log_q)):
         if callable(law):
-            logs.append(_numbers(name, law(samples), empty=True).ravel())
+            values = _numbers(name, law(samples), empty=True)
+            if values.shape != (len(samples),):
+                raise ValueError(f"{name} must give one number per sample, shape ({len(samples)},), got {values.shape}")
+            logs.append(values)
         else:
             values = _law(name, law).logs
             logs.append(values[_indices("samples", samples, len(values)).numpy()])
@@ -863,19 +891,52 @@ def _tv_lower(indices: Tensor, p: Floats, delta: float) -> float:
 def _array(name: str, value: Any) -> NDArray[Any]:
     """Convert a number, a tensor on any device, or a nested list of these; refuse what is not a number."""
     if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        value = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
-        return value.resolve_conj().resolve_neg().numpy()
-    if isinstance(value, list | tuple):
         try:
-            return np.array([_array(name, v) for v in value]) if value else np.empty(0)
-        except ValueError as error:
-            raise ValueError(f"{name} must hold numbers of one shape, got {error}") from None
+            value = value.detach().cpu()
+            value = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+            return value.resolve_conj().resolve_neg().numpy()
+        except (TypeError, RuntimeError, NotImplementedError):  # sparse, quantized, or of eight bits
+            raise TypeError(f"{name} must be a dense tensor of numbers, got {_checks.described(value)}") from None
+    if isinstance(value, list | tuple):
+        parts = _without_rounding(name, [_array(name, v) for v in value])
+        if len({part.shape for part in parts}) > 1:
+            shapes = ", ".join(sorted({str(part.shape) for part in parts}))
+            raise ValueError(f"{name} must hold numbers of one shape, got shapes {shapes}")
+        return np.stack(parts) if parts else np.empty(0)
     array = np.asarray(value)
     whole = array.dtype == object and all(type(v) is int for v in array.flat)  # Python's integers have no limit
     if array.dtype.kind not in "biufc" and not whole:
         raise TypeError(f"{name} must hold numbers, got {type(value).__name__} of {array.dtype}")
     return array
+
+
+_INTEGERS = "biuO"  # the kinds of dtype that hold whole numbers; "O" holds those of any size
+
+
+def _without_rounding(name: str, parts: list[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Bring arrays to one dtype that holds all their numbers: numpy would round large integers beside other numbers."""
+    if len({part.dtype for part in parts}) < 2:
+        return parts
+    if all(part.dtype.kind in _INTEGERS for part in parts):
+        return [part.astype(object) for part in parts]
+    return [_fractions(name, part) for part in parts]
+
+
+def _fractions(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """Convert integers to float64, which must hold them; leave other numbers as they are."""
+    if array.dtype.kind not in _INTEGERS:
+        return array
+    large = array.size and max(int(array.max()), -int(array.min())) > 2**53
+    if large and any(int(x) != _float(x) for x in array.flat):
+        raise ValueError(f"{name} must hold integers that a float64 holds where there are fractions, got {array!r}")
+    return array.astype(np.float64)
+
+
+def _float(x: Any) -> float:
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf if x > 0 else -math.inf
 
 
 def _numbers(name: str, value: Any, *, empty: bool = False) -> Floats:
@@ -885,19 +946,17 @@ def _numbers(name: str, value: Any, *, empty: bool = False) -> Floats:
         raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
     if array.size == 0 and not empty:
         raise ValueError(f"{name} must hold at least one number, got none")
+    if array.dtype.kind == "O":
+        return np.array([_float(x) for x in array.flat]).reshape(array.shape)
     return array.astype(np.float64)
 
 
 def _distance(a: NDArray[Any], b: NDArray[Any]) -> Floats:
     """Compute |a - b| entry by entry: complex as they are, integers without rounding; equal infinities agree."""
-    if all(x.dtype.kind in "biuO" for x in (a, b)):
+    if all(x.dtype.kind in _INTEGERS for x in (a, b)):
         pairs = np.broadcast(a, b)
         return np.array([min(abs(int(x) - int(y)), 10**300) for x, y in pairs], np.float64).reshape(pairs.shape)
-    for x in (a, b):
-        if x.dtype.kind in "iuO" and np.any(x.astype(object) != x.astype(np.float64).astype(object)):
-            raise ValueError(
-                "value and expected must both be integers where one needs more than 53 bits, got fractions"
-            )
+    a, b = _fractions("value", a), _fractions("expected", b)
     kind = np.complex128 if "c" in (a.dtype.kind, b.dtype.kind) else np.float64
     a, b = np.broadcast_arrays(a.astype(kind), b.astype(kind))
     return np.abs(np.subtract(a, b, where=a != b, out=np.zeros(a.shape, kind)))
@@ -933,9 +992,9 @@ def exact(value: Any, expected: Any, eps: float = 1e-12, *, claim: str) -> Verdi
     if b.ndim and a.shape != b.shape:
         raise ValueError(f"value and expected must have the same shape, got {a.shape} and {b.shape}")
     difference = _distance(a, b)
-    error = math.inf if np.isnan(difference).any() else float(difference.max())
+    error = math.nan if np.isnan(difference).any() else float(difference.max())
     decision = "PASS" if error <= eps else "REJECT"
-    return Verdict(claim, "exact", decision, a.size, eps=eps, error=error, method="computed")
+    return Verdict(claim, "exact", decision, a.size, eps=float(eps), error=error, method="computed")
 
 
 def bound(lhs: Any, rhs: Any, *, claim: str, delta: float | None = None) -> Verdict:
@@ -964,7 +1023,9 @@ def bound(lhs: Any, rhs: Any, *, claim: str, delta: float | None = None) -> Verd
         _probability("delta", delta)
     holds, worst, n = _excess(lhs, rhs, claim)
     decision = "PASS" if holds else "REJECT"
-    return Verdict(claim, "bound", decision, n, error=worst, delta=delta, method="computed")
+    return Verdict(
+        claim, "bound", decision, n, error=worst, delta=None if delta is None else float(delta), method="computed"
+    )
 
 
 def observed(value: Any, limit: Any, *, claim: str) -> Verdict:
@@ -1005,7 +1066,7 @@ def _excess(lhs: Any, rhs: Any, claim: str) -> tuple[bool, float, int]:
     excess = np.where(a == b, 0.0, np.subtract(a, b, where=a != b, out=np.zeros(a.shape)))
     slack = 1e-12 * np.maximum(1, np.abs(np.where(np.isfinite(b), b, 1)))
     holds = bool((excess <= slack).all())  # NaN compares false
-    worst = math.inf if np.isnan(excess).any() else float(excess.max())
+    worst = math.nan if np.isnan(excess).any() else float(excess.max())
     return holds, worst, a.size
 
 
@@ -1064,8 +1125,8 @@ def falsify(check: Callable[[Any], Verdict], wrong: Any, *, claim: str) -> None:
         claim: Id of the falsifier: claim id, "!", a short name of what is wrong.
 
     Raises:
-        ClaimFailed: the check did not reject, or (kind "exact") the wrong value misses by less than 100 eps and is no
-            clear miss.
+        ClaimFailed: the check did not reject, or it compared NaN, or (kind "exact") the wrong value misses by less than
+            100 eps and is no clear miss.
         ValueError: the id has no "!", or was already used, or the check is an observation, which claims nothing.
             Running a notebook cell again is fine.
     """
@@ -1077,6 +1138,8 @@ def falsify(check: Callable[[Any], Verdict], wrong: Any, *, claim: str) -> None:
         raise ValueError(f"check must test a claim, got the observation {claim!r}: it needs no falsifier")
     if verdict.decision != "REJECT":
         raise ClaimFailed(f"falsifier was not rejected: {verdict.line()}")
+    if any(x is not None and math.isnan(x) for x in (verdict.error, verdict.log10_e)):
+        raise ClaimFailed(f"falsifier gave NaN, which says nothing of the wrong version: {verdict.line()}")
     if verdict.kind == "exact":
         assert verdict.error is not None and verdict.eps is not None
         if verdict.error < _CLEAR_MISS * verdict.eps:

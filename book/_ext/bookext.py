@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -233,6 +234,18 @@ class DropRepeatedIds(SphinxPostTransform):
 
 
 # --- formulas ------------------------------------------------------------------------------------------------------
+
+
+class OnePreview(SphinxPostTransform):
+    """Drop what a browser would show of a citation by itself: its preview says it with names and links."""
+
+    default_priority = 900  # after citations have become references
+    formats = ("html",)
+
+    def run(self, **kwargs):
+        for node in self.document.findall(nodes.reference):
+            if node.get("reftitle") and "references#id" in node.get("refuri", "").replace(".html", ""):
+                del node["reftitle"]
 
 
 class KeepPunctuation(SphinxPostTransform):
@@ -513,18 +526,30 @@ def read_names(app: Sphinx, env: BuildEnvironment, docnames: list[str] | None = 
 # --- the site ------------------------------------------------------------------------------------------------------
 
 
+NOTEBOOKS = "notebooks"  # the branch that launch buttons open: notebooks there begin with a cell that installs
+
+
 def configure(app: Sphinx, config) -> None:
-    """Say on each page of which version it is, and show repository buttons only once _config.yml names a repository."""
+    """Say on each page of which version it is. Show buttons of a repository only where $BOOK_REPOSITORY names one."""
     git = ["git", "-C", app.srcdir, "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     version = f"Version {tiltlib.__version__}{f', commit {commit}' if commit else ''}."
-    config.html_theme_options["extra_footer"] = f"<p>{version}</p>{config.html_theme_options.get('extra_footer', '')}"
     options = config.html_theme_options
-    known = bool(options.get("repository_url"))
-    for name in ("use_repository_button", "use_issues_button", "use_edit_page_button"):
-        options[name] = known
-    if not known:
+    options["extra_footer"] = f"<p>{version}</p>{options.get('extra_footer', '')}"
+    options["repository_url"] = os.environ.get("BOOK_REPOSITORY") or options.get("repository_url", "")
+    options["repository_branch"] = os.environ.get("BOOK_BRANCH") or options.get("repository_branch", "main")
+    for name in ("use_source_button", "use_repository_button", "use_issues_button", "use_edit_page_button"):
+        options[name] = bool(options["repository_url"])
+    if not options["repository_url"]:
         options["launch_buttons"] = {}
+
+
+def launch_notebooks(app: Sphinx, pagename, template, context, doctree) -> None:
+    """Let launch buttons open the branch of notebooks."""
+    branch = app.config.html_theme_options["repository_branch"]
+    for button in (b for group in context.get("header_buttons", ()) for b in group.get("buttons", ())):
+        if button.get("text") == "Colab":
+            button["url"] = button["url"].replace(f"/blob/{branch}/", f"/blob/{NOTEBOOKS}/")
 
 
 def note_run(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -608,12 +633,14 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_post_transform(Exercise)
     app.add_post_transform(DropRepeatedIds)
     app.add_post_transform(KeepPunctuation)
+    app.add_post_transform(OnePreview)
     app.connect("config-inited", configure)
     app.connect("env-get-outdated", read_names)
     app.connect("source-read", note_run)
     app.connect("autodoc-process-docstring", process_docstring, priority=400)  # before napoleon, at 500
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("html-page-context", load_explorables)
+    app.connect("html-page-context", launch_notebooks, priority=900)  # after the theme has added its buttons
     app.connect("html-page-context", drop_thebe, priority=900)  # after thebe has added its own
     app.connect("build-finished", copy_static)
     app.connect("build-finished", prune_mathjax, priority=900)  # after MathJax has been copied
