@@ -259,6 +259,37 @@ def test_a_statement_has_a_link_of_its_own(files):
         assert [s.label for s in page.statements if f"#{s.label}" not in links] == []
 
 
+PREVIEWS = {
+    "a statement here": ("best_of_n", 'a[href="#soft-bon-bias"]:not(.permalink)', ".proof mjx-container"),
+    "a statement elsewhere": (
+        "best_of_n",
+        'a[href="exponential_noise.html#soft-bon-monotone"]',
+        ".proof mjx-container",
+    ),
+    "an equation": ("guidance", 'a[href^="#equation-"]', ".math mjx-container"),
+    "a source": ("best_of_n", 'a[href^="references.html#id"]', ".citation p"),
+}
+
+
+@pytest.mark.parametrize("link", PREVIEWS)
+def test_a_link_shows_what_it_leads_to(link, visit):
+    """By mouse and by keyboard; what a browser would show of itself is gone."""
+    name, selector, shown = PREVIEWS[link]
+    page = visit(f"book/{name}.html")
+    page.wait_for_load_state("load")
+    (first, *_) = [a for a in page.query_selector_all(f"article {selector}") if a.is_visible()]
+    assert first.get_attribute("title") is None
+    for show, hide in (
+        (first.hover, lambda: page.mouse.move(0, 0)),
+        (first.focus, lambda: first.evaluate("e => e.blur()")),
+    ):
+        show()
+        page.wait_for_selector(f".tippy-box {shown}")
+        hide()
+        page.wait_for_selector(".tippy-box", state="detached")
+    assert page.trouble == []
+
+
 def test_search_finds_a_word(visit):
     page = visit("search.html?q=tilt")
     page.wait_for_selector("#search-results li a")
