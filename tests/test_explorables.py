@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 CASES = [([0.5, 0.3, 0.2], [0, 1, 2], n, beta) for n in (1, 2, 4, 1000, 10**6) for beta in (0.05, 1, 10)]
 CASES += [([0.7, 0.1, 0.1, 0.1], [-3, 5, 5, 0], 7, 0.3), ([1.0], [2], 5, 1)]
+CASES += [([0.5, 0.5 - 2**-50, 2**-50], [0, 1, 40], 10**12, 0.5)]  # a good answer so rare that 1 - M has 12 zeros
 
 
 def laws_of(logps, rewards, n, beta):
@@ -531,3 +532,56 @@ def test_the_field_of_guidance_is_that_of_tiltlib(law, g, visit):
         part = page.evaluate("([points, means]) => bookjs.nearest(points, means)", [y.tolist(), law["means"]])
         near = torch.cdist(y, means).argmin(1).bincount(minlength=len(means)) / n
         assert part == pytest.approx(near.tolist())
+
+
+def tv_of(law, goal):
+    from tiltlib.categorical import total_variation
+
+    return total_variation(law, goal).item()
+
+
+def test_the_page_computes_the_cutoff_in_length(visit):
+    from tiltlib import categorical, selection
+
+    page = visit(page_with("length"))
+    for m, beta in itertools.product((1, 10, 160), (0.32, 1.0, 4.0)):
+        ones = torch.arange(m + 1, dtype=torch.float64)
+        logps = (-torch.lgamma(ones + 1) - torch.lgamma(m - ones + 1)).log_softmax(-1)
+        goal = categorical.tilt(logps, ones, beta)
+        # At 10^30 draws and 160 bits s is above 1 where M is still 1 in float64.
+        sizes = [1, 2, 50, 10**6, 10**16, 10**30]
+        p, tv, least = page.evaluate(
+            """([m, beta, sizes]) => {
+              const p = bookjs.bits(m), r = [...p.keys()], goal = bookjs.tilt(p, r, beta);
+              const distance = bookjs.softDistance(p, r, beta, Math.max(...sizes));
+              return [p, sizes.map(distance), sizes.map((n) => bookjs.leastDistance(p, goal, n))];
+            }""",
+            [m, beta, [float(n) for n in sizes]],
+        )
+        assert p == pytest.approx(logps.exp().tolist(), rel=1e-9)
+        exact = [tv_of(selection.soft_best_of_n_law(logps, ones, beta, n), goal) for n in sizes]
+        assert tv == pytest.approx(exact, rel=1e-7, abs=1e-12)
+        bound = [categorical.expectation(goal, (1 - n * (logps - goal).exp()).clamp(min=0)).item() for n in sizes]
+        assert least == pytest.approx(bound, rel=1e-9, abs=1e-12)
+    z = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    tails = page.evaluate("z => z.map(bookjs.normalTail)", z.tolist())
+    assert tails == pytest.approx(torch.special.ndtr(-z).tolist(), abs=1e-5)
+
+
+def test_the_page_computes_what_a_wrong_judge_costs(visit):
+    from tiltlib import categorical
+
+    page = visit(page_with("proxy"))
+    p, truth = [0.14, 0.3, 0.28, 0.15, 0.07, 0.035, 0.015, 0.007, 0.003], [0, 1, 2, 3, 4, 5, 6, 7, 0]
+    logps, t = torch.tensor(p, dtype=torch.float64).log(), torch.tensor(truth, dtype=torch.float64)
+    for error, beta in itertools.product((0, 4, 10, 20), (0.1, 1.3, 10)):
+        ours = page.evaluate("a => bookjs.judged(...a)", [p, truth, error, beta])
+        proxy = t.clone()
+        proxy[-1] += error
+        law, goal = categorical.tilt(logps, proxy, beta), categorical.tilt(logps, t, beta)
+        assert ours["law"] == pytest.approx(law.exp().tolist(), rel=1e-9)
+        assert ours["truth"] == pytest.approx(categorical.expectation(law, t).item(), rel=1e-9)
+        assert ours["proxy"] == pytest.approx(categorical.expectation(law, proxy).item(), rel=1e-9)
+        assert ours["tv"] == pytest.approx(tv_of(law, goal), rel=1e-9, abs=1e-12)
+        assert ours["bound"] == pytest.approx(math.tanh(error / beta / 4), rel=1e-12)
+        assert ours["tv"] <= ours["bound"] + 1e-12
