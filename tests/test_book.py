@@ -67,6 +67,8 @@ def nothing(found):
         checks.cell_lengths,
         checks.layers,
         checks.exercises,
+        checks.pictures,
+        checks.captions,
         lambda pages: checks.citations(pages, KEYS),
     ],
 )
