@@ -598,6 +598,7 @@ for name in ("curve", "standard_errors"):
     )
     example(f"pool.{name} n=M", lambda m, call: call(m(POOL[:3], rows=True), 0.7, 4, log_ratios=m(POOL[1])))
 example("pool.pass_at_k", lambda m, call: call(m(POOL[:3], rows=True, form=lambda x: (x > 0).double()), 3))
+example("pool.pass_at_k bool", lambda m, call: call(m(POOL[:3] > 0, rows=True), 3))
 example("pool.mean_interval", lambda m, call: call(m(POOL[:3], rows=True), low=-1, high=1.0, delta=0.1))
 example(
     "pool.needed_n",

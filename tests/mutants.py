@@ -49,7 +49,7 @@ REASONS = {
     "message": "only the wording of an error changes",
     "tolerance": "the result moves by less than a stated tolerance: say which",
     "speed": "only time or memory changes",
-    "look": "only the look of a figure changes, which the page tests and screenshots judge",
+    "look": "only the look of a figure changes, which eyes judge, and page tests if it is in the book",
 }
 
 # What mutmut stores for a mutant: the exit code of pytest, or of a process that it stopped, which counts as noticed.

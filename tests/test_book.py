@@ -67,6 +67,8 @@ def nothing(found):
         checks.cell_lengths,
         checks.layers,
         checks.exercises,
+        checks.pictures,
+        checks.captions,
         lambda pages: checks.citations(pages, KEYS),
     ],
 )
@@ -108,6 +110,16 @@ def test_the_decision_flow_leads_to_each_recipe_and_each_recipe_to_its_chapter()
     _, *findings = re.split(r"^- ", recipes["findings"].split("## Where next")[0], flags=re.M)
     assert len(findings) > 10
     assert [found for found in findings if not re.search(r"\{prf:ref\}|\]\(", found)] == []
+
+
+def test_the_map_names_every_chapter_by_its_title():
+    svg = (ROOT / "book/_static/map.svg").read_text(encoding="utf-8")
+    links = re.findall(r'<a href="(\w+)\.html">(.*?)</a>', svg, re.S)
+    named = {page: " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", words)) for page, words in links}
+    parts = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))["parts"]
+    files = [chapter["file"] for part in parts if part.get("numbered") for chapter in part["chapters"]]
+    titles = {page.name: page.title for page in PAGES}
+    assert len(links) == len(named) and named == {Path(file).name: titles[file] for file in files}
 
 
 def test_launch_and_edit_links_lead_to_files_in_git():

@@ -171,6 +171,7 @@ OTHER_DTYPES = {
     "guidance.particles .log_weights": (F64, "particles are weighted in float64"),
     "guidance.particles .log_partition": (F64, "particles are weighted in float64"),
     "guidance.particles .ess": (F64, "particles are weighted in float64"),
+    "pool.pass_at_k bool": (F64, "no floating tensor comes in"),
 }
 # Modules whose results are all float64, whatever comes in.
 ALWAYS_WIDE = {
@@ -199,9 +200,8 @@ def result_dtype(key: str, place: str, dtype: torch.dtype) -> torch.dtype:
         return F64
     if name in NEVER_HALF:
         return torch.promote_types(dtype, torch.float32)
-    if f"{name} {place}" in OTHER_DTYPES:
-        return OTHER_DTYPES[f"{name} {place}"][0]
-    return OTHER_DTYPES[name][0] if name in OTHER_DTYPES else dtype
+    found = [OTHER_DTYPES[of] for of in (key, f"{name} {place}", name) if of in OTHER_DTYPES]
+    return found[0][0] if found else dtype
 
 
 @pytest.mark.parametrize("key", CALLS)
@@ -223,7 +223,7 @@ def test_every_exception_is_needed():
     for key in (key for key in CALLS if not refuses(key, torch.float16)):
         for place, value in leaves(CALLS[key](Inputs(dtype=torch.float16)).result()).items():
             if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float16:
-                needed |= {name_of(key), f"{name_of(key)} {place}"}
+                needed |= {key, name_of(key), f"{name_of(key)} {place}"}
     assert OTHER_DTYPES.keys() | NEVER_HALF <= needed
 
 

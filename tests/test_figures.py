@@ -320,9 +320,9 @@ def test_progress_needs_a_label():
 
 def test_a_plain_figure_can_be_read_on_a_phone():
     fig, _ = figures.figure()
-    assert fig.get_size_inches().tolist() == pytest.approx([5.2 * figures.SCALE, 3.2 * figures.SCALE])
+    assert fig.get_size_inches().tolist() == pytest.approx([5.1 * figures.SCALE, 3.2 * figures.SCALE])
     svg = figures.show(fig, "a").html
-    assert 'style="width:100%;max-width:499px;height:auto"' in svg
+    assert 'style="width:100%;max-width:490px;height:auto"' in svg
     for size in ({"width": 0.5}, {"height": 0.5}):
         figures.figure(**size)
 
@@ -395,7 +395,7 @@ def test_an_svg_is_one_element_that_says_what_it_shows():
     assert re.fullmatch(
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         r'viewBox="0 0 [\d.]+ [\d.]+" role="img" aria-label="a &amp; b" data-font="9" fill="currentColor" '
-        'stroke-linejoin="round" stroke-linecap="butt" style="width:100%;max-width:499px;height:auto">',
+        'stroke-linejoin="round" stroke-linecap="butt" style="width:100%;max-width:490px;height:auto">',
         head,
     )
     assert body[0] == "<" and not re.search(r"\n\s|\s\n", body)  # not one byte of layout

@@ -95,6 +95,10 @@ def test_strings_have_the_law_of_the_network(kind, options):
     torch.testing.assert_close(model(kind, **options).logps(some), expected, rtol=0, atol=DIGITS[kind])
     rows = AutoregressiveModel.logps(model(kind, **options), some)  # token by token, with the cache
     torch.testing.assert_close(rows, expected, rtol=0, atol=DIGITS[kind])
+    terms = model(kind, **options).token_logps(some)
+    for t in range(1, L):
+        begun = model(kind, **options).token_logps(some[:, :t])
+        torch.testing.assert_close(begun, terms[:, :t], rtol=0, atol=DIGITS[kind])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -127,16 +131,21 @@ def test_the_tree_holds_every_string(kind, options):
         # after its end a string has one column that counts
         ended = (strings[:, :t] == options.get("end", -1)).any(-1)
         assert bool((ids[~ended].diff(dim=-1) > 0).all())
-    impossible = torch.cat([strings[:1, :-1], torch.full((1, 1), V - 1)], 1)
-    if k < V and not bool((tree.tokens == impossible).all(-1).any()):
-        with pytest.raises(ValueError, match=r"tokens must be strings of the tree, got token 8 at place 2 of row 0"):
+    impossible = strings[[1, 0, 2]]
+    impossible[1, -1] = V - 1
+    if k < V and not bool((tree.tokens == impossible[1]).all(-1).any()):
+        with pytest.raises(ValueError, match=r"tokens must be strings of the tree, got token 8 at place 2 of row 1"):
             tree.find(impossible)
+    table = number.view(k, k, -1)  # numbers of any shape
+    assert torch.equal(tree.ranks(table), tree.ranks(number).view(k, k, -1, L))
+    assert torch.equal(tree.number(tree.ranks(table)), table) and tree.number(tree.ranks(number[k])) == k
 
 
 def test_a_tree_of_one_token():
     tree = model(length=1, top_k=3).tree()
     assert tree.chain.order == 1 and tree.tokens.shape == (3, 1)
     ranks = tree.ranks(torch.arange(3))
+    assert torch.equal(tree.number(ranks), torch.arange(3)) and torch.equal(tree.find(tree.tokens), torch.arange(3))
     torch.testing.assert_close(tree.chain.logps(ranks), tree.logps, rtol=0, atol=1e-14)
     r = torch.tensor([0.0, 2.0, -1.0], dtype=F64)
     tilted = tree.chain.tilt(tree.rewards(r), 0.5, 1)
@@ -160,18 +169,21 @@ def test_a_reward_of_strings_tilts_the_chain(length):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_draws_do_not_depend_on_chunks_nor_on_the_way_they_are_made(options):
     whole = model(**options).sample(50, generator=rng("language", "draws"))
-    parts = model(**options, chunk=7).sample(50, generator=rng("language", "draws"))
+    parts = model(**options, chunk=3).sample(50, generator=rng("language", "draws"))
     # Token by token over the whole vocabulary, as any model draws that has no method of its own.
     plain = AutoregressiveModel.sample(model(**options), 50, L, generator=rng("language", "draws"))
-    stepwise = torch.zeros(50, 0, dtype=torch.int64)
-    m, g = model(**options), rng("language", "draws")
-    state = m.begin(50)
-    for t in range(L):
-        token = AutoregressiveModel.draw(m, state, generator=g)
-        stepwise = torch.cat([stepwise, token[:, None]], 1)
-        state = m.append(state, token) if t + 1 < L else state
-    assert torch.equal(whole, parts) and torch.equal(whole, plain) and torch.equal(whole, stepwise)
-    assert torch.equal(model(**options).sample(50, 2, generator=rng("language", "draws")), whole[:, :2])
+    assert torch.equal(whole, parts) and torch.equal(whole, plain)
+    for draw in (AutoregressiveModel.draw, LanguageModel.draw):
+        m, g, stepwise = model(**options), rng("language", "draws"), torch.zeros(50, 0, dtype=torch.int64)
+        state = m.begin(50)
+        for t in range(L):
+            token = draw(m, state, generator=g)
+            stepwise = torch.cat([stepwise, token[:, None]], 1)
+            state = m.append(state, token) if t + 1 < L else state
+        assert torch.equal(whole, stepwise)
+    for length in (1, 2):
+        some = model(**options).sample(50, length, generator=rng("language", "draws"))
+        assert torch.equal(some, whole[:, :length])
 
 
 def test_draws_follow_the_law_and_not_that_of_another_temperature():
@@ -240,24 +252,52 @@ def test_it_follows_the_network_that_is_being_trained():
     torch.testing.assert_close(after, LanguageModel(net, PROMPT, 2).next_logps(m.begin(1)), rtol=0, atol=0)
 
 
+class Flat:
+    """Logits that do not depend on anything, and a cache of nothing. It notes what it is asked for."""
+
+    def __init__(self, *logits):
+        self.logits, self.asked = torch.tensor(logits), []
+
+    def __call__(self, input_ids, cache, use_cache):
+        assert use_cache is True
+        self.asked.append(tuple(input_ids.shape))
+        nothing = types.SimpleNamespace(batch_select_indices=lambda index: None)
+        return types.SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1), cache=nothing)
+
+
 def test_ties_at_the_edge_go_to_lower_numbers():
-    class Flat:
-        """Logits that do not depend on anything: ties everywhere."""
-
-        def __call__(self, input_ids, cache, use_cache):
-            logits = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0]).expand(*input_ids.shape, 5)
-            return types.SimpleNamespace(logits=logits, cache=cache or Nothing())
-
-    class Nothing:
-        def batch_select_indices(self, index):
-            pass
-
-    m = LanguageModel(Flat(), torch.tensor([0]), 2, top_k=3)
+    m = LanguageModel(Flat(0.0, 1.0, 0.0, 1.0, *[0.0] * 16), torch.tensor([0]), 2, top_k=3)
     row = m.next_logps(m.begin(2))[1]
     e = math.exp(1)
-    expected = torch.tensor([1 / (1 + 2 * e), e / (1 + 2 * e), 0, e / (1 + 2 * e), 0], dtype=F64).log()
+    expected = torch.tensor([1 / (1 + 2 * e), e / (1 + 2 * e), 0, e / (1 + 2 * e), *[0] * 16], dtype=F64).log()
     torch.testing.assert_close(row, expected, rtol=0, atol=1e-14)
     check_model(m, 2, generator=rng("language", "ties"), draws=1000)
+
+
+def test_what_is_excluded_is_not_drawn_at_the_edges_of_the_cdf():
+    m = LanguageModel(Flat(-math.inf, 0.0, 0.0, -math.inf, 0.0, 0.0), torch.tensor([0]), 2)
+    numbers = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=F64)
+    m._uniforms = lambda n, length, generator: numbers[None]
+    assert m.draw(m.begin(4), generator=rng("language", "x")).tolist() == [1, 2, 4, 5]
+
+
+def test_all_tokens_are_as_good_as_no_limit():
+    every, some = model(top_k=V), model()
+    assert torch.equal(every.next_logps(every.begin(1)), some.next_logps(some.begin(1)))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 8])
+def test_no_more_rows_of_logits_at_a_time_than_chunk(chunk):
+    net = Flat(0.0, 1.0, 0.5)
+    m = LanguageModel(net, torch.tensor([0]), 3, chunk=chunk)
+    m.sample(20, generator=rng("language", "x"))
+    assert max(n for n, _ in net.asked) == chunk
+    net.asked.clear()
+    m.logps(torch.zeros(20, 3, dtype=torch.int64))  # the rows of a string are taken at once
+    assert max(n for n, _ in net.asked) == max(1, chunk // 3)
+    net.asked.clear()
+    m.tree()  # so are those that may follow a beginning
+    assert max(n for n, _ in net.asked) == 3 * max(1, min(3, chunk // 3))
 
 
 def test_an_end_is_the_end():
@@ -287,12 +327,13 @@ def test_a_state_is_used_once():
 class Pieces:
     """A tokenizer whose tokens are characters, and what may go wrong with one."""
 
-    def __init__(self, before="", lower=False):
-        self.before, self.lower = before, lower
+    def __init__(self, before="", lower=False, wrapped=False):
+        self.before, self.lower, self.wrapped = before, lower, wrapped
 
     def encode(self, text, add_special_tokens):
         assert add_special_tokens is False
-        return [ord(c) for c in self.before + (text.lower() if self.lower else text)]
+        numbers = [ord(c) for c in self.before + (text.lower() if self.lower else text)]
+        return types.SimpleNamespace(ids=numbers) if self.wrapped else numbers  # as the package tokenizers does
 
     def decode(self, numbers, skip_special_tokens):
         assert skip_special_tokens is False
@@ -300,7 +341,8 @@ class Pieces:
 
 
 def test_a_prompt_is_what_its_tokens_stand_for():
-    assert language.encode(Pieces(), "ab").tolist() == [97, 98]
+    for wrapped in (False, True):
+        assert torch.equal(language.encode(Pieces(wrapped=wrapped), "ab"), torch.tensor([97, 98]))
     with pytest.raises(
         ValueError, match=r"text must be what its tokens stand for, got '<s>ab' from the tokens of 'ab'"
     ):
@@ -329,10 +371,13 @@ def test_bad_models_are_refused():
             logits=logits, past_key_values=cache
         )
 
-    with pytest.raises(TypeError, match="with batch_select_indices, got .*Tensor.* and .*NoneType"):
-        LanguageModel(answer(torch.zeros(1, 3, V), None), PROMPT, L)
+    with pytest.raises(TypeError, match="with batch_select_indices, got .*Tensor.* and .*tuple"):
+        LanguageModel(answer(torch.zeros(1, 3, V), ()), PROMPT, L)
     with pytest.raises(TypeError, match="and return logits"):
         LanguageModel(answer(None), PROMPT, L)
+    for nothing in (3, types.SimpleNamespace(logits=torch.zeros(1, 3, V))):
+        with pytest.raises(TypeError, match="and return logits"):
+            LanguageModel(lambda nothing=nothing, **_: nothing, PROMPT, L)
     with pytest.raises(ValueError, match=r"logits must have shape \(1, 3, 'V'\), got \(1, 1, 9\)"):
         LanguageModel(answer(torch.zeros(1, 1, V)), PROMPT, L)
     for bad in (math.nan, math.inf):
@@ -370,7 +415,14 @@ def test_bad_calls_are_refused():
         m.logps(torch.tensor([[0, 1, 2]]))
     with pytest.raises(ValueError, match=r"tokens must have shape \(n, t\), t in 1..2, got \(2,\)"):
         m.logps(torch.tensor([0, 1]))
-    assert m.logps(torch.zeros(0, 2, dtype=torch.int64)).shape == (0,)
+    none = m.logps(torch.zeros(0, 2, dtype=torch.int64))
+    assert none.shape == (0,) and none.dtype == F64
+    with pytest.raises(ValueError, match=r"^tokens must lie in 0..8, got values from 9 to 9"):
+        m.append(m.begin(1), torch.tensor([9]))
+    with pytest.raises(ValueError, match=r"^n must be an integer >= 1, got 0"):
+        m.sample(0, generator=rng("language", "x"))
+    with pytest.raises(ValueError, match=r"^length must be an integer >= 1, got 0"):
+        m.sample(1, 0, generator=rng("language", "x"))
     with pytest.raises(ValueError, match=r"length must be at most 2, that of the model, got 3"):
         m.sample(1, 3, generator=rng("language", "x"))
     with pytest.raises(ValueError, match=r"n must be an integer >= 1, got 0"):
@@ -398,8 +450,12 @@ def test_bad_calls_are_refused():
         tree.find(torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"ranks must have shape \(..., 2\), got \(1, 3\)"):
         tree.number(torch.zeros(1, 3, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"index must lie in 0..15"):
+    with pytest.raises(ValueError, match=r"ranks must have shape \(..., 2\), got \(\)"):
+        tree.number(torch.tensor(1))
+    with pytest.raises(ValueError, match=r"^index must lie in 0..15"):
         tree.ranks(torch.tensor([16]))
+    with pytest.raises(ValueError, match=r"^ranks must lie in 0..3"):
+        tree.number(torch.tensor([[0, 4]]))
 
 
 def test_float32_is_the_same_law_to_its_digits():
@@ -414,7 +470,7 @@ def test_float32_is_the_same_law_to_its_digits():
 
 
 def pool(path, n=20, chunk=8, seed="pool", kinds=("llama", "gpt2"), **options):
-    models = [model(kind, chunk=chunk) for kind in kinds]
+    models = [model(kind, chunk=chunk, end=8) for kind in kinds]
     return language.generate(models, n, path, generator=rng("language", seed), **options)
 
 
@@ -423,11 +479,13 @@ def test_a_pool_that_broke_off_goes_on(tmp_path):
     text = (tmp_path / "whole.jsonl").read_bytes()
     assert whole.tokens.shape == (2, 20, L) and whole.logps.shape == (2, 20)
     g = rng("language", "pool")  # it is what sample draws, one prompt after the other
-    assert torch.equal(whole.tokens[0], model("llama").sample(20, generator=g))
-    assert torch.equal(whole.tokens[1], model("gpt2").sample(20, generator=g))
-    torch.testing.assert_close(whole.logps[1], model("gpt2").logps(whole.tokens[1]), rtol=0, atol=DIGITS["gpt2"])
+    assert torch.equal(whole.tokens[0], model("llama", end=8).sample(20, generator=g))
+    assert torch.equal(whole.tokens[1], model("gpt2", end=8).sample(20, generator=g))
+    assert bool((whole.tokens[1, :, :-1] == 8).any())  # some ended early
+    expected = model("gpt2", end=8).logps(whole.tokens[1])
+    torch.testing.assert_close(whole.logps[1], expected, rtol=0, atol=DIGITS["gpt2"])
     lines = text.split(b"\n")
-    for kept in (0, 1, 5, 8, 16, 20, 21, 39, 40):
+    for kept in (0, 1, 5, 8, 12, 16, 20, 21, 39, 40):
         for cut in (b"", lines[kept][:9]):
             path = tmp_path / "part.jsonl"
             path.write_bytes(b"".join(line + b"\n" for line in lines[:kept]) + cut)
@@ -435,6 +493,8 @@ def test_a_pool_that_broke_off_goes_on(tmp_path):
             assert torch.equal(again.tokens, whole.tokens) and torch.equal(again.logps, whole.logps)
             assert path.read_bytes() == text
     assert [json.loads(line)["prompt"] for line in lines[:-1]] == [0] * 20 + [1] * 20
+    alone = pool(tmp_path / "alone.jsonl", kinds=("llama",))
+    assert torch.equal(alone.tokens, whole.tokens[:1]) and torch.equal(alone.logps, whole.logps[:1])
 
 
 def test_a_pool_keeps_what_was_drawn_before_an_error(tmp_path):
@@ -449,7 +509,7 @@ def test_a_pool_keeps_what_was_drawn_before_an_error(tmp_path):
 
     with pytest.raises(RuntimeError):
         pool(path, decode=decode)
-    assert path.read_bytes().count(b"\n") == 13
+    assert path.read_bytes().count(b"\n") == 13 and "\u2028".encode() in path.read_bytes()
     again = pool(path, decode=decode)
     assert torch.equal(again.tokens, pool(tmp_path / "other.jsonl").tokens)
     assert json.loads(path.read_text("utf-8").split("\n")[0])["text"].count("\u2028") == L - 1
@@ -462,13 +522,16 @@ def test_a_pool_of_something_else_is_refused(tmp_path):
     for bad in ({"seed": "another"}, {"kinds": ("gpt2", "gpt2")}):
         with pytest.raises(ValueError, match=r"path must hold what this call draws, got other tokens in line \d"):
             pool(path, n=3, **bad)
+    stored = json.loads(before.splitlines()[3])["logp"]
     with pytest.raises(
-        ValueError, match=r"path must hold what this call draws, got log-probability \S+ for \S+ in line 4"
+        ValueError, match=rf"path must hold what this call draws, got log-probability {stored:g} for \S+ in line 4"
     ):
         pool(path, n=3, kinds=("llama", "llama"))
-    with pytest.raises(ValueError, match=r"path must hold at most 4 lines, got 6"):
+    with pytest.raises(ValueError, match=r"path must hold at most 4 lines, got 6.* another n; for more"):
         pool(path, n=2)
-    with pytest.raises(ValueError, match=r"path must hold 4 tokens and logp of prompt 0 in line 4"):
+    with pytest.raises(
+        ValueError, match=r"path must hold 4 tokens and logp of prompt 0 in line 4.* another n; for more"
+    ):
         pool(path, n=5)
     assert path.read_bytes() == before
     for line in (
@@ -481,6 +544,25 @@ def test_a_pool_of_something_else_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"path must hold 4 tokens and logp of prompt 0 in line 1, got"):
             pool(path)
         assert path.read_text() == line + "\n"
+
+
+def test_a_pool_with_another_string_or_log_probability_is_refused(tmp_path):
+    path = tmp_path / "p.jsonl"
+    whole = pool(path, n=3)
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+    def changed(number, **fields):
+        rows = [line | fields if i == number else line for i, line in enumerate(lines, 1)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    changed(3, tokens=[(token + 1) % V for token in lines[2]["tokens"]])
+    with pytest.raises(ValueError, match=r"got other tokens in line 3 of"):
+        pool(path, n=3)
+    changed(4, logp=lines[3]["logp"] + 0.0009 * L)  # float32 moves it by less
+    assert torch.equal(pool(path, n=3).tokens, whole.tokens)
+    changed(4, logp=lines[3]["logp"] + 0.0011 * L)
+    with pytest.raises(ValueError, match=r"got log-probability \S+ for \S+ in line 4 of"):
+        pool(path, n=3)
 
 
 def test_bad_arguments_of_a_pool_are_refused(tmp_path):

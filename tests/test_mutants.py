@@ -64,7 +64,7 @@ def test_listed_survivors_are_changes_of_the_present_source(module):
         assert mutants.stands_in(change.old, code[change.function]), f"not in the source, or not once:\n{change}"
         assert change.old != change.new
         assert reason in mutants.REASONS
-        assert reason != "look" or module == "figures"
+        assert reason != "look" or module == "figures" or (module, change.function) == ("pool", "_picture")
 
 
 def test_a_change_is_the_statement_without_layout_and_comments():

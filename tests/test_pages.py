@@ -87,9 +87,8 @@ def test_a_chapter_is_one_sitting(name, visit, record_property):
 
 SMALL = """() => [...document.querySelectorAll("svg[data-font]")].filter((e) => e.clientWidth).map((e) =>
     [e.dataset.font * e.clientWidth / e.viewBox.baseVal.width, e.getAttribute("aria-label").slice(0, 60)])"""
-FIRST = (
-    """() => document.querySelector("article :is(.bk-fig, .bk-explorable, .bk-samples)").getBoundingClientRect().top"""
-)
+FIRST = """() => document.querySelector("article :is(.bk-fig, .bk-explorable, .bk-samples, .bk-flow)")
+    .getBoundingClientRect().top"""
 
 
 @pytest.mark.parametrize("name", SITTINGS)

@@ -84,6 +84,7 @@ def test_curve_at_its_limits(rule):
     constant = pool.curve(r, 0.7, 9, rule=rule, values=torch.full((9,), 0.1, dtype=F64))
     assert constant.tolist() == [0.1] * 9  # to the last digit
     if rule != "hard":
+        pool.curve(vector(0, 600), 1.0, 2, rule=rule)  # as far apart as they may be
         hot, cold = (pool.curve(r, beta, 9, rule=rule, values=f) for beta in (1e13, 3 / 590))
         torch.testing.assert_close(hot, f.mean().expand(9), rtol=0, atol=1e-12)
         if rule == "soft":
@@ -93,7 +94,7 @@ def test_curve_at_its_limits(rule):
 
 
 def test_hard_rule_asks_for_the_order_alone():
-    r = vector(0, 1e-30, 1, 1e30)
+    r = vector(-1e30, 0, 1e-30, 1)
     ranks = pool.curve(r, 1.0, 4, rule="hard", values=vector(1, 2, 3, 4))
     torch.testing.assert_close(ranks, pool.curve(vector(1, 2, 3, 4), 5e-324, 4, rule="hard"))
     assert pool.curve(r, 1.0, 4, rule="hard", values=vector(1, 0, 0, 0))[0] == 0.25
@@ -221,6 +222,7 @@ def test_pass_at_k():
     assert rates[3].item() == pytest.approx(0.928571, abs=5e-7)
     assert abs(rates[3].item() - (1 - (1 - 3 / 8) ** 4)) > 0.08  # the plug-in
     assert rates[5:].tolist() == pytest.approx([1, 1, 1], abs=1e-15)
+    assert torch.equal(pool.pass_at_k(correct > 0, 8), rates) and pool.pass_at_k(correct > 0, 8).dtype == F64
     assert pool.pass_at_k(0 * correct, 8).tolist() == [0] * 8 and pool.pass_at_k(0 * correct + 1, 8).tolist() == [1] * 8
 
 
@@ -468,11 +470,12 @@ def test_interval_with_one_shuffle_places_the_bets_of_verify():
 @pytest.mark.parametrize("rule", RULES)
 def test_interval_is_of_disjoint_blocks(rule):
     r, f = example_pool(24, 2.0, "interval-of-blocks")
-    f = f.clamp(-1, 1)
+    r, f = r.round(), f.clamp(-1, 1)  # ties in every block
     got = pool.interval(
-        r, 0.7, 2, low=-1, high=1, rule=rule, values=f, shuffles=1, delta=0.1, generator=verify.rng("blocks")
+        r, 0.7, 3, low=-1, high=1, rule=rule, values=f, shuffles=1, delta=0.1, generator=verify.rng("blocks")
     )
-    order = torch.rand(1, 24, generator=verify.rng("blocks"), dtype=F64).argsort(-1)[0].view(12, 2)
+    assert got.abs().max() < 1
+    order = torch.rand(1, 24, generator=verify.rng("blocks"), dtype=F64).argsort(-1)[0].view(8, 3)
     # The pool is looked at in ascending order of the rewards.
     places = r.argsort(stable=True)[order]
     means = torch.stack([(kept(r[s], 0.7, rule) * f[s]).sum() for s in places])
@@ -566,6 +569,17 @@ def test_a_target_next_to_the_best_of_n_asks_for_greed():
     near = vector(0, 1e-3, 1)  # so near that no temperature of the curves tells them apart
     greedy = pool.curve(near, 1.0, 2, rule="hard")[1].item()
     assert pool.needed_beta(near, greedy - 1e-6, 2, sigmas=0) == (0, 0, 0)
+    assert pool.needed_beta(POOL, math.nextafter(2, 3), 2) == (math.inf, math.inf, math.inf)  # and next to the mean
+
+
+def test_a_temperature_is_within_two_standard_errors_unless_said():
+    r, _ = example_pool(60, 4.0, "two-errors")
+    got = pool.needed_beta(r, 2.6, 3)
+    shift = 2 * pool.standard_errors(r, got.best, 3)[2].item()
+    for beta, level in zip(got, (2.6, 2.6 - shift, 2.6 + shift), strict=True):
+        assert pool.curve(r, beta, 3)[2].item() == pytest.approx(level, abs=1e-9)
+    whole = pool.needed_beta(POOL, 4.4, 6, sigmas=0)  # the infinite error at N = M counts 0 times
+    assert whole == (whole.best,) * 3 and pool.curve(POOL, whole.best, 6)[5].item() == pytest.approx(4.4, abs=1e-9)
 
 
 # --- divergence, doubts ----------------------------------------------------------------------------------------------
@@ -595,6 +609,9 @@ def test_doubts_say_what_is_wrong():
     equal = pool.doubts(torch.full((50,), 2.0, dtype=F64), 1.0, 2)
     assert equal == ["all 50 rewards are 2: nothing is selected"]
     assert pool.doubts(vector(*range(40)), 1.0, 4, rule="hard") == []
+    # At the limits there is no doubt: 10 answers count, a quarter is the share of one.
+    ten, four = (pool.doubts(vector(*range(m)), 1.0, 1, rule="hard") for m in (10, 4))
+    assert ten == [] and four == ["the kept answer is as good as one of 4.0: too few to know their rewards' mean"]
     # The rule that is asked for: the exponential one keeps the best more often than the soft one.
     one = torch.cat([torch.zeros(99, dtype=F64), vector(4)])
     found = [pool.doubts(one, 1.0, 50, rule=rule) for rule in ("soft", "exponential")]
@@ -630,7 +647,7 @@ ALIVE = {"low": 0.0, "high": 5.0, "generator": torch.Generator()}
         (lambda: pool.curve(POOL, 1.0, 1, log_ratios=POOL[:5]), "log_ratios must broadcast to shape (6,), got (5,)"),
         (lambda: pool.curve(POOL, 1.0, 1, log_ratios=-POOL.log()), "log_ratios must be finite or -inf (excluded)"),
         (
-            lambda: pool.curve(POOL, 1.0, 1, log_ratios=POOL - math.inf),
+            lambda: pool.curve(POOL.expand(2, 6), 1.0, 1, log_ratios=torch.stack([POOL, POOL - math.inf])),
             "log_ratios must leave at least one outcome of positive mass per row",
         ),
         (
@@ -660,7 +677,10 @@ ALIVE = {"low": 0.0, "high": 5.0, "generator": torch.Generator()}
         (lambda: pool.mean_interval(POOL, low=1, high=9), "x must lie in [1, 9], got values from 0 to 5"),
         (lambda: pool.needed_n(POOL, 1.0, math.nan, 2), "target must be finite, got nan"),
         (lambda: pool.needed_n(POOL, 1.0, 2.5, 2, sigmas=-1), "sigmas must be finite and >= 0, got -1"),
-        (lambda: pool.needed_n(POOL.expand(0, 6), 1.0, 2.5, 2), "rewards must hold at least one pool, got shape (0,)"),
+        (
+            lambda: pool.needed_n(POOL.expand(2, 0, 6), 1.0, 2.5, 2),
+            "rewards must hold at least one pool, got shape (2, 0)",
+        ),
         (
             lambda: pool.needed_beta(POOL, 2.0, 3),
             "target must lie strictly between the mean reward 2 and the best of 3 3.75, got 2.0",
@@ -709,8 +729,11 @@ def lines(path, records):
     return path
 
 
-def run(capsys, *arguments):
-    status = pool._main([str(a) for a in arguments])
+def run(capsys, *arguments, clock=lambda: 0.0):
+    """The status and what was printed. Nothing is said about progress, however busy the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool.time, "monotonic", clock)
+        status = pool._main([str(a) for a in arguments])
     printed = capsys.readouterr()
     return status, printed.out, printed.err
 
@@ -737,7 +760,7 @@ def test_command_line_prints_the_curve_of_a_pool(capsys, tmp_path):
         estimate, limit = pool.divergence(r, 0.5, k)
         assert (kl, bound) == (f"{estimate.item():.4f}", f"{limit.item():.4f}")
     assert "<svg" in (tmp_path / "a.jsonl.svg").read_text(encoding="utf-8") and "picture: " in out
-    assert "beta 0.5" in out
+    assert "\nrule soft, beta 0.5\n" in out
 
 
 def test_command_line_averages_over_prompts_and_takes_values(capsys, tmp_path):
@@ -752,6 +775,7 @@ def test_command_line_averages_over_prompts_and_takes_values(capsys, tmp_path):
     picture = tmp_path / "curve.png"
     status, out, err = run(capsys, path, "--beta", 1, "--rule", "hard", "--n", 6, "--picture", picture)
     assert status == 0 and err == "" and picture.stat().st_size > 1000 and "beta" not in out
+    assert "\nrule hard, mean of value\n" in out
     each = pool.curve(r, 1.0, 6, rule="hard", values=f)
     errors = pool.standard_errors(r, 1.0, 6, rule="hard", values=f).square().sum(0).sqrt() / 3
     for n, mean, error, over, doubtful in columns(out, "N", "mean", "s.e.", "over prompts", "doubtful"):
@@ -763,8 +787,8 @@ def test_command_line_averages_over_prompts_and_takes_values(capsys, tmp_path):
 
 def test_command_line_finds_a_temperature(capsys, tmp_path):
     r = torch.randn(2, 30, generator=verify.rng("ess"), dtype=F64)
-    records = [{"prompt": i, "reward": x} for i in range(2) for x in r[i].tolist()]
-    records += [{"prompt": "tied", "reward": 1.0}] * 5
+    records = [{"prompt": "tied", "reward": 1.0}] * 5
+    records += [{"prompt": i, "reward": x} for i in range(2) for x in r[i].tolist()]
     file = lines(tmp_path / "a.jsonl", records)
     status, out, _ = run(capsys, file, "--ess", 0.7, "--target", 0.9, "--n", 2)
     betas = [float(weights_for(x, 0.7)) for x in r]
@@ -794,6 +818,50 @@ def test_command_line_says_what_a_target_needs(capsys, tmp_path):
     assert "N = inf" in out and "at N = 5: target must lie strictly between the mean reward 2 and the best of 5" in out
     noisy = [f"{pool.divergence(POOL, 1.0, n, rule='exponential')[0].item():.4f}" for n in (1, 2, 4, 5)]
     assert [row[0] for row in columns(out, "KL")] == noisy
+
+
+def test_command_line_of_the_hard_rule_asks_for_no_temperature(capsys, tmp_path):
+    i = torch.arange(514)
+    r = torch.stack([i % 2, i % 3 > 0]).double()  # half of them or more are best: no temperature keeps fewer
+    file = lines(tmp_path / "a.jsonl", [{"prompt": i, "reward": x} for i in (0, 1) for x in r[i].tolist()])
+    status, out, _ = run(capsys, file, "--rule", "hard", "--target", 0.8)
+    head = [f"{file}: 1028 answers to 2 prompts, 514 or more each", "rule hard"]
+    assert status == 0 and out.splitlines()[:2] == head and columns(out, "N")[-1] == ["256"]
+    assert "target 0.8: N = 2, from" in out and "at N" not in out
+
+
+def test_command_line_finds_the_temperature_of_its_rule(capsys, tmp_path):
+    r = torch.stack([POOL, POOL.sqrt()])
+    file = lines(tmp_path / "a.jsonl", [{"prompt": i, "reward": x} for i in (0, 1) for x in r[i].tolist()])
+    options = ("--beta", 1, "--target", 2, "--rule", "exponential", "--n")
+    beta = pool.needed_beta(r, 2.0, 2, rule="exponential").best
+    _, out, _ = run(capsys, file, *options, 2)
+    assert f"at N = 2: beta = {beta:.6g}, from " in out
+    spread = pool.curve(r, 1.0, 2, rule="exponential").std(0) / math.sqrt(2)
+    kl = [pool.divergence(r, 1.0, n, rule="exponential")[0].mean().item() for n in (1, 2)]
+    assert columns(out, "over prompts", "KL") == [[f"{spread[i].item():.3g}", f"{kl[i]:.4f}"] for i in (0, 1)]
+    assert "at N" not in run(capsys, file, *options, 1)[1]  # one answer is kept at any temperature
+
+
+def test_the_picture_is_the_curve_with_a_band_of_two_errors(capsys, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: drawn.append((figure, path)))
+    file = lines(tmp_path / "a.jsonl", [{"reward": x} for x in POOL.tolist()])
+    run(capsys, file, "--beta", 1, "--n", 6)
+    ((figure, path),) = drawn
+    (ax,) = figure.axes
+    ((line,), (band,)) = ax.lines, ax.collections
+    c, e = pool.curve(POOL, 1.0, 6).numpy(), pool.standard_errors(POOL, 1.0, 6).numpy()
+    assert path == f"{file}.svg" and ax.get_title() == "a.jsonl, soft best-of-N"
+    assert line.get_xdata().tolist() == [*range(1, 7)] and line.get_ydata().tolist() == c.tolist()
+    edge = band.get_paths()[0].vertices
+    assert edge[:, 0].max() == 5  # all 6 answers say nothing about their error
+    for n in range(1, 6):
+        at = edge[edge[:, 0] == n, 1]
+        assert (at.min(), at.max()) == pytest.approx((c[n - 1] - 2 * e[n - 1], c[n - 1] + 2 * e[n - 1]), abs=1e-12)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["two standard errors", "unbiased curve"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("N", "mean of what best-of-N keeps")
+    assert ax.get_xscale() == "log" and ax.xaxis.get_transform().base == 2
 
 
 def test_command_line_of_a_draft(capsys, tmp_path):
@@ -834,11 +902,12 @@ def test_bad_lines_are_named_and_the_others_are_used(capsys, tmp_path):
     clean = run(capsys, lines(tmp_path / "b.jsonl", good), "--beta", 1)[1]
     assert out.splitlines()[1:-1] == clean.splitlines()[1:-1]  # all but the two lines that name the file
     # A bad line does not say which numbers the others have.
-    reversed_values = [{**g, "value": -g["value"]} for g in good]
-    status, out, _ = run(capsys, lines(tmp_path / "e.jsonl", ['{"reward": NaN}', *reversed_values]), "--beta", 1)
+    bad, reversed_values = ['{"reward": NaN}', '{"value": 1}'], [{**g, "value": -g["value"]} for g in good]
+    status, out, _ = run(capsys, lines(tmp_path / "e.jsonl", [*bad, *reversed_values]), "--beta", 1)
     assert status == 1 and columns(out, "mean")[0] == ["-2"]
-    many = lines(tmp_path / "c.jsonl", [*good, *["nonsense"] * 30])
-    assert "and 10 more" in run(capsys, many, "--beta", 1)[2]
+    for bad, more in ((20, []), (21, [f"{tmp_path / 'c.jsonl'}: and 1 more"])):
+        many = lines(tmp_path / "c.jsonl", [*good, *["nonsense"] * bad])
+        assert run(capsys, many, "--beta", 1)[2].splitlines()[20:] == more
 
 
 def test_bad_lines_of_a_table_are_named(capsys, tmp_path):
@@ -850,6 +919,38 @@ def test_bad_lines_of_a_table_are_named(capsys, tmp_path):
     expected += ["line 6 has no reward", "line 7 has a value that is no finite number: 'x'"]
     expected += ["line 8 has a value that is no finite number: '\ufffd'"]
     assert err.splitlines() == [f"{file}: {line}" for line in expected]
+
+
+def test_prompts_are_told_apart_to_the_letter_and_an_empty_column_is_none(capsys, tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_bytes(b'prompt,reward,value\nalone,9,\n"a\nb",1,\n"a\r\nb",2,\n"a\nb",3,\n"a\r\nb",4,\n')
+    status, out, err = run(capsys, file, "--beta", 1, "--n", 1)
+    assert status == 1 and err == f"{file}: prompt 'alone' has one answer, which is no pool\n"
+    assert "4 answers to 2 prompts, 2 or more each" in out and columns(out, "mean") == [["2.5"]]
+
+
+HELP = {
+    "-h, --help": "show this help message and exit",
+    "--rule {hard,soft,exponential}": "how one of N answers is kept (soft)",
+    "--beta BETA": "temperature in reward units",
+    "--ess ESS": "else the temperature keeps this share of a pool (0.5)",
+    "--n N": "largest N (half of the smallest pool, at most 256)",
+    "--target TARGET": "say which N and which temperature reach this mean",
+    "--picture PICTURE": "where the picture goes (FILE.svg)",
+}
+
+
+def test_help_says_what_each_option_does(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        pool._main(["--help"])
+    usage, what, file, options = capsys.readouterr().out.split("\n\n")
+    assert usage.startswith("usage: python -m tiltlib.pool [-h]") and what == pool.__doc__.split("\n\n")[0]
+    assert file.split("file", 1)[1].strip() == "answers, one a line: .csv with a header, else JSON lines"
+    assert options.split()[1:] == " ".join(f"{option} {help}" for option, help in HELP.items()).split()
+    with pytest.raises(SystemExit):
+        pool._main(["a.jsonl", "--rule", "best"])
+    assert "argument --rule: invalid choice: 'best'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -894,13 +995,12 @@ def test_nothing_is_lost_without_matplotlib(capsys, tmp_path, monkeypatch):
     assert err == "no picture: it needs the matplotlib package, pip install matplotlib\n"
 
 
-def test_long_files_show_progress(capsys, tmp_path, monkeypatch):
-    clock = itertools.count()
-    monkeypatch.setattr(pool.time, "monotonic", lambda: 9.0 * next(clock))
+def test_long_files_show_progress_when_more_than_5_seconds_have_passed(capsys, tmp_path):
+    # At the start; 1,024 lines; 2,048 lines, and again to say so; the pool; the table, and again.
+    clock = iter([100, 105, 105.75, 105.75, 110.75, 116, 116])
     file = lines(tmp_path / "a.jsonl", [{"reward": x} for x in range(2100)])
-    _, _, err = run(capsys, file, "--beta", 1000, "--n", 1)
-    said = [line.split(",  ")[0] for line in re.sub(r", \d+ s", ",  ", err).splitlines()]
-    assert said == ["1,024 lines read", "2,048 lines read", "1 pools done", "1 draws of the table done"]
+    _, _, err = run(capsys, file, "--beta", 1000, "--n", 1, clock=lambda: next(clock))
+    assert err == "2,048 lines read, 6 s\n1 draws of the table done, 16 s\n"
 
 
 @pytest.mark.slow
@@ -931,24 +1031,53 @@ def test_needed_n_passes_on_the_rule_the_values_and_the_ratios():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_one_block_of_the_whole_pool_is_one_bet(rule):
-    """Ties included; and the chance of an error is .05 unless said."""
     r, f = example_pool(8, 2.0, "interval-of-one-block")
     r[3] = r.max()  # a tie at the top
-    f = f.clamp(-1, 1)
+    f = f.clamp(-1, 1) / 9 - 8 / 9  # so low that one value says something
+    options = {"low": -1, "high": 1, "delta": 0.9}
     one = (kept(r, 0.7, rule) * f).sum()[None]
-    got = pool.interval(r, 0.7, 8, low=-1, high=1, rule=rule, values=f, shuffles=1, generator=verify.rng("one"))
-    torch.testing.assert_close(got, pool.mean_interval(one, low=-1, high=1, delta=0.05), rtol=0, atol=1e-12)
-    assert torch.equal(pool.mean_interval(one, low=-1, high=1), pool.mean_interval(one, low=-1, high=1, delta=0.05))
-    rows = pool.interval(
+    expected = pool.mean_interval(one, **options)
+    assert expected[1] < 0.9
+    got = pool.interval(
         *(torch.stack([r, r]), 0.7, 8),
-        low=-1,
-        high=1,
         rule=rule,
         values=torch.stack([f, -f]),
         shuffles=1,
         generator=verify.rng("one"),
+        **options,
     )
-    torch.testing.assert_close(rows, torch.stack([got, -got.flip(0)]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(got, torch.stack([expected, -expected.flip(0)]), rtol=0, atol=1e-12)
+
+
+def test_an_interval_is_of_16_shuffles_at_05_unless_said():
+    x = torch.rand(40, generator=verify.rng("unless-said"), dtype=F64)
+    said = pool.mean_interval(x, low=0, high=1, delta=0.05)
+    assert torch.equal(pool.mean_interval(x, low=0, high=1), said) and 0 < said[0] < said[1] < 1
+    ends = [
+        pool.interval(x, 1.0, 2, low=0, high=1, generator=verify.rng("unless-said"), **options)
+        for options in ({}, {"delta": 0.05, "shuffles": 16})
+    ]
+    assert torch.equal(*ends) and 0 < ends[0][0] < ends[0][1] < 1
+
+
+def test_intervals_of_rows():
+    x = torch.rand(2, 3, 30, generator=verify.rng("interval-rows"), dtype=F64)
+    alone = torch.stack([torch.stack([pool.mean_interval(x[i, j], low=0, high=1) for j in range(3)]) for i in (0, 1)])
+    torch.testing.assert_close(pool.mean_interval(x, low=0, high=1), alone, rtol=0, atol=1e-12)
+
+
+def test_an_interval_lies_within_the_bounds():
+    assert pool.mean_interval(vector(0.5), low=-1, high=3).tolist() == [-1, 3]  # one value says nothing at .05
+
+
+@pytest.mark.parametrize(("low", "high", "end"), [(0.0, 0.1, 0.1), (0.7, 1.0, 0.7)])
+def test_a_value_at_a_bound_that_its_dtype_rounds_is_at_the_bound(low, high, end):
+    """In bfloat16 .1 is more than .1 and .7 less than .7."""
+    x = vector(end, *[1.0 if high == 1 else 0.0] * 30)
+    got, expected = pool.mean_interval(x.bfloat16(), low=low, high=high), pool.mean_interval(x, low=low, high=high)
+    assert torch.equal(got, expected.bfloat16()) and expected.diff() < (high - low) / 2
+    options = {"low": low, "high": high, "generator": verify.rng("rounded-bound"), "shuffles": 1}
+    assert torch.equal(pool.interval(x.bfloat16(), 1.0, 1, **options), expected.bfloat16())
 
 
 @pytest.mark.parametrize("rule", ["soft", "exponential"])
@@ -956,11 +1085,11 @@ def test_a_needed_temperature_has_the_unit_of_the_reward_and_no_zero(rule):
     plain = pool.needed_beta(POOL, 3.3, 3, rule=rule, sigmas=0.2)
     moved = pool.needed_beta(10 * POOL - 400, 33 - 400, 3, rule=rule, sigmas=0.2)
     assert torch.tensor(moved).tolist() == pytest.approx((10 * torch.tensor(plain)).tolist(), rel=1e-6)
-    apart = pool.needed_beta(torch.stack([POOL - 300, POOL + 300]), 3.3, 3, rule=rule, sigmas=0)
-    assert apart.best == pytest.approx(plain.best, rel=1e-6)
-    assert pool.needed_beta(POOL, 3.3, 3, rule=rule) == pool.needed_beta(POOL, 3.3, 3, rule=rule, sigmas=2.0)
-    hot = pool.needed_beta(10 * POOL, 33, 3, rule=rule, sigmas=0.2)
-    assert hot.best > 1 and hot.low > hot.best > hot.high  # above 1 as below
+    small = pool.needed_beta(POOL / 10, 0.33, 3, rule=rule, sigmas=0.2)
+    assert small.low > small.best > small.high and small.best < 1 < moved.best  # below 1 as above
+    cold = pool.needed_beta(POOL, 3.6, 3, rule=rule, sigmas=0).best
+    apart = pool.needed_beta(torch.stack([POOL - 300, POOL + 300]), 3.6, 3, rule=rule, sigmas=0)
+    assert apart.best == pytest.approx(cold, rel=1e-6) and cold < 1
 
 
 def test_the_bounds_of_a_mean_are_finite():

@@ -83,7 +83,7 @@ class Html:
 
 
 def figure(
-    nrows: int = 1, ncols: int = 1, *, width: float = 5.2, height: float = 3.2, **subplots_kw: Any
+    nrows: int = 1, ncols: int = 1, *, width: float = 5.1, height: float = 3.2, **subplots_kw: Any
 ) -> tuple[Figure, Any]:
     """Make a figure and its axes in the style of the book.
 
@@ -93,7 +93,7 @@ def figure(
     Args:
         nrows: Number of rows of axes, >= 1.
         ncols: Number of columns of axes, >= 1.
-        width: Largest shown width in inches, > 0; the book's text column is about 7 wide. At 5.2 the labels are large
+        width: Largest shown width in inches, > 0; the book's text column is about 7 wide. At 5.1 the labels are large
             enough on a phone.
         height: Shown height in inches at that width, > 0.
         **subplots_kw: Passed on to `matplotlib.figure.Figure.subplots`, for example `sharey=True`.

@@ -400,7 +400,9 @@ def particles(
     proposal and twist are; that of p itself only as steps grow too, or if K is the exact reverse kernel. Likewise Z is
     the mean of w under that chain. Weights are carried from step to step until a resampling spends them; dropping them
     is a bias. Points are carried in float64; each function sees, and the result has, the dtype of `y`. Differentiable
-    in `y`, in `start_log_weights` and in what the functions depend on, with the resampled indices held constant.
+    in `y`, in `start_log_weights` and in what the functions depend on, with the resampled indices held constant: so a
+    network whose parameters require gradients leaves the graph of all steps in the result. To draw, and no more, call
+    this under `torch.no_grad`; `plug_in` takes its own gradient there too.
 
     Args:
         ref: Score function of the reference.

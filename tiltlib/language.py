@@ -65,7 +65,7 @@ def encode(tokenizer: Any, text: str) -> Tensor:
     back = tokenizer.decode(numbers, skip_special_tokens=False)
     if back != text:
         raise ValueError(f"text must be what its tokens stand for, got {back!r} from the tokens of {text!r}")
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    return torch.tensor(numbers, device="cpu")
 
 
 @dataclass
@@ -124,17 +124,17 @@ class Tree(NamedTuple):
             ValueError: `tokens` of another shape, or a string that is not in the tree.
         """
         tokens = _checks.sequences("tokens", tokens)
-        if tokens.ndim != 2 or tokens.shape[-1] != len(self.ids):
+        if tokens.ndim != 2 or tokens.shape[1] != len(self.ids):
             raise ValueError(f"tokens must have shape (n, {len(self.ids)}), got {tuple(tokens.shape)}")
         at = torch.zeros_like(tokens[:, 0])
-        for t, (ids, token) in enumerate(zip(self.ids, tokens.unbind(-1), strict=True)):
+        for t, (ids, token) in enumerate(zip(self.ids, tokens.unbind(1), strict=True)):
             hit = ids[at] == token[:, None]
-            if not bool(hit.any(-1).all()):
-                row = int((~hit.any(-1)).nonzero()[0])
+            if not bool(hit.any(1).all()):
+                row = int((~hit.any(1)).nonzero()[0])
                 raise ValueError(
                     f"tokens must be strings of the tree, got token {int(token[row])} at place {t} of row {row}"
                 )
-            at = at * self._k + hit.byte().argmax(-1)  # the first, should the end token stand in every column
+            at = at * self._k + hit.byte().argmax(1)  # the first, should the end token stand in every column
         return at
 
     def ranks(self, index: Tensor) -> Tensor:
@@ -308,11 +308,11 @@ class LanguageModel(AutoregressiveModel[Begun]):
         k = v if self.top_k is None else self.top_k
         if k == v:
             return torch.arange(v, device=x.device).expand(x.shape), torch.log_softmax(x, -1)
-        top = x.detach().topk(k, -1)
+        top = x.detach().topk(k)
         ids = top.indices
         least = top.values.amin(-1, keepdim=True)
         if bool(((x >= least).sum(-1) > k).any()):  # a tie at the edge: which of them topk takes depends on the machine
-            ids = torch.sort(x.detach(), dim=-1, descending=True, stable=True).indices[..., :k]
+            ids = torch.sort(x.detach(), descending=True, stable=True).indices[..., :k]
         ids = ids.sort(-1).values
         return ids, torch.log_softmax(x.gather(-1, ids), -1)
 
@@ -357,10 +357,8 @@ class LanguageModel(AutoregressiveModel[Begun]):
 
     def _next(self, state: Begun) -> tuple[Tensor, Tensor]:
         """Token numbers and log-probabilities of what comes next, (n, k), for strings that have not ended."""
-        if state.tokens.shape[-1] >= self.length:
-            raise ValueError(
-                f"state must hold strings of fewer than {self.length} tokens, got {state.tokens.shape[-1]}"
-            )
+        if state.tokens.shape[1] >= self.length:
+            raise ValueError(f"state must hold strings of fewer than {self.length} tokens, got {state.tokens.shape[1]}")
         if state.cache is None:
             raise ValueError("state was continued already: its keys and values have moved")
         if state.law is None:
@@ -482,7 +480,7 @@ class LanguageModel(AutoregressiveModel[Begun]):
 
     def _write(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Write strings by given uniform numbers, (length, m); return them and their log-probabilities."""
-        state = self.begin(u.shape[-1])
+        state = self.begin(u.shape[1])
         total = torch.zeros_like(u[0])
         for t, numbers in enumerate(u):
             token, logp = self._pick(state, numbers)
@@ -506,7 +504,7 @@ class LanguageModel(AutoregressiveModel[Begun]):
             TypeError: `tokens` is not an integer tensor.
             ValueError: `tokens` not of this shape, or out of range.
         """
-        return self.token_logps(tokens).sum(-1)
+        return self.token_logps(tokens).sum(1)
 
     def token_logps(self, tokens: Tensor) -> Tensor:
         """Compute log p(y_t | prompt, y_<t) of each token. Differentiable in the parameters of the network.
@@ -522,17 +520,17 @@ class LanguageModel(AutoregressiveModel[Begun]):
             ValueError: as for `logps`.
         """
         tokens = _checks.sequences("tokens", tokens)
-        if tokens.ndim != 2 or tokens.shape[-1] > self.length:
+        if tokens.ndim != 2 or tokens.shape[1] > self.length:
             raise ValueError(f"tokens must have shape (n, t), t in 1..{self.length}, got {tuple(tokens.shape)}")
         if not len(tokens):
             return torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
         tokens = _checks.indices("tokens", tokens, self.vocabulary)
-        return torch.cat([self._read(part) for part in tokens.split(max(1, self.chunk // tokens.shape[-1]))])
+        return torch.cat([self._read(part) for part in tokens.split(max(1, self.chunk // tokens.shape[1]))])
 
     def _read(self, tokens: Tensor) -> Tensor:
         first, cache = self._run(self.prompt[None], None)  # here, so that the gradient passes through the prompt too
         logits = first[:, -1:].expand(len(tokens), -1, -1)
-        if tokens.shape[-1] > 1:
+        if tokens.shape[1] > 1:
             cache.batch_select_indices(torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device))
             logits = torch.cat([logits, self._run(tokens[:, :-1], cache)[0]], 1)
         ids, logps = self._law(logits)
@@ -541,7 +539,7 @@ class LanguageModel(AutoregressiveModel[Begun]):
         if self.end is None:
             return terms
         is_end = tokens == self.end
-        ended = is_end.cumsum(-1) > is_end.long()  # before this token
+        ended = is_end.cumsum(1) > is_end.long()  # before this token
         return torch.where(ended, torch.where(is_end, 0.0, -math.inf), terms)
 
     @torch.no_grad()
@@ -588,7 +586,7 @@ class LanguageModel(AutoregressiveModel[Begun]):
         levels[t].append((ids, logps))
         if t + 1 == self.length:
             return
-        k = ids.shape[-1]
+        k = ids.shape[1]
         parts = torch.arange(n, device=ids.device).split(max(1, self.chunk // k))
         for parents in parts:
             here = copy.deepcopy(state) if len(parts) > 1 else state
@@ -622,8 +620,8 @@ def generate(
     `text`. Lines are written as soon as `chunk` strings are drawn. A later call with the same arguments takes the lines
     that are there and draws the others; the result is that of a call that went through. It draws the first lines again,
     looks at the log-probability of one string for each other prompt, and refuses a file that holds others. Not
-    differentiable. A last line that was cut off is drawn again. Add a `reward` to each line, and `python -m
-    tiltlib.pool` reads the file.
+    differentiable. A last line that was cut off is drawn again. A file keeps its n: for more strings later draw another
+    file, from another seed. Add a `reward` to each line, and `python -m tiltlib.pool` reads the file.
 
     Args:
         models: P >= 1 models of one length L, one for each prompt.
@@ -647,13 +645,13 @@ def generate(
     _checks.count("n", n)
     path, n, length = Path(path), int(n), lengths.pop()
     stored = _stored(path, len(models), n, length)
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("ab") as file:
         for i, model in enumerate(models):
             parts = model._uniforms(n, length, generator).split(model.chunk, 1)
             for start, u in zip(range(0, n, model.chunk), parts, strict=True):
                 first = i * n + start
-                have = stored[first : first + u.shape[-1]]
-                if len(have) == u.shape[-1] and first:
+                have = stored[first : first + u.shape[1]]
+                if len(have) == u.shape[1] and first:
                     if not start:
                         _same_law(model, *have[0], f"line {first + 1} of {path}")
                     continue
@@ -662,13 +660,14 @@ def generate(
                     if old[0] != new:
                         raise ValueError(
                             f"path must hold what this call draws, got other tokens in line {first + j + 1} of {path}: "
-                            "another model, prompt, option, generator, or a machine that rounds differently"
+                            "another model, prompt, option or n, a generator in another state (make it anew for each "
+                            "call), or a machine that rounds differently"
                         )
                 for string, logp in zip(tokens[len(have) :], logps[len(have) :], strict=True):
                     line: dict[str, object] = {"prompt": i, "tokens": string, "logp": logp}
                     if decode is not None:
                         line["text"] = decode(string)
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                     stored.append((string, logp))
                 file.flush()
     device = models[0].prompt.device
@@ -684,15 +683,18 @@ def _same_law(model: LanguageModel, tokens: list[int], logp: float, where: str) 
         raise ValueError(f"path must hold what this call draws, got log-probability {logp:g} for {found:g} in {where}")
 
 
+_KEEPS_N = "the file was begun with another n; for more strings draw another file, from another seed"
+
+
 def _stored(path: Path, prompts: int, n: int, length: int) -> list[tuple[list[int], float]]:
     """Read the strings that a file holds, and cut off a last line that is not whole."""
     if not path.exists():
         return []
     whole = path.read_bytes()
     kept = whole[: whole.rfind(b"\n") + 1]
-    lines = kept.decode("utf-8").split("\n")[:-1]
+    lines = kept.decode().split("\n")[:-1]
     if len(lines) > prompts * n:
-        raise ValueError(f"path must hold at most {prompts * n} lines, got {len(lines)} in {path}")
+        raise ValueError(f"path must hold at most {prompts * n} lines, got {len(lines)} in {path}: {_KEEPS_N}")
     found = []
     for number, line in enumerate(lines):
         try:
@@ -703,7 +705,7 @@ def _stored(path: Path, prompts: int, n: int, length: int) -> list[tuple[list[in
         if prompt != number // n or len(tokens) != length or not math.isfinite(logp):
             raise ValueError(
                 f"path must hold {length} tokens and logp of prompt {number // n} in line {number + 1}, "
-                f"got {line[:60]!r} in {path}"
+                f"got {line[:60]!r} in {path}: a line was changed, or {_KEEPS_N}"
             )
         found.append((tokens, logp))
     if len(kept) < len(whole):

@@ -22,6 +22,8 @@ From the command line: `python -m tiltlib.pool FILE` reads answers, one a line, 
 
     {"prompt": "a", "reward": 0.7}                                JSON lines, or CSV with these columns
     {"prompt": "a", "reward": 0.2, "value": 1, "logratio": -0.1}  of which prompt, value and logratio are optional
+
+Where lines have a `value`, the curve is that of the value of the answer kept by its reward.
 """
 
 import argparse
@@ -201,7 +203,7 @@ def standard_errors(
     for row, pool in zip(out, pools, strict=True):
         known = min(n, m - 1)  # without an answer there are no M left
         without = _without_each(pool, known, rule)
-        row[:known] = (without - _curve(pool, known, rule)[:, None]).square().sum(-1).sqrt()
+        row[:known] = (without - _curve(pool, known, rule)[:, None]).square().sum(1).sqrt()
     return out.view(*shape, n).to(rewards.dtype)
 
 
@@ -213,14 +215,14 @@ def pass_at_k(correct: Tensor, n: int) -> Tensor:
     The hard curve of 0 and 1; `curve` itself is asked. Not differentiable.
 
     Args:
-        correct: 1 for a correct answer and 0 for a wrong one, shape (..., M), floating.
+        correct: 1 for a correct answer and 0 for a wrong one, shape (..., M), floating or bool.
         n: Largest k, 1 <= n <= M.
 
     Returns:
-        Pass rates for k = 1, ..., n, shape (..., n), in the dtype of `correct`.
+        Pass rates for k = 1, ..., n, shape (..., n), in the dtype of `correct`; float64 for bool.
 
     Raises:
-        TypeError: `correct` is not a floating tensor, or `n` not an int.
+        TypeError: `correct` is neither a floating nor a bool tensor, or `n` not an int.
         ValueError: numbers other than 0 and 1, fewer than two answers, or `n` < 1 or > M.
 
     Example:
@@ -229,6 +231,8 @@ def pass_at_k(correct: Tensor, n: int) -> Tensor:
 
     Source: [chen2021]; book, `pool-curve-rules`.
     """
+    if isinstance(correct, Tensor) and correct.dtype == torch.bool:
+        correct = correct.double()
     _checks.tensor("correct", correct)
     wrong = correct[(correct != 0) & (correct != 1)]
     if len(wrong):
@@ -302,7 +306,7 @@ def _sizes(n: int, like: Tensor) -> Tensor:
 
 def _within(m: int, n: int, like: Tensor) -> Tensor:
     """Compute C(i, N) / C(m, N), the share of N-subsets that lie among the first i of m; rows i = 0..m, columns N."""
-    i = torch.arange(1, m + 1, dtype=torch.float64, device=like.device)[:, None]
+    i = _sizes(m, like)[:, None]
     # From the top down by factors 1 - N / i; the factor at i = N is 0, and what lies below stays there.
     lower = (1 - _sizes(n, like) / i).flip(0).cumprod(0).flip(0)
     return torch.cat([lower, torch.ones_like(lower[:1])])
@@ -310,8 +314,7 @@ def _within(m: int, n: int, like: Tensor) -> Tensor:
 
 def _best_of(m: int, n: int, like: Tensor) -> Tensor:
     """Compute (N / i) C(i, N) / C(m, N), the chance that the i-th of m is the last in an N-subset; rows i = 1..m."""
-    i = torch.arange(1, m + 1, dtype=torch.float64, device=like.device)[:, None]
-    return _within(m, n, like)[1:] * (_sizes(n, like) / i)
+    return _within(m, n, like)[1:] * (_sizes(n, like) / _sizes(m, like)[:, None])
 
 
 def _levels(pool: _Pool) -> tuple[Tensor, Tensor, Tensor]:
@@ -395,7 +398,7 @@ def _exponential(pool: _Pool, n: int) -> Tensor:
         return out
     width = -float(pool.log_w[0]) / panels
     ends = -pool.log_w / width  # where each answer dies, counted in panels; the best at 0
-    x, until = _interpolation(ends, panels, width)
+    x, until = _interpolation(ends, width)
     for first in range(0, panels, 8):
         panel = torch.arange(first, min(first + 8, panels), dtype=torch.float64, device=like.device)
         left, size = (width * panel).exp()[:, None], math.expm1(width)
@@ -426,12 +429,12 @@ def _gauss(count: int) -> tuple[Floats, Floats, Floats]:
     return x, weight, legendre.legvander(x, count - 1).T * weight
 
 
-def _interpolation(ends: Tensor, panels: int, width: float) -> tuple[Tensor, Tensor]:
+def _interpolation(ends: Tensor, width: float) -> tuple[Tensor, Tensor]:
     """Return the nodes of a panel, and integrals of the interpolating polynomials up to each end; the last, up to 1."""
     x, _, dual = _gauss(_NODES)
     e = ends.cpu().numpy()
-    inside = np.expm1(width * (e - np.minimum(np.floor(e), panels - 1))) / math.expm1(width)
-    y = np.append(2 * inside.clip(0, 1) - 1, 1.0)
+    inside = np.expm1(width * (e - np.floor(e))) / math.expm1(width)
+    y = np.append(2 * inside - 1, 1.0)
     # The integral of (2 l + 1) P_l from -1 is P_(l+1) - P_(l-1), with -1 for P_(-1).
     p = legendre.legvander(y, _NODES)
     gained = (p[:, 1:] - np.column_stack([-np.ones_like(y), p[:, : _NODES - 1]])) / 2
@@ -448,7 +451,7 @@ def _without_each(pool: _Pool, n: int, rule: str) -> Tensor:
         return _soft_without_each(pool, n) * pool.mean_ratio ** _sizes(n, pool.f)[:, None] + pool.offset
     if rule == "hard":
         return _hard_without_each(pool, n) + pool.offset
-    return torch.stack([_curve(_leave_out(pool, i), n, rule) for i in range(m)], -1)
+    return torch.stack([_curve(_leave_out(pool, i), n, rule) for i in range(m)], 1)
 
 
 def _leave_out(pool: _Pool, i: int) -> _Pool:
@@ -546,8 +549,8 @@ def interval(
     pools, shape = _pools(rewards, beta, n, rule, values, None)
     _checks.count("shuffles", shuffles)
     _checks.generator("generator", generator)
-    f = (rewards if values is None else values.expand(shape + values.shape[-1:])).detach().double()
-    _bounded("rewards" if values is None else "values", f, low, high)
+    name, f = ("rewards", rewards) if values is None else ("values", values)
+    _bounded(name, f.detach(), low, high)
     m = rewards.shape[-1]
     k = m // n
     means = torch.empty(len(pools), shuffles, k, dtype=torch.float64, device=rewards.device)
@@ -622,12 +625,12 @@ def _enclosed(x: Tensor, low: float, high: float, delta: float) -> Tensor:
 def _upper(x: Tensor, delta: float) -> Tensor:
     """Bound the mean of values in [0, 1], shape (..., shuffles, k), from above."""
     k = x.shape[-1]
-    t = torch.arange(1, k + 1, dtype=torch.float64, device=x.device)
-    mean = (0.5 + x.cumsum(-1)) / (t + 1)
-    variance = (0.25 + (x - mean).square().cumsum(-1)) / (t + 1)
+    count = torch.arange(2, k + 2, device=x.device)
+    mean = (0.5 + x.cumsum(-1)) / count
+    variance = (0.25 + (x - mean).square().cumsum(-1)) / count
     variance = torch.cat([torch.full_like(x[..., :1], 0.25), variance[..., :-1]], -1)  # what earlier values say
     bet = (2 * math.log(1 / delta) / (k * variance)).sqrt()
-    below, above = (torch.full(x.shape[:-2], end, dtype=torch.float64, device=x.device) for end in (0.0, 1.0))
+    below, above = torch.zeros_like(x[..., 0, 0]), torch.ones_like(x[..., 0, 0])
     for _ in range(54):  # wealth grows with the mean that is bet against
         middle = (below + above) / 2
         u = middle[..., None, None]
@@ -771,8 +774,8 @@ def needed_beta(rewards: Tensor, target: float, n: int, *, rule: str = "soft", s
     at = reached(target)
     if not 0 < at < math.inf:  # closer to an end than any temperature that the curves are computed at
         return Needed(at, at, at)
-    points = curve(wide, at, n, rule=rule)
-    shift = float(_averaged(points, standard_errors(wide, at, n, rule=rule))[1][-1])
+    errors = standard_errors(wide, at, n, rule=rule)
+    shift = float(_averaged(errors, errors)[1][-1])
     shift = sigmas * shift if sigmas > 0 else 0.0
     return Needed(at, reached(target - shift), reached(target + shift))
 
@@ -862,12 +865,12 @@ def doubts(rewards: Tensor, beta: float, n: int, *, rule: str = "soft") -> list[
 
 def _doubts(rewards: Tensor, law: Tensor, n: int) -> list[str]:
     m = len(law)
-    if float(rewards.min()) == float(rewards.max()):
-        return [f"all {m} rewards are {rewards[0].item():g}: nothing is selected"]
+    least = float(rewards.min())
+    if least == float(rewards.max()):
+        return [f"all {m} rewards are {least:g}: nothing is selected"]
     found = []
     if n > _HALF * m:
-        disjoint = f"{m // n} disjoint pool{'s' if m // n > 1 else ''} of this size"
-        found.append(f"N = {n} is more than half of the {m} answers: {disjoint}")
+        found.append(f"N = {n} is more than half of the {m} answers: 1 disjoint pool of this size")
     size = float(weights.ess(law))
     if size < _FEW:
         found.append(f"the kept answer is as good as one of {size:.1f}: too few to know their rewards' mean")
@@ -969,7 +972,7 @@ def _scored(found: _Lines) -> tuple[list[_Scored], list[str]]:
     """Turn rows into pools; a prompt with one answer is no pool."""
     pools, left_out = [], []
     for prompt, numbers in found.prompts.items():
-        columns = torch.from_numpy(np.array(numbers).reshape(-1, len(found.names)).T.copy())
+        columns = torch.frombuffer(numbers, dtype=torch.float64).view(-1, len(found.names)).T.contiguous()
         if columns.shape[1] < 2:
             left_out.append(f"prompt {prompt!r} has one answer, which is no pool")
             continue
@@ -993,12 +996,11 @@ def _temperature(pools: list[_Scored], fraction: float) -> float:
     return float(np.median(found))
 
 
-def _picture(path: Path, n: Tensor, mean: Tensor, error: Tensor, title: str) -> None:
+def _picture(path: str, n: Tensor, mean: Tensor, error: Tensor, title: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     ax = figure.subplots()
-    error = torch.where(error < math.inf, error, math.nan)
     ax.fill_between(n, mean - 2 * error, mean + 2 * error, alpha=0.25, label="two standard errors")
     ax.plot(n, mean, marker="." if len(n) < 65 else "", label="unbiased curve")
     ax.set_xscale("log", base=2)
@@ -1015,7 +1017,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ess", type=float, default=0.5, help="else the temperature keeps this share of a pool (0.5)")
     parser.add_argument("--n", type=int, help="largest N (half of the smallest pool, at most 256)")
     parser.add_argument("--target", type=float, help="say which N and which temperature reach this mean")
-    parser.add_argument("--picture", type=Path, help="where the picture goes (FILE.svg)")
+    parser.add_argument("--picture", help="where the picture goes (FILE.svg)")
     return parser.parse_args(argv)
 
 
@@ -1031,7 +1033,8 @@ def _table(
         beta = _temperature(pools, options.ess)
     answers = sum(len(pool.rewards) for pool in pools)
     print(f"{options.file}: {answers} answers to {len(pools)} prompt{'s' * (len(pools) > 1)}, {smallest} or more each")
-    print(f"rule {options.rule}" + ("" if options.rule == "hard" else f", beta {beta:.6g}"))
+    of = ", mean of value" if "value" in names else ""
+    print(f"rule {options.rule}" + ("" if options.rule == "hard" else f", beta {beta:.6g}") + of)
     points, errors = [], []
     for i, pool in enumerate(pools):
         given = {"rule": options.rule, "values": pool.values, "log_ratios": pool.log_ratios}
@@ -1040,7 +1043,6 @@ def _table(
         progress(i + 1, "pools done")
     each = torch.stack(points)
     mean, error = _averaged(each, torch.stack(errors))
-    spread = each.std(0) / math.sqrt(len(pools)) if len(pools) > 1 else torch.full_like(mean, math.nan)
     sizes = sorted({2**i for i in range(n.bit_length())} | {n})
     print(f"{'N':>7}{'mean':>12}{'s.e.':>10}{'over prompts':>14}{'KL':>9}{'KL <=':>8}{'doubtful':>10}")
     for size in sizes:
@@ -1049,7 +1051,7 @@ def _table(
         kl = f"{sum(_moved(law).item() for law in laws) / len(laws):.4f}"
         kl = "-" if "logratio" in names else kl  # the pool of a draft says nothing simple about p
         doubtful = sum(bool(_doubts(pool.rewards, law, size)) for pool, law in zip(pools, laws, strict=True))
-        over = "-" if len(pools) == 1 else f"{spread[size - 1].item():.3g}"
+        over = "-" if len(pools) == 1 else f"{each[:, size - 1].std().item() / math.sqrt(len(pools)):.3g}"
         print(
             f"{size:>7}{mean[size - 1].item():>12.6g}{error[size - 1].item():>10.3g}{over:>14}{kl:>9}"
             f"{math.log(size) - (size - 1) / size:>8.4f}{f'{doubtful}/{len(pools)}':>10}"
@@ -1059,7 +1061,7 @@ def _table(
             print(f"doubt at N = {n}: {sentence}")
     if options.target is not None:
         _print_needed(options, pools, names, mean, error, n)
-    picture = options.picture or Path(f"{options.file}.svg")
+    picture = options.picture or f"{options.file}.svg"
     try:
         _picture(picture, torch.arange(1, n + 1), mean, error, f"{options.file.name}, {options.rule} best-of-N")
     except ImportError:
@@ -1098,7 +1100,7 @@ def _main(argv: list[str] | None = None) -> int:
         nonlocal last
         if time.monotonic() - last > 5:
             last = time.monotonic()
-            print(f"{number:,} {what}, {last - start:.0f} s", file=sys.stderr, flush=True)
+            print(f"{number:,} {what}, {last - start:.0f} s", file=sys.stderr)
 
     try:
         found = _read(options.file, progress)

@@ -187,8 +187,7 @@ def exercises(pages: list[Page]) -> list[str]:
                 found.append(f"{page.name}: exercise {label or b.argument!r} has no solution")
             elif "dropdown" not in solved[label].options.get("class", ""):
                 found.append(f"{page.name}: the solution of {label} is not a dropdown")
-            problems = self_check(*cells[label]) if label in cells else []
-            found += [f"{page.name}: {label}: {problem}" for problem in problems]
+            found += [f"{page.name}: {label}: {problem}" for problem in self_check(*cells.get(label, ([], [])))]
         found += [f"{page.name}: in no exercise: `{cell.source}`" for cell in sum(cells.get("", ([], [])), [])]
     return found
 

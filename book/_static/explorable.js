@@ -1,8 +1,9 @@
 "use strict";
 // What all explorables share: sliders, and a picture that follows them. Computed in the page: no library, no network.
 // A page says <div class="bk-explorable" data-name="tilt" data-options='{...}'>, see tiltlib.figures.explorable, and loads
-// explorables/tilt.js, which calls bookjs.explorable("tilt", make). make(root, options) puts sliders with `control`, and
-// returns draw(width, height, panels), which fills the panels and returns what is said below them.
+// explorables/tilt.js, which calls bookjs.explorable("tilt", make). make(root, options) puts sliders with `control`,
+// a choice among names with `choice`, and returns draw(width, height, panels), which fills the panels and returns what is
+// said below them.
 Object.assign(bookjs, (() => {
   // A slider over a list of values; returns a function that tells the chosen one.
   function control(root, symbol, name, values, value) {
@@ -19,6 +20,17 @@ Object.assign(bookjs, (() => {
     input.addEventListener("input", say);
     say();
     return now;
+  }
+  // One of a few names; returns a function that tells the chosen one. The arrow keys go from one to the next.
+  function choice(root, name, values, value) {
+    const row = document.createElement("div"), group = `${root.dataset.name} ${name}`;
+    row.className = "bk-choice";
+    row.setAttribute("role", "radiogroup");
+    row.setAttribute("aria-label", name);
+    row.innerHTML = `<span>${name}</span>` + values.map((v) => `<label><input type="radio" name="${group}" value="${v}"
+      ${v === value ? "checked" : ""} autocomplete="off">${v}</label>`).join("");
+    root.querySelector(".bk-controls").append(row);
+    return () => row.querySelector(":checked").value;
   }
   // 1, 1.3, 1.6, 2, ... : ten values a decade, two digits each.
   const decades = (from, to) => {
@@ -42,5 +54,5 @@ Object.assign(bookjs, (() => {
     document.addEventListener("DOMContentLoaded", () =>
       document.querySelectorAll(`.bk-explorable[data-name="${name}"]`).forEach((root) => start(root, make)));
   }
-  return { control, decades, explorable };
+  return { control, choice, decades, explorable };
 })());

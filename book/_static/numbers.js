@@ -18,10 +18,9 @@ window.bookjs = (() => {
     const end = Math.log(43) - Math.min(...l);
     for (let t = -Math.log(n) - 38; t < end + h; t += h) {
       const s = Math.exp(t);
-      // Near s = 0, M is 1 minus a little: taking the little alone keeps its digits, which the power N - 1 needs.
-      const logM = s < 1
-        ? Math.log1p(dot(p, w.map((x) => Math.expm1(-s * x))))
-        : Math.log(dot(p, w.map((x) => Math.exp(-s * x))));
+      // Where M is 1 minus a little, the little alone keeps its digits, which the power N - 1 needs.
+      const gone = -dot(p, w.map((x) => Math.expm1(-s * x)));
+      const logM = gone < 0.5 ? Math.log1p(-gone) : Math.log(dot(p, w.map((x) => Math.exp(-s * x))));
       p.forEach((q, k) => { law[k] += h * n * q * Math.exp(l[k] + t - s * w[k] + (n - 1) * logM); });
     }
     return law;
