@@ -561,7 +561,9 @@ def test_the_page_computes_the_cutoff_in_length(visit):
         assert p == pytest.approx(logps.exp().tolist(), rel=1e-9)
         exact = [tv_of(selection.soft_best_of_n_law(logps, ones, beta, n), goal) for n in sizes]
         assert tv == pytest.approx(exact, rel=1e-7, abs=1e-12)
-        bound = [categorical.expectation(goal, (1 - n * (logps - goal).exp()).clamp(min=0)).item() for n in sizes]
+        bound = [
+            categorical.expectation(goal, (1 - float(n) * (logps - goal).exp()).clamp(min=0)).item() for n in sizes
+        ]
         assert least == pytest.approx(bound, rel=1e-9, abs=1e-12)
     z = torch.linspace(-4, 4, 33, dtype=torch.float64)
     tails = page.evaluate("z => z.map(bookjs.normalTail)", z.tolist())

@@ -40,7 +40,8 @@ def test_links_stay_in_the_book(book):
 
 def test_proofs_are_open_and_evidence_is_closed(visit):
     page = visit("book/length.html")
-    seen = """(what) => [...document.querySelectorAll(what)].map((e) => e.checkVisibility())"""
+    seen = """(what) => [...document.querySelectorAll(what)].map((e) =>
+        e.checkVisibility({opacityProperty: true, visibilityProperty: true}))"""
     assert not any(page.evaluate(seen, "div.proof.dropdown > p:not(.admonition-title)"))
     pdf.prepare(page)
     for what in (

@@ -84,7 +84,7 @@ def join(parts: list[tuple[str, str, bytes]], base: str) -> PdfWriter:
             number = reader.get_destination_page_number(target)
             places[name, unquote(place.lstrip("/"))] = (start + number, target.top)
         writer.append(reader, import_outline=False)
-        writer.add_outline_item(title, start)
+        writer.add_outline_item(title=title, page_number=start)
     for sheet in writer.pages:
         for annotation in (reference.get_object() for reference in sheet.get("/Annots", ())):
             uri = str(annotation.get("/A", {}).get("/URI", ""))
