@@ -85,18 +85,23 @@ def join(parts: list[tuple[str, str, bytes]], base: str) -> PdfWriter:
             places[name, unquote(place.lstrip("/"))] = (start + number, target.top)
         writer.append(reader, import_outline=False)
         writer.add_outline_item(title=title, page_number=start)
-    for sheet in writer.pages:
+    names = [name for name, _, _ in parts]
+    for number, sheet in enumerate(writer.pages):
+        here = max(names, key=lambda name: (first[name] <= number, first[name]))
         for annotation in (reference.get_object() for reference in sheet.get("/Annots", ())):
-            uri = str(annotation.get("/A", {}).get("/URI", ""))
-            if not uri.startswith(base):
+            uri, own = str(annotation.get("/A", {}).get("/URI", "")), annotation.get("/Dest")
+            if isinstance(own, str):  # a place by its name, which other pages may have too
+                name, fragment = here, own.lstrip("/")
+            elif uri.startswith(base):
+                path, fragment = urldefrag(uri.removeprefix(base))
+                name = path.split("?")[0].removesuffix(".html")
+                del annotation["/A"]  # a link to a page that is not printed leads nowhere
+            else:
                 continue
-            path, fragment = urldefrag(uri.removeprefix(base))
-            name = path.split("?")[0].removesuffix(".html")
-            del annotation["/A"]  # a link to a page that is not printed leads nowhere
             if name in first:
-                number, top = places.get((name, unquote(fragment)), (first[name], None))
+                target, top = places.get((name, unquote(fragment)), (first[name], None))
                 at = NullObject() if top is None else top
-                place = [writer.pages[number].indirect_reference, NameObject("/XYZ"), NullObject(), at, NullObject()]
+                place = [writer.pages[target].indirect_reference, NameObject("/XYZ"), NullObject(), at, NullObject()]
                 annotation[NameObject("/Dest")] = ArrayObject(place)
     return writer
 
