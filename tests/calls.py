@@ -1189,7 +1189,7 @@ def at(logps: Tensor) -> Callable[[Tensor], Tensor]:
 
 example(
     "verify.within functions",
-    lambda m, call: call(m(OUTCOMES), at(LAWS[0](m)), 0.5, claim="a", log_q=at(LAWS[1](m))),
+    lambda m, call: call(m(OUTCOMES.flatten()), at(LAWS[0](m)), 0.5, claim="a", log_q=at(LAWS[1](m))),
 )
 example("verify.exact", lambda m, call: call(m(numbers(4)), m(numbers(4)), claim="a"))
 example("verify.exact list", lambda m, call: call([m(numbers(1)), [1.0]], [m(numbers(1)), [1.0]], eps=1e-9, claim="a"))
