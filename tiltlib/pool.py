@@ -645,10 +645,15 @@ def _upper(x: Tensor, delta: float) -> Tensor:
 # --- what a target needs ---------------------------------------------------------------------------------------------
 
 
-def _averaged(numbers: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
-    """Average curves over pools, and the squares of their errors, those of independent pools."""
-    rows, se = numbers.reshape(-1, numbers.shape[-1]).double(), errors.reshape(-1, errors.shape[-1]).double()
-    return rows.mean(0), se.square().sum(0).sqrt() / len(se)
+def _average(curves: Tensor) -> Tensor:
+    """Average curves over pools, shape (..., n)."""
+    return curves.reshape(-1, curves.shape[-1]).double().mean(0)
+
+
+def _error_of_average(errors: Tensor) -> Tensor:
+    """Standard errors of the average over independent pools, from those of the pools, shape (..., n)."""
+    se = errors.reshape(-1, errors.shape[-1]).double()
+    return se.square().sum(0).sqrt() / len(se)
 
 
 def needed_n(
@@ -694,7 +699,7 @@ def needed_n(
     options = {"rule": rule, "values": values, "log_ratios": log_ratios}
     points = curve(rewards, beta, n, **options)  # type: ignore[arg-type]
     _target(points, target, sigmas)
-    mean, error = _averaged(points, standard_errors(rewards, beta, n, **options))  # type: ignore[arg-type]
+    mean, error = _average(points), _error_of_average(standard_errors(rewards, beta, n, **options))  # type: ignore[arg-type]
     return _first(mean, error, target, sigmas)
 
 
@@ -744,7 +749,7 @@ def needed_beta(rewards: Tensor, target: float, n: int, *, rule: str = "soft", s
     _checks.one_of("rule", rule, ("soft", "exponential"))
     hard = curve(rewards, 1.0, n, rule="hard")
     _target(hard, target, sigmas)
-    mean, best = float(_averaged(hard, hard)[0][0]), float(_averaged(hard, hard)[0][-1])
+    mean, best = float(_average(hard)[0]), float(_average(hard)[-1])
     if not mean < target < best:
         raise ValueError(
             f"target must lie strictly between the mean reward {mean:.6g} and the best of {n} {best:.6g}, "
@@ -756,7 +761,7 @@ def needed_beta(rewards: Tensor, target: float, n: int, *, rule: str = "soft", s
 
     def reward(log_beta: float) -> float:
         points = curve(wide, math.exp(log_beta), n, rule=rule)
-        return float(_averaged(points, points)[0][-1])
+        return float(_average(points)[-1])
 
     def reached(level: float) -> float:
         if level <= reward(warmest):
@@ -775,7 +780,7 @@ def needed_beta(rewards: Tensor, target: float, n: int, *, rule: str = "soft", s
     if not 0 < at < math.inf:  # closer to an end than any temperature that the curves are computed at
         return Needed(at, at, at)
     errors = standard_errors(wide, at, n, rule=rule)
-    shift = float(_averaged(errors, errors)[1][-1])
+    shift = float(_error_of_average(errors)[-1])
     shift = sigmas * shift if sigmas > 0 else 0.0
     return Needed(at, reached(target - shift), reached(target + shift))
 
@@ -1042,7 +1047,7 @@ def _table(
         errors.append(standard_errors(pool.rewards, beta, n, **given))
         progress(i + 1, "pools done")
     each = torch.stack(points)
-    mean, error = _averaged(each, torch.stack(errors))
+    mean, error = _average(each), _error_of_average(torch.stack(errors))
     sizes = sorted({2**i for i in range(n.bit_length())} | {n})
     print(f"{'N':>7}{'mean':>12}{'s.e.':>10}{'over prompts':>14}{'KL':>9}{'KL <=':>8}{'doubtful':>10}")
     for size in sizes:
