@@ -708,7 +708,10 @@ def test_wrong_values_are_named(call, message):
             lambda: pool.curve(POOL, 1.0, 2, log_ratios=1.0),
             "log_ratios must be a floating-point torch.Tensor, got float",
         ),
-        (lambda: pool.pass_at_k((POOL > 1).long(), 2), "correct must be a floating-point torch.Tensor, got a torch.int64 tensor"),
+        (
+            lambda: pool.pass_at_k((POOL > 1).long(), 2),
+            "correct must be a floating-point torch.Tensor, got a torch.int64 tensor",
+        ),
         (lambda: pool.interval(POOL, 1.0, 2, **{**ALIVE, "generator": None}), "generator must be a torch.Generator"),
         (lambda: pool.mean_interval(POOL, low="0", high=5), "low must be a number, got str"),
         (lambda: pool.mean_interval(POOL, low=0, high=None), "high must be a number, got NoneType"),
