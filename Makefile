@@ -5,6 +5,10 @@
 # make mutants change the library in one place at a time and see that a test notices; MODULE=weights for one module
 # make accept run the notebooks and store their new outputs, for review in the diff
 # make pdf    print the built book as one PDF: _build/book.pdf
+# make units  the unit tests alone, slow ones too; SALT=x for other random numbers
+# make newest the unit tests with the newest versions of all dependencies
+# make dist   build wheel and source distribution in dist/ and try them in an empty environment
+# make tag    whether version, changelog and citation fit the tag that TAG names, and its release notes
 # make clean  remove what the build made, keep .venv
 PYTHON ?= python3
 BIN := .venv/bin
@@ -20,10 +24,12 @@ RUN := _build/run.stamp
 NBVAL := -n 2 --dist loadfile --nbval-cell-timeout 1200 --nbval-current-env
 # Tests of the built pages, in a browser.
 BROWSER := tests/test_pages.py tests/test_explorables.py tests/test_pdf.py
+# Tests that need neither a built book nor a run notebook.
+UNITS := -n 2 --dist loadfile $(BROWSER:%=--ignore %) --ignore tests/test_main_flow.py tests
 # After a warning the next build starts afresh: Sphinx would not repeat it for a page that has not changed.
 build = $(BIN)/jupyter-book build . -W --keep-going $(1) || { rm -rf _build/.doctrees; false; }
 
-.PHONY: book pdf test quick bench mutants accept clean
+.PHONY: book pdf test quick units newest bench mutants accept dist tag clean
 .DEFAULT_GOAL := book
 
 # Without the model of the last line the chapter that reads it shows its stored outputs: see conftest.py.
@@ -64,6 +70,22 @@ test: .venv/.stamp
 quick: .venv/.stamp
 	$(BIN)/pytest --nbval $(NBVAL) -m "not slow" $(BROWSER:%=--ignore %) tests $(QUICK)
 
+units: .venv/.stamp
+	$(BIN)/pytest $(UNITS)
+
+# The first block of requirements.txt, without versions. Jupyter Book 2 is another program: it has no Sphinx.
+_build/newest.txt: requirements.txt
+	mkdir -p _build
+	sed -n '/^$$/q; s/^jupyter-book==.*/jupyter-book<2/p; s/==.*//p' requirements.txt > $@
+
+newest: _build/newest.txt
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check -r _build/newest.txt
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	.venv-newest/bin/pip freeze
+	.venv-newest/bin/pytest $(UNITS)
+
 .venv-bench/.stamp: requirements-bench.txt pyproject.toml
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r requirements-bench.txt -e .
@@ -88,5 +110,16 @@ accept: .venv/.stamp
 	$(BIN)/python book/_ext/nbnorm.py --accept
 	touch $(RUN)
 
+.venv-dist/.stamp: requirements-dist.txt
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install --quiet --disable-pip-version-check -r requirements-dist.txt
+	touch $@
+
+dist: .venv-dist/.stamp
+	.venv-dist/bin/python tests/dist.py
+
+tag:
+	@$(PYTHON) tests/release.py "$$TAG"
+
 clean:
-	rm -rf _build *.egg-info build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf _build dist *.egg-info build .pytest_cache .ruff_cache .mypy_cache .hypothesis
