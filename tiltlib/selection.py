@@ -252,64 +252,80 @@ def _log_w(supported: Tensor, beta: float | Tensor) -> Tensor:
 def _soft_law(ref: Tensor, log_w: Tensor, n: int) -> Tensor:
     """Compute the law for a normalised reference and log weights in [-600, 0], both float64, whose largest is 0."""
     ref, log_w = torch.broadcast_tensors(ref.detach(), log_w.detach())
-    if n == 1:
+    if n == 1 or not ref.numel():
         return ref.clone()
-    flat_ref, flat_w = ref.reshape(-1, ref.shape[-1]), log_w.reshape(-1, ref.shape[-1])
-    law = torch.empty_like(flat_ref)
-    for i, (row, row_w) in enumerate(zip(flat_ref, flat_w, strict=True)):
-        # Outcomes of equal reward share one integral; adding their mass changes nothing else.
-        levels, level = row_w.unique(return_inverse=True)
-        mass = torch.zeros_like(levels).index_add(0, level, row.exp())
-        law[i] = row + _log_selection_ratio(mass, levels, n)[level]
-    return law.reshape(ref.shape)
+    rows = ref.reshape(-1, ref.shape[-1])
+    # Outcomes of equal weight share one integral; adding their mass changes nothing else.
+    ascending, order = log_w.reshape(rows.shape).sort(-1)
+    level = torch.nn.functional.pad((ascending.diff(dim=-1) > 0).long().cumsum(-1), (1, 0))
+    # Rows of fewer levels than others get levels of mass 0.
+    levels = rows.new_zeros(len(rows), int(level.max()) + 1).scatter_(-1, level, ascending)
+    level = torch.empty_like(level).scatter_(-1, order, level)
+    mass = torch.zeros_like(levels).scatter_add_(-1, level, rows.exp())
+    return (rows + _log_selection_ratio(mass, levels, n).gather(-1, level)).view(ref.shape)
+
+
+# exp(-s w) is a polynomial of this degree to rounding where s w <= 1/16: 16^-10 / 10! is left out.
+_SMALL, _DEGREE = 1 / 16, 9
+# Numbers that an array of exponentials may hold to stay in a cache.
+_NUMBERS = 2**17
 
 
 def _log_selection_ratio(mass: Tensor, log_w: Tensor, n: int) -> Tensor:
-    """Compute log(P_N / p) = log(N w int e^{-s w} M(s)^{N-1} ds) on weight levels with max log_w = 0.
+    """Compute log(P_N / p) = log(N w int e^{-s w} M(s)^{N-1} ds) on weight levels (rows, K) whose largest is 0.
 
-    Trapezoid rule in t = log s. Two savings change no digit: a block of nodes is skipped where N s M(s)^(N-1) is
-    below e^-45 throughout (the whole integral is at least 1), and for s < 1/16, where exp(-s w) is a short polynomial,
-    moments of w replace exponentials.
+    Trapezoid rule in t = log s, on nodes that all rows share. Two savings change no digit: a block of nodes is skipped
+    where N s M(s)^(N-1) is below e^-45 throughout (the whole integral is at least 1), and for s <= 1/16 moments of w
+    replace exponentials.
     """
-    h, block, device = 0.25, 16, mass.device
-    w = log_w.exp()
-    start = -math.log(n) - _LEFT_TAIL
+    h, log_n = 0.25, math.log(n)
+    w, start = log_w.exp(), -log_n - _LEFT_TAIL
     count = math.ceil((-log_w.min().item() + _LOG_43 - start) / h)
     # start + h * integers, h a power of two: adding h repeatedly would accumulate rounding.
-    t = start + h * torch.arange(math.ceil(count / block) * block, device=device, dtype=torch.float64)
-    blocks = t.view(-1, block)
-    # M decreases, so the first node of a block bounds M on all of it.
-    head = _log_laplace(blocks[:, 0].exp(), mass, w)
-    keep = math.log(n) + blocks[:, -1] + (float(n) - 1) * head > -45.0
-    t = blocks[keep].flatten()
-    s = t.exp()
-    log_node = t + (float(n) - 1) * _log_laplace(s, mass, w) + math.log(h * n)
-    peak = log_node.max()
-    node = (log_node - peak).exp()
-    small = s < 1 / 16
-    # sum_i node_i e^{-s_i w} = sum_j (-w)^j / j! sum_i node_i s_i^j; s w < 1/16: 10 terms leave 16^-10 / 10!.
-    powers = torch.arange(10, device=device)
-    moments = (node[small] @ s[small, None] ** powers) / torch.lgamma(powers.double() + 1).exp()
-    total = (-w[:, None]) ** powers @ moments
-    for rows in torch.split(torch.nonzero(~small).flatten(), 64):  # 64 rows stay in cache
-        total += node[rows] @ torch.exp(-s[rows, None] * w)
-    return log_w + total.log() + peak
+    t = start + h * torch.arange(count, device=w.device, dtype=torch.float64)
+    few = min(count, math.floor((math.log(_SMALL) - start) / h) + 1)
+    s = t[:few].exp()
+    moments, term = [], mass
+    for j in range(1, _DEGREE + 1):
+        term = term * w / -j
+        moments.append(term.sum(-1))
+    powers = s ** torch.arange(_DEGREE + 1, device=w.device)[:, None]
+    log_laplace = torch.log1p(torch.stack(moments, -1) @ powers[1:])
+    log_node = t[:few] + (n - 1.0) * log_laplace
+    peak = log_node.amax(-1, keepdim=True)
+    # sum_i node_i e^{-s_i w} = sum_j (-w)^j / j! sum_i node_i s_i^j, by Horner's rule.
+    sums = (log_node - peak).exp_() @ powers.T
+    total = sums[:, _DEGREE :].expand_as(w)
+    for j in range(_DEGREE, 0, -1):
+        total = total * w / -j + sums[:, j - 1 : j]
+    # M decreases: what it was at the last node that was computed bounds it from there on.
+    highest = log_laplace[:, -1]
+    size = min(max(_NUMBERS // w.numel(), 16), 64)
+    for block in t[few:].split(size):
+        active = (log_n + block[-1] + (n - 1.0) * highest > -45.0).nonzero()[:, 0]
+        for rows in active.split(max(1, _NUMBERS // (size * w.shape[-1]))) if len(active) else ():
+            row = peak[rows], total[rows]
+            peak[rows], total[rows], highest[rows] = _with_nodes(block, mass[rows], w[rows], n, *row)
+    return log_w + total.log() + peak + math.log(h * n)
 
 
-def _log_laplace(s: Tensor, mass: Tensor, w: Tensor) -> Tensor:
-    """Compute log sum_k mass_k exp(-s w_k) for each s, with relative accuracy also where it is nearly 0 in size."""
-    out = torch.empty_like(s)
-    small = s < 1 / 16
-    powers = torch.arange(1, 11, device=s.device)
-    moments = (mass @ w[:, None] ** powers) / torch.lgamma(powers.double() + 1).exp()
-    out[small] = torch.log1p((-s[small, None]) ** powers @ moments)
-    for rows in torch.split(torch.nonzero(~small).flatten(), 64):
-        sw = s[rows, None] * w
-        value = torch.exp(-sw) @ mass
-        near_one = value > 0.5  # there 1 - M carries the digits, and expm1 keeps them
-        out[rows] = value.log()
-        out[rows[near_one]] = torch.log1p(torch.expm1(-sw[near_one]) @ mass)
-    return out
+def _with_nodes(
+    t: Tensor, mass: Tensor, w: Tensor, n: int, peak: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add nodes to sums that are kept as exp(peak) total; return both, and log M at the last node."""
+    for nodes in t.split(max(1, _NUMBERS // w.numel())):
+        sw = nodes.exp()[:, None] * w[:, None]
+        decay = torch.exp(-sw)
+        laplace = (decay @ mass[..., None])[..., 0]
+        log_laplace = laplace.log()
+        if bool((near_one := laplace > 0.5).any()):  # there 1 - M carries the digits, and expm1 keeps them
+            gap = (torch.expm1(sw.neg_()) @ mass[..., None])[..., 0]
+            log_laplace = torch.where(near_one, torch.log1p(gap), log_laplace)
+        log_node = nodes + (n - 1.0) * log_laplace
+        top = torch.maximum(peak, log_node.amax(-1, keepdim=True))
+        total = total * (peak - top).exp() + ((log_node - top).exp()[:, None] @ decay)[:, 0]
+        peak = top
+    return peak, total, log_laplace[:, -1]
 
 
 class Blockwise(NamedTuple):

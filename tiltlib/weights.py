@@ -100,8 +100,8 @@ def beta_for_ess(rewards: Tensor, fraction: float, *, ties: str = "raise") -> Te
         ESS(exp(r / beta)) / N = fraction
 
     The left side grows with beta: with eta = 1/beta, d log ESS / d eta = 2 (mu(eta) - mu(2 eta)) <= 0, where mu is the
-    weighted mean reward. So the solution is unique, and bisection on log(eta) finds it to the last bits.
-    Not differentiable: the result carries no graph.
+    weighted mean reward. So the solution is unique, and Newton's method, kept inside a bracket, finds it to the last
+    bits. Not differentiable: the result carries no graph. Cost O(N) per step, about ten steps.
 
     Args:
         rewards: Reward of each sample, shape (..., N), floating; -inf excludes a sample.
@@ -147,13 +147,38 @@ def beta_for_ess(rewards: Tensor, fraction: float, *, ties: str = "raise") -> Te
     gap = -below.nan_to_num(nan=0.0).amin(-1, keepdim=True)
     smallest = -below.nan_to_num(nan=-math.inf).amax(-1, keepdim=True)
     gap, smallest = torch.where(gap > 0, gap, 1), torch.where(gap > 0, smallest, 1)
-    scaled = shifted / gap
-    lower, upper = torch.full_like(gap, -80.0), 80.0 + (gap / smallest).log()
-    for _ in range(100):  # the interval is below 1600 wide, and 1600 / 2^100 is far below one ulp of the exponent
-        middle = (lower + upper) / 2
-        keeps_more = (ess(scaled * middle.exp()) / n > fraction).unsqueeze(-1)
-        lower, upper = torch.where(keeps_more, middle, lower), torch.where(keeps_more, upper, middle)
-    beta = torch.where(attained, (gap / upper.exp()).squeeze(-1), torch.where(low < fraction, math.inf, 0.0))
+    # Excluded samples get a distance that no temperature forgives, since -inf * 0 is NaN.
+    scaled = (shifted / gap).clamp_(min=-1e300)
+    wanted = torch.where(attained, (high / fraction).log(), math.nan)
+    eta = _eta_for_loss(scaled, wanted, high.log() + math.log(n), 80.0 + (gap / smallest).log()[..., 0])
+    beta = torch.where(attained, gap[..., 0] / eta, torch.where(low < fraction, math.inf, 0.0))
     dtype = _count_dtype(rewards.dtype)
     # Within the normal numbers of the dtype, so that what is returned is a legal temperature everywhere.
     return beta.clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max).to(dtype)
+
+
+def _eta_for_loss(scaled: Tensor, wanted: Tensor, log_n: Tensor, upper: Tensor) -> Tensor:
+    """Find the eta where log n - log ESS(exp(eta scaled)) is a wanted loss; rows that want NaN get anything.
+
+    Newton's method on the logarithms of both: the loss is about eta^2 Var where it is small. A step that leaves the
+    bracket, or is no shorter than half of the last one, gives way to bisection.
+    """
+    x, lower, moved = torch.zeros_like(upper), torch.full_like(upper, -80.0), torch.full_like(upper, math.inf)
+    left, weight = wanted.isfinite(), torch.empty_like(scaled)
+    while bool(left.any()):
+        eta = x.exp()
+        torch.mul(scaled, eta.unsqueeze(-1), out=weight).exp_()
+        total, slope = weight.sum(-1), torch.linalg.vecdot(weight, scaled)
+        weight.square_()
+        squares = weight.sum(-1)
+        loss = log_n - 2 * total.log() + squares.log()
+        rate = 2 * eta * (torch.linalg.vecdot(weight, scaled) / squares - slope / total)
+        lower, upper = torch.where(loss < wanted, x, lower), torch.where(loss < wanted, upper, x)
+        step = (wanted / loss).log() * loss / rate
+        newton = (lower <= x + step) & (x + step <= upper) & (2 * step.abs() <= moved)  # false for NaN
+        step = torch.where(newton, step, (lower + upper) / 2 - x)
+        x, moved = torch.where(left, x + step, x), step.abs()
+        # The error after a step of Newton's is about the square of the step. A row that has arrived stays.
+        rounding = 2.0**-50 * x.abs().clamp(min=1)
+        left &= moved > torch.where(newton, 2.0**16 * rounding, rounding)
+    return x.exp()
