@@ -34,6 +34,22 @@ def test_a_cdf_ends_at_1_and_stands_still_where_there_is_no_mass():
     assert _numerics.cdf(torch.full((10,), 0.1, dtype=F64).log())[-1] == 1
 
 
+@pytest.mark.parametrize("k", [2**16, 2**16 + 7])
+def test_a_search_in_long_rows_finds_what_a_bisection_does(k, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    uneven = 30 * torch.randn(k, generator=g, dtype=F64)  # thousands of sums lie in one part, and next to 1
+    even = torch.randn(k, generator=g, dtype=F64).masked_fill_(torch.rand(k, generator=g) < 0.3, -torch.inf)
+    cdf = _numerics.cdf(torch.stack([uneven, even, even.flip(0)]).log_softmax(-1))
+    u = torch.rand(3, k, generator=g, dtype=F64)
+    u[:, : k // 4] = cdf[:, : k // 4].clamp(max=1 - 2.0**-53)  # a number that is a sum belongs to the next outcome
+    u[:, -2:] = vector(0, 1 - 2.0**-53)
+    expected, asked = torch.searchsorted(cdf, u, right=True), []
+    search = torch.searchsorted
+    monkeypatch.setattr(torch, "searchsorted", lambda c, x, **o: asked.append(x.numel()) or search(c, x, **o))
+    assert torch.equal(_numerics.search(cdf, u), expected)
+    assert 0 < sum(asked) < k  # only what the table did not settle
+
+
 def test_normal_numbers_invert_their_cdf(monkeypatch):
     u = vector(0, 2.0**-54, 0.25, 0.5, 1 - 2.0**-53)
     monkeypatch.setattr(torch, "rand", lambda shape, **options: u.clone().view(shape))

@@ -30,6 +30,34 @@ def cdf(logps: Tensor) -> Tensor:
     return sums / sums[..., -1:]
 
 
+def search(cdf: Tensor, u: Tensor) -> Tensor:
+    """Find the first sum that lies above each number of [0, 1): `torch.searchsorted(cdf, u, right=True)`.
+
+    Each step of a bisection of a long row waits for memory, so a table of where the parts of [0, 1) begin in it replaces
+    most of them.
+
+    Args:
+        cdf: Sums that end at 1, float64, shape (..., K).
+        u: Numbers in [0, 1), float64, shape (..., n).
+    """
+    k, n = cdf.shape[-1], u.shape[-1]
+    if not cdf.is_cpu or k < 2**16 or n < k // 8:
+        return torch.searchsorted(cdf, u, right=True)
+    found = torch.empty_like(u, dtype=torch.int64)
+    parts = 2 ** (k - 1).bit_length()  # a power of two, which no product below rounds
+    for row, numbers, places in zip(cdf.view(-1, k), u.view(-1, n), found.view(-1, n), strict=True):
+        ends = (row * parts).ceil_().long()
+        begins = ends.new_zeros(parts + 1).scatter_add_(0, ends, ends.new_ones(()).expand(k)).cumsum_(0)
+        for x, index in zip(numbers.split(2**14), places.split(2**14), strict=True):  # which stay in a cache
+            torch.index_select(begins, 0, (x * parts).long(), out=index)
+            for _ in range(3):  # a part holds one sum on average
+                index += row.index_select(0, index) <= x
+            late = row.index_select(0, index) <= x
+            if bool(late.any()):
+                index[late] = torch.searchsorted(row, x[late], right=True)
+    return found
+
+
 def normal(like: Tensor, generator: Generator) -> Tensor:
     """Draw standard normal numbers of the shape and on the device of a tensor, by inverting their CDF in float64."""
     u = torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float64)

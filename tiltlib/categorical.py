@@ -369,4 +369,4 @@ def sample(logps: Tensor, n: int, *, generator: torch.Generator) -> Tensor:
     _checks.count("n", n)
     _checks.generator("generator", generator)
     u = torch.rand((*logps.shape[:-1], int(n)), generator=generator, device=logps.device, dtype=torch.float64)
-    return torch.searchsorted(_numerics.cdf(logps), u, right=True)
+    return _numerics.search(_numerics.cdf(logps), u)

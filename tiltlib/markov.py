@@ -264,7 +264,12 @@ class MarkovChain(AutoregressiveModel[State]):
         Raises:
             ValueError: `step` outside 0..length-1 of a chain with one table per step.
         """
-        return self.rows(step, torch.arange(self._v**self.order, device=self.device))
+        return self._table(step).clone()
+
+    def _table(self, step: int) -> Tensor:
+        """Return the table of a step, not a copy where there is one."""
+        self._check_step(step)
+        return self._tables if self._tables.ndim == 2 else self._tables[step]
 
     def rows(self, step: int, contexts: Tensor) -> Tensor:
         """Return the next-symbol log-probabilities at a step in some contexts.
@@ -282,7 +287,7 @@ class MarkovChain(AutoregressiveModel[State]):
         """
         self._check_step(step)
         contexts = self._check_contexts(contexts)
-        return (self._tables if self._tables.ndim == 2 else self._tables[step])[contexts]
+        return self._table(step)[contexts]
 
     def _check_step(self, step: int) -> None:
         if self.length is not None and not 0 <= step < self.length:
@@ -675,18 +680,30 @@ class MarkovChain(AutoregressiveModel[State]):
         _checks.count("length", length)
         table = self.reward_table(rewards, length)
         _checks.positive("beta", beta)
-        zero = torch.zeros_like(table[:, 0])
-        best, rest = [zero], [zero]
+        best = [torch.zeros_like(table[:, 0])]
+        rest = best[:]
+        earlier, parts = None, []
         for t in reversed(range(length)):
-            logps = self.table(t)
-            ahead = torch.where(logps > -math.inf, table + self.lookahead(best[-1]), -math.inf)
-            top = ahead.detach().amax(-1)
-            # Shift before dividing: the differences may only underflow. Where nothing is left, 0 stands in for -inf.
-            shifted = torch.where(top[:, None] > -math.inf, ahead - top[:, None], 0.0)
-            rest.append(torch.logsumexp(logps + shifted / float(beta) + self.lookahead(rest[-1]), -1))
-            best.append(top)
+            logps = self._table(t)
+            if logps is not earlier:
+                earlier, parts = logps, self._parts(table, logps)
+            ahead = [values[-1].view(-1, self._v).mT[:, None].contiguous() for values in (best, rest)]
+            steps = [_backward_step(*part, *ahead, float(beta)) for part in parts]
+            best.append(torch.cat([top for top, _ in steps]))
+            rest.append(torch.cat([left for _, left in steps]))
         _checks.some_left("rewards", best[-1][self.start])
         return torch.stack(best[::-1]), torch.stack(rest[::-1])
+
+    def _parts(self, rewards: Tensor, logps: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Cut two tables into parts that stay in a cache, as (next symbol a, oldest symbol x, what lies between).
+
+        A large table is mostly memory to be fetched. In this order a sum over the next symbol adds long rows, and what
+        follows, context (between, a), is the same for every x.
+        """
+        possible = torch.where(logps > -math.inf, rewards, -math.inf)
+        cubes = (table.mT.reshape(self._v, self._v, -1) for table in (possible, logps))
+        together = max(1, 2**16 * self._v // logps.numel())
+        return [(r.contiguous(), p.contiguous()) for r, p in zip(*(c.split(together, 1) for c in cubes), strict=True)]
 
     def tilt(self, rewards: Tensor, beta: float, length: int) -> "TiltedChain":
         """Tilt the law of strings of one length by exp(total reward / beta), exactly.
@@ -756,6 +773,22 @@ class MarkovChain(AutoregressiveModel[State]):
         return RewardLaw(values, _log(law / law.sum()))
 
 
+def _backward_step(rewards: Tensor, logps: Tensor, best: Tensor, rest: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Go back by one symbol, from numbers per context after it to numbers per context before it."""
+    ahead = rewards + best
+    top = ahead.detach().amax(0)
+    # Shift before dividing: the differences may only underflow.
+    ahead.sub_(_finite(top)).div_(beta).add_(logps).add_(rest)
+    largest = _finite(ahead.detach().amax(0))
+    # Where nothing is left the sum is 0, elsewhere at least 1: any finite number will do beside a `top` of -inf.
+    total = ahead.sub_(largest).exp_().sum(0).clamp(min=0.5)
+    return top.flatten(), (total.log() + largest).flatten()
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x > -math.inf, x, 0.0)
+
+
 class TiltedChain(MarkovChain):
     """The exact tilt of a chain by an additive reward: the same contexts, conditionals that depend on the step.
 
@@ -779,6 +812,9 @@ class TiltedChain(MarkovChain):
         self._rewards = ref.reward_table(rewards).clone()
         self.log_values = self._best / self._beta + self._rest
         self.log_partition = self.log_values[0, self.start]
+
+    def _table(self, step: int) -> Tensor:
+        return self.rows(step, torch.arange(self._v**self.order, device=self.device))
 
     def rows(self, step: int, contexts: Tensor) -> Tensor:
         """Return the next-symbol log-probabilities at a step in some contexts, as `MarkovChain.rows` does.
