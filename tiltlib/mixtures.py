@@ -287,8 +287,8 @@ class GaussianMixture:
         """Write x - centre in the common basis, shape (n, D), or each x - m_k whitened, shape (n, J, D)."""
         z = x - self._centre  # in the dtype of the computation, which is the wider one
         if self._own_bases():
-            whitened = (z @ self._table).view(len(x), self.components, self.dimension)
-            return whitened - self._frame.to(self._work)
+            whitened = torch.addmm(self._frame.flatten().to(self._work), z, self._table, beta=-1)
+            return whitened.view(len(x), self.components, self.dimension)
         return z if self._basis is None else z @ self._basis[0].to(self._work)
 
     def _logits(self, z: Tensor, *, up_to_a_constant: bool = False) -> Tensor:
@@ -300,20 +300,21 @@ class GaussianMixture:
         squares = z.square() if self._spectrum.shape[1] > 1 else z.square().sum(-1, keepdim=True)
         return torch.addmm(self._bias, torch.cat([z, squares], -1), self._table.mT)
 
-    def _pull(self, gain: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def _pull(self, gain: Tensor | float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Make the function of x with values p(k | x) and sum_k p(k | x) U_k diag(gain_k / v_k) U_k' (m_k - x)."""
         scale = gain / self._spectrum
         turn = None if self._basis is None else self._basis[0].mT.to(self._work)
         # Tables of few columns: multiplying by them is several times faster if they are stored column by column.
         toward = (scale * self._frame).mT.to(self._work, memory_format=torch.contiguous_format)
         away = scale.mT.to(self._work, memory_format=torch.contiguous_format)
-        gain = gain.to(self._work)
+        gain = gain.to(self._work) if isinstance(gain, Tensor) else gain
 
         def pull(x: Tensor) -> tuple[Tensor, Tensor]:
             z = self._coordinates(x)
             shares = self._logits(z, up_to_a_constant=True).softmax(-1)
             if self._own_bases():
-                return shares, (-shares[..., None] * gain * z).flatten(1) @ self._table.mT
+                weight = -shares[..., None] if isinstance(gain, float) else -shares[..., None] * gain
+                return shares, (weight * z).flatten(1) @ self._table.mT
             back = z * (away.mT if len(scale) == 1 else linear(shares, away))
             pulled = linear(shares, toward) - back
             return shares, pulled if turn is None else pulled @ turn
@@ -321,9 +322,14 @@ class GaussianMixture:
         return pull
 
     def _blockwise(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Apply a function to blocks of rows whose arrays fit in a cache of 1 MB: up to twice as fast. Round once."""
-        numbers = self.components * (self.dimension if self._own_bases() else 1)
-        rows = max(1, 2**20 // (numbers * self._centre.element_size()))
+        """Apply a function to blocks of rows whose arrays fit in a cache of 1 MB: up to twice as fast. Round once.
+
+        But no fewer at a time than it takes for the tables to be worth fetching from memory.
+        """
+        numbers, least = self.components, 128
+        if self._own_bases():
+            numbers, least = numbers * self.dimension, 32
+        rows = max(least, 2**20 // (numbers * self._centre.element_size()))
         whole = torch.cat([compute(part) for part in x.split(rows)]) if len(x) > rows else compute(x)
         return whole.to(self._dtype)
 
@@ -386,7 +392,7 @@ class GaussianMixture:
             The gradient, shape (n, D).
         """
         self.check_points("x", x)
-        pull = self._pull(torch.ones_like(self._spectrum))
+        pull = self._pull(1.0)
         return self._blockwise(lambda part: pull(part)[1], x)
 
     def _class_masks(self, classes: Tensor) -> list[Tensor]:

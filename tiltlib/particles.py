@@ -104,7 +104,7 @@ def grow(
     log_partition = torch.zeros(runs, dtype=torch.float64, device=device)
     # Equal weights may differ in their last digits; that is no reason to resample.
     enough = threshold * n * (1 - 1e-9)
-    ancestors: list[Tensor] = []
+    ancestors = torch.empty(runs, int(steps), n, dtype=torch.int64, device=device)
     sizes = [_ess(log_weights)]
 
     def so_far() -> Particles:
@@ -112,7 +112,7 @@ def grow(
             state,
             log_weights,
             log_partition + log_weights.logsumexp(-1) - math.log(n),
-            torch.stack(ancestors, 1),
+            ancestors[:, : len(sizes) - 1],
             torch.stack(sizes[1:], -1),
         )
 
@@ -128,7 +128,7 @@ def grow(
         state, gained = step(t, state)
         gained = _checks.returned("step", gained, runs * n, device)
         log_weights = log_weights + gained.view(runs, n)
-        ancestors.append(parents)
+        ancestors[:, t] = parents
         sizes.append(_ess(log_weights))
         if on_step is not None:
             on_step(t, so_far())

@@ -79,12 +79,16 @@ def trace(tokens: Tensor, ancestors: Tensor) -> Tensor:
         raise ValueError(f"tokens must have shape (..., L, n) with L >= 1, got {tuple(tokens.shape)}")
     if parents.numel():  # no particle systems have no ancestors to check
         _checks.indices("ancestors", parents, tokens.shape[-1])
+    return _traced(symbols, parents).to(tokens.dtype, memory_format=torch.contiguous_format)
+
+
+def _traced(tokens: Tensor, ancestors: Tensor) -> Tensor:
     particle = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens[..., 0, :].shape)
-    strings = []
+    strings = torch.empty_like(tokens)
     for t in reversed(range(tokens.shape[-2])):
-        strings.append(symbols[..., t, :].gather(-1, particle))
-        particle = parents[..., t, :].gather(-1, particle)
-    return torch.stack(strings[::-1], -1).to(tokens.dtype)
+        strings[..., t, :] = tokens[..., t, :].gather(-1, particle)
+        particle = ancestors[..., t, :].gather(-1, particle)
+    return strings.mT
 
 
 @torch.no_grad()
@@ -156,7 +160,8 @@ def twisted_smc(
     values = gain.values(begun, n * runs)
     if not bool((values > -math.inf).all()):
         raise ValueError("log_values must be finite for the empty string, got -inf")
-    tokens: list[Tensor] = []
+    # The history of all particles is most of the memory: int32 holds every symbol.
+    tokens = torch.empty(runs, int(length), n, dtype=torch.int32, device=values.device)
 
     def step(t: int, state: tuple[Any, Any, Tensor]) -> tuple[tuple[Any, Any, Tensor], Tensor]:
         p, q, values = state
@@ -169,7 +174,7 @@ def twisted_smc(
         earned = gain.earned(p, token)
         p = model.append(p, token)
         gained, ahead = gain.step(values, earned, p)
-        tokens.append(token.view(runs, n))
+        tokens[:, t] = token.view(runs, n)
         return (p, q, ahead), gained + correction
 
     def take(state: tuple[Any, Any, Tensor], index: Tensor) -> tuple[Any, Any, Tensor]:
@@ -187,7 +192,7 @@ def twisted_smc(
         scheme=scheme,
     )
     _, log_weights, log_partition, ancestors, ess = out
-    strings = trace(torch.stack(tokens, 1), ancestors)
+    strings = _traced(tokens, ancestors).to(torch.int64, memory_format=torch.contiguous_format)
     return Particles(strings, log_weights, values[0] + log_partition, ancestors, ess)
 
 
