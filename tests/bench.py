@@ -39,6 +39,7 @@ from tiltlib import (
     smc,
     stepwise,
     verify,
+    weights,
 )
 
 torch.set_num_threads(1)  # after the imports, any of which may reset it
@@ -291,6 +292,81 @@ def trained(method: str, k: int = 4096, batch: int = 1024) -> tuple[float, float
     return math.inf, 5000 / seconds
 
 
+def laws_by_row(b: int, k: int, n: int, g: Generator) -> tuple[Call, Call]:
+    ref_logps = torch.randn(b, k, generator=g, dtype=torch.float64).log_softmax(-1)
+    rewards = 6 * torch.rand(b, k, generator=g, dtype=torch.float64)
+
+    def one_by_one() -> Tensor:
+        pairs = zip(ref_logps, rewards, strict=True)
+        return torch.stack([selection.soft_best_of_n_law(p, r, 1.0, n) for p, r in pairs])
+
+    return alike(lambda: selection.soft_best_of_n_law(ref_logps, rewards, 1.0, n), one_by_one)
+
+
+def temperature(n: int, g: Generator) -> tuple[Call, Call]:
+    """The temperature for half of the sample, and a bisection of a hundred effective sample sizes."""
+    rewards = torch.randn(n, generator=g, dtype=torch.float64)
+
+    def bisection() -> Tensor:
+        low, high = -80.0, 80.0
+        for _ in range(100):
+            middle = (low + high) / 2
+            enough = float(weights.ess(rewards / math.exp(middle))) > n / 2
+            low, high = (low, middle) if enough else (middle, high)
+        return torch.tensor(math.exp(high), dtype=torch.float64)
+
+    return alike(lambda: weights.beta_for_ess(rewards, 0.5), bisection)
+
+
+def tilted_chain(v: int, order: int, length: int, g: Generator) -> tuple[Call, Call]:
+    """The exact tilt, and its recursion as this library wrote it first, in arrays of the size of the table."""
+    chain = markov.MarkovChain(torch.randn(v**order, v, generator=g, dtype=torch.float64).log_softmax(-1))
+    rewards = torch.randn(v, generator=g, dtype=torch.float64)
+    everywhere = torch.arange(v**order)
+
+    def written_first() -> Tensor:
+        table = rewards.expand(v**order, v)
+        best = rest = torch.zeros(v**order, dtype=torch.float64)
+        for _ in range(length):
+            logps = chain.rows(0, everywhere)
+            ahead = torch.where(logps > -math.inf, table + chain.lookahead(best), -math.inf)
+            top = ahead.amax(-1)
+            shifted = torch.where(top[:, None] > -math.inf, ahead - top[:, None], 0.0)
+            rest = torch.logsumexp(logps + shifted + chain.lookahead(rest), -1)
+            best = top
+        return (best + rest)[chain.start]
+
+    return alike(lambda: chain.tilt(rewards, 1.0, length).log_partition, written_first)
+
+
+def independent_draws(n: int, g: Generator) -> tuple[Call, Call]:
+    """Resampling by independent draws, and the same by a bisection per place."""
+    log_weights = torch.randn(n, generator=g, dtype=torch.float64)
+
+    def searched() -> Tensor:
+        cdf = log_weights.softmax(-1).cumsum(-1)
+        return torch.searchsorted(cdf, torch.rand(n, generator=g, dtype=torch.float64), right=True)
+
+    return partial(resampling.multinomial, log_weights, n, generator=g), searched
+
+
+def particles_peak(n: int, length: int) -> float:
+    g = verify.rng("bench", "particles")
+    chain = markov.MarkovChain(torch.randn(27, 27, generator=g, dtype=torch.float64).log_softmax(-1))
+    rewards = torch.randn(27, generator=g, dtype=torch.float64)
+    gain = stepwise.gain(chain, rewards, 1.0, chain.soft_values(rewards, 1.0, length))
+    smc.twisted_smc(chain, gain, length, 10, generator=g)
+    before = peak_memory()
+    smc.twisted_smc(chain, gain, length, n, generator=g)
+    return peak_memory() - before
+
+
+def particles_memory(g: Generator) -> float:
+    n, length = 10**5, 200
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:
+        return fresh.apply(particles_peak, (n, length)) / (8 * n * length / 2**20)
+
+
 def gaussians(d: int, j: int, full: bool, n: int, g: Generator) -> tuple[mixtures.GaussianMixture, Tensor]:
     """Draw a mixture in float32, with variances around 1, and n points to take its score at."""
     logps = torch.randn(j, generator=g).log_softmax(-1)
@@ -327,6 +403,12 @@ def score_by_autograd(d: int, j: int, n: int, g: Generator) -> tuple[Call, Call]
         return torch.autograd.grad(joint.logsumexp(-1).sum(), leaf)[0]
 
     return alike(partial(mixture.score, x), autograd)
+
+
+def score_by_point(d: int, j: int, n: int, g: Generator) -> tuple[Call, Call]:
+    """Many points at once, and one by one, which fetches the tables from memory for each."""
+    mixture, x = gaussians(d, j, True, n, g)
+    return alike(partial(mixture.score, x), lambda: torch.cat([mixture.score(part) for part in x.split(1)]))
 
 
 LAST, FIRST = 0.005, 20.0
@@ -622,6 +704,9 @@ faster("counts / naive: K = 32, M = 1e4, N = 1000", 10, counts)
 faster("stream / naive: K = 4096, M = 1000, N = 1000", 3, partial(stream, 4096, 1000, 1000))
 faster("stream / naive: K = 4096, M = 1, N = 1e6", 3, partial(stream, 4096, 1, 10**6))
 faster("stream / naive: K = 32, M = 1000, N = 1000", 1.7, partial(stream, 32, 1000, 1000))
+faster("exact laws / one by one: 1000 rows of 32, N = 64", 10, partial(laws_by_row, 1000, 32, 64))
+faster("temperature for an ESS / 100 sample sizes: 4e6 rewards", 8, partial(temperature, 4 * 10**6))
+faster("exact tilt of a chain / its recursion, written plainly: 27^4, L = 10", 4, partial(tilted_chain, 27, 3, 10))
 arrives("draws to KL <= 1e-3, steps/s: K = 4096, natural gradient", 4e5, "natural gradient")
 arrives("draws to KL <= 1e-3, steps/s: K = 4096, policy gradient", 1.2e6, "policy gradient")
 arrives("draws to KL <= 1e-3, steps/s: K = 4096, DPO, soft labels", 3e6, "DPO")
@@ -653,16 +738,19 @@ for what, times, b, n in (
 ):
     name = f"systematic from log weights / particles: {what}"
     faster(name, times, partial(against_particles, b, n), peer="particles")
+faster("multinomial / a search: one row of 1e7", 2, partial(independent_draws, 10**7))
 at_most("systematic from log weights / a running sum: one row of 1e6", 12, against_sum)
 faster("32 particles / the exact problem first: order 2, L = 24", 5, small_smc)
 faster("score of a mixture / broadcasting: D = 2, J = 64", 5, partial(score_by_broadcasting, 2, 64, 40_000))
 faster("score of a mixture / broadcasting: D = 64, J = 64", 30, partial(score_by_broadcasting, 64, 64, 4000))
+faster("score, full covariances / point by point: D = 100, J = 1000", 6, partial(score_by_point, 100, 1000, 256))
 faster("score, full covariances / autograd: D = 16, J = 16", 2, partial(score_by_autograd, 16, 16, 4000))
 faster("score, full covariances / autograd: D = 64, J = 8", 2, partial(score_by_autograd, 64, 8, 4000))
 for k, n in ((4, 20_000), (64, 10**5), (4096, 10**6), (2**18, 10**6)):
     at_most(f"match / the same by log-gammas: K = {k}, n = {n:.0e}", 1.5, partial(judged, k, n))
 if LINUX:
     at_most("curve of one pool, peak memory in MB: M = 2048, N <= 64", 200, curve_growth)
+    at_most("particles, peak memory / that of their tokens: 1e5 strings of 200", 5, particles_memory)
     at_most("stream, growth of peak memory in MB: N = 1e5 to 1e8", 5, stream_growth)
 
 

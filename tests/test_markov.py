@@ -1052,3 +1052,36 @@ def test_a_number_of_symbols_is_an_alphabet(rng):
         MarkovChain(table, 0)
     with pytest.raises(TypeError, match="alphabet must be an int"):
         MarkovChain(table, 3.0)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1e-4])
+def test_a_large_table_is_tilted_in_parts(beta, rng):
+    v, order, length = 17, 3, 3  # 83,521 numbers: more than one part
+    logps = torch.randn(v**order, v, generator=rng, dtype=F64).log_softmax(-1)
+    logps[:, 0] = -math.inf  # never written
+    rewards = torch.randn(v, generator=rng, dtype=F64)
+    rewards[1] = -math.inf  # never kept
+    rewards.requires_grad_()
+    chain = MarkovChain(logps.log_softmax(-1), v)
+    tilted = chain.tilt(rewards, beta, length)
+    value = torch.zeros(v**order, dtype=F64)
+    for _ in range(length):
+        value = torch.logsumexp(chain.table(0) + rewards / beta + chain.lookahead(value), -1)
+    torch.testing.assert_close(tilted.log_values[0], value, rtol=1e-12, atol=1e-12)
+    (slope,) = torch.autograd.grad(tilted.log_partition, rewards)
+    (expected,) = torch.autograd.grad(value[chain.start], rewards)
+    torch.testing.assert_close(slope, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_context_that_leads_nowhere_leaves_the_others_alone():
+    # After a 0 every symbol is excluded; after a 1, where strings start, one way avoids it.
+    chain = MarkovChain(torch.tensor([[0.75, 0.25], [0.5, 0.5]], dtype=F64).log(), 2)
+    rewards = torch.tensor([[-math.inf, -math.inf], [2.0, 1.0]], dtype=F64, requires_grad=True)
+    tilted = chain.tilt(rewards, 1.0, 3)
+    # Only 111 and 110 survive: .125 e^3 and .125 e^4.
+    assert tilted.log_partition.item() == pytest.approx(math.log(0.125 * math.exp(3) + 0.125 * math.exp(4)), rel=1e-14)
+    assert tilted.log_values[:3, 0].tolist() == [-math.inf] * 3 and tilted._rest.isfinite().all()
+    (slope,) = torch.autograd.grad(tilted.log_partition, rewards)
+    # d log Z / d r is how often the tilted law uses it: the last symbol is 0 with probability e / (1 + e).
+    last = math.e / (1 + math.e)
+    torch.testing.assert_close(slope, vector([0, 0], [last, 3 - last]))

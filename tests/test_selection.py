@@ -1350,6 +1350,22 @@ def test_bad_shapes_of_temperatures(call, error, text):
         call(vector(0, 1, 1))
 
 
+@pytest.mark.parametrize("numbers", [16, 64, 1000, 2**17])
+@pytest.mark.parametrize("n", [2, 30, 10**9])
+def test_rows_of_any_kind_do_not_change_each_other(numbers, n, rng, monkeypatch):
+    """Rows of unlike ranges and numbers of levels go through the quadrature together, in parts of any size."""
+    ref = torch.randn(5, 40, generator=rng, dtype=F64).mul_(3).log_softmax(-1)
+    rewards = torch.rand(5, 40, generator=rng, dtype=F64) * vector(0, 1, 30, 300, 599)[:, None]
+    rewards[2] = rewards[2].round()  # ties
+    ref[3, ::2] = -math.inf
+    ref[3] = ref[3].log_softmax(-1)
+    alone = torch.stack([soft_best_of_n_law(p, r, 1.0, n) for p, r in zip(ref, rewards, strict=True)])
+    monkeypatch.setattr(selection, "_NUMBERS", numbers)
+    together = soft_best_of_n_law(ref, rewards, 1.0, n)
+    assert torch.equal(together.isinf(), alone.isinf()) and bool(together[3, ::2].isinf().all())
+    torch.testing.assert_close(together, alone, rtol=1e-13, atol=1e-13)
+
+
 def test_the_range_of_each_row_counts():
     rewards = torch.stack([S0_REWARDS + 5000, 1000 * S0_REWARDS + 1, S0_REWARDS - 5000])
     assert soft_best_of_n_law(S0, rewards, vector(1, 1000, 1), 2).shape == (3, 3)

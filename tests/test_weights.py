@@ -299,3 +299,24 @@ def test_a_fraction_at_a_limit_gives_that_limit():
     assert weights.beta_for_ess(vector(0, 1), 0.5, ties="clamp") == limits.tiny
     assert weights.beta_for_ess(vector(0, 1, -math.inf, -math.inf), 0.5, ties="clamp") == limits.max
     assert limits.tiny < weights.beta_for_ess(vector(0, 1), 0.5 + 1e-9) < limits.max
+
+
+def test_a_temperature_takes_few_steps_whatever_else_is_in_the_batch(rng, monkeypatch):
+    """Rows arrive at different steps; one that has arrived stays, and none falls back to halving an interval."""
+    rewards = torch.randn(500, 64, generator=rng, dtype=F64) * torch.logspace(-5, 5, 500, dtype=F64)[:, None]
+    rewards[::7, 10:] = -math.inf
+    steps, vecdot = [], torch.linalg.vecdot
+    monkeypatch.setattr(torch.linalg, "vecdot", lambda *a: steps.append(0) or vecdot(*a))
+    for fraction in (0.03, 0.1, 0.15):
+        steps.clear()
+        got = weights.ess(rewards / weights.beta_for_ess(rewards, fraction)[:, None]) / 64
+        torch.testing.assert_close(got, torch.full_like(got, fraction), rtol=1e-12, atol=0)
+        assert len(steps) <= 2 * 25
+
+
+def test_a_temperature_for_two_scales_of_rewards():
+    # Between the three at 1e-8 below the best and the sixty at 1 the sample size stands still: a Newton step is lost.
+    rewards = torch.cat([vector(0), torch.full((3,), -1e-8, dtype=F64), torch.full((60,), -1.0, dtype=F64)])
+    for size in (1.5, 3.9, 3.9999, 4.0001, 5, 60):
+        beta = weights.beta_for_ess(rewards, size / 64)
+        assert weights.ess(rewards / beta).item() == pytest.approx(size, rel=1e-9)

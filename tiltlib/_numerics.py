@@ -33,8 +33,8 @@ def cdf(logps: Tensor) -> Tensor:
 def search(cdf: Tensor, u: Tensor) -> Tensor:
     """Find the first sum that lies above each number of [0, 1): `torch.searchsorted(cdf, u, right=True)`.
 
-    Each step of a bisection of a long row waits for memory, so a table of where the parts of [0, 1) begin in it replaces
-    most of them.
+    Each step of a bisection of a long row waits for memory, so a table of where the parts of [0, 1) begin in it
+    replaces most of them.
 
     Args:
         cdf: Sums that end at 1, float64, shape (..., K).

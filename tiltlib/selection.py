@@ -295,7 +295,7 @@ def _log_selection_ratio(mass: Tensor, log_w: Tensor, n: int) -> Tensor:
     peak = log_node.amax(-1, keepdim=True)
     # sum_i node_i e^{-s_i w} = sum_j (-w)^j / j! sum_i node_i s_i^j, by Horner's rule.
     sums = (log_node - peak).exp_() @ powers.T
-    total = sums[:, _DEGREE :].expand_as(w)
+    total = sums[:, _DEGREE:].expand_as(w)
     for j in range(_DEGREE, 0, -1):
         total = total * w / -j + sums[:, j - 1 : j]
     # M decreases: what it was at the last node that was computed bounds it from there on.
