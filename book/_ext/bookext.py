@@ -616,6 +616,16 @@ def prune_mathjax(app: Sphinx, error: Exception | None) -> None:
             path.unlink()
 
 
+def set_drawings_aside(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Keep drawings from the parser that looks for previews: they are most of a page, and no preview shows one."""
+    context["drawn"] = context.get("body", "")
+    context["body"] = re.sub(r"<svg\b.*?</svg>", "", context["drawn"], flags=re.DOTALL)
+
+
+def put_drawings_back(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    context["body"] = context.pop("drawn")
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.setup_extension("sphinx_proof")  # has the directive that Proof replaces
     app.setup_extension("sphinx.ext.autodoc")  # has the docstring event
@@ -639,6 +649,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("source-read", note_run)
     app.connect("autodoc-process-docstring", process_docstring, priority=400)  # before napoleon, at 500
     app.connect("autodoc-skip-member", skip_fields)
+    app.connect("html-page-context", set_drawings_aside, priority=449)  # before sphinx-tippy, at 450
+    app.connect("html-page-context", put_drawings_back, priority=451)
     app.connect("html-page-context", load_explorables)
     app.connect("html-page-context", launch_notebooks, priority=900)  # after the theme has added its buttons
     app.connect("html-page-context", drop_thebe, priority=900)  # after thebe has added its own
