@@ -4,9 +4,9 @@ All ranks call the same function, each with its own share. First they exchange o
 the same on all of them, or that one has failed. So all raise together, and a shape that differs is an error and not a
 hang. Then the state goes around once, every rank computes the same decision from it, and only what was decided moves.
 
-    best_of_n       per row four numbers go around, then the winner          kept of the candidates of all ranks
+    best_of_n       three numbers per row, then the winner                   kept of the candidates of all ranks
     weight_stats    three numbers per row                                    log mean, effective sample size
-    systematic      one number per run, then two integers                    only particles whose host changes move
+    systematic      two numbers per row, then two integers                   only particles whose host changes move
     add_counts      the counts                                               evidence: add counts, judge once
 
 Without `init_process_group`, a group of None is this process alone, and each function is its single-process form.
