@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import tiltlib
-from tiltlib import diffusion, guidance, language, mixtures, policies, resampling, stepwise, verify
+from tiltlib import diffusion, distributed, guidance, language, mixtures, policies, resampling, stepwise, verify
 from tiltlib.autoregressive import AutoregressiveModel, Gain, Stopped
 from tiltlib.markov import MarkovChain
 from tiltlib.mixtures import GaussianMixture
@@ -717,6 +717,50 @@ example(
     "particles.grow on_step",
     lambda m, call: call(*grown(m, 2, 3), generator=m.generator(), on_step=lambda t, so_far: None),
 )
+PLACES = torch.arange(320).view(40, 4, 2)
+
+
+def entered(block) -> dict[str, Any]:
+    with block as said:
+        said["n"] = 3
+    return said
+
+
+for rule in distributed.RULES:
+    example(
+        f"distributed.best_of_n {rule}",
+        lambda m, call, rule=rule: call(
+            [(m(PLACES, rows=True), m(x, rows=True), m.generator()) for x in (POOL, WITH_EXCLUDED)], 0.7, rule=rule
+        ),
+    )
+example(
+    "distributed.best_of_n beta",
+    lambda m, call: call(
+        [(m(PLACES[..., 0], rows=True), m(POOL, rows=True), m.generator())], m(BETAS, rows=True), group=None
+    ),
+)
+example("distributed.together", lambda m, call: call(group=None, then=entered))
+example("distributed.weight_stats", lambda m, call: call(m(WITH_EXCLUDED, rows=True), group=None))
+example("distributed.beta_for_ess", lambda m, call: call(m(POOL, rows=True), 0.6, group=None))
+example("distributed.average_curves", lambda m, call: call(m(numbers(5, 3)), m(numbers(5, 3)), group=None))
+example("distributed.add_counts", lambda m, call: call(m(OUTCOMES), group=None))
+example("distributed.shards", lambda m, call: call("a", 2, 5, group=None, then=tuple))
+example(
+    "distributed.systematic",
+    lambda m, call: call(*(m(WITH_EXCLUDED, rows=True), m(PLACES, rows=True)), generator=m.generator(), group=None),
+)
+example("distributed.twisted_smc", lambda m, call: call(chain(m), gains(m), LENGTH, 9, generator=m.generator()))
+example(
+    "distributed.twisted_smc proposal",
+    lambda m, call: call(
+        *(chain(m), gains(m), LENGTH, 9),
+        generator=m.generator(),
+        proposal=steps(m),
+        threshold=0.99,
+        runs=3,
+        group=None,
+    ),
+)
 example(
     "selection.soft_best_of_n_blocks",
     lambda m, call: call(chain(m), gains(m), LENGTH, 3, generator=m.generator(), block=2, strings=4),
@@ -1165,6 +1209,11 @@ example("verify.match", lambda m, call: call(m(OUTCOMES), LAWS[0](m), claim="a")
 example(
     "verify.match versus",
     lambda m, call: call(m(OUTCOMES), LAWS[0](m), claim="a", versus=[LAWS[1](m)], alpha=1e-3, miss=1e-3),
+)
+example("verify.match_counts", lambda m, call: call(m.exact(COUNTS), LAWS[0](m), claim="a"))
+example(
+    "verify.match_counts versus",
+    lambda m, call: call(m.exact(COUNTS), LAWS[0](m), claim="a", versus=[LAWS[1](m)], alpha=1e-3, miss=1e-3),
 )
 example("verify.mean", lambda m, call: call(m(numbers(9)), 0.1, low=-1.0, high=1.0, claim="a"))
 example(

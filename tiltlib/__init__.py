@@ -33,6 +33,7 @@ losses          losses of feedback: policy gradient, DPO, GRPO
 diffusion       noise levels, samplers, from any score or network
 guidance        changes of a score or of a step that aim at a tilt
 verify          evidence: E-values, certificates, plans, verdict lines
+distributed     ranks of a process group: select, resample, judge
 testing         whether a model of yours keeps the rules
 figures         figures, tables and explorables of the book             matplotlib
 data            digits, word frequencies, a small language model        scikit-learn, tokenizers, transformers, wordfreq
@@ -48,6 +49,7 @@ __all__ = [
     "categorical",
     "data",
     "diffusion",
+    "distributed",
     "figures",
     "guidance",
     "language",

@@ -40,6 +40,7 @@ __all__ = [
     "falsify",
     "log_e_value",
     "match",
+    "match_counts",
     "mean",
     "observed",
     "plan",
@@ -238,13 +239,15 @@ def log_e_value(counts: ArrayLike, target: Tensor, versus: Sequence[Tensor] = ()
     Source: [good1967] for the mixture; [grunwald2024] for E-values; the book, "Verifying", `e-value-validity`.
     """
     p, wrong = _laws(target, _named(versus))
+    return _log_e(_whole_counts(counts, len(p.logs)), p, [(q, _log_ratio(p, q)) for q in wrong])
+
+
+def _whole_counts(counts: ArrayLike | Tensor, k: int) -> Floats:
     c = _numbers("counts", _fractions("counts", _array("counts", counts)))
     whole = (c >= 0) & (c <= 2**53) & (c == np.floor(c))  # beyond it a float skips numbers
-    if c.shape != p.logs.shape or not whole.all() or c.sum() == 0:
-        raise ValueError(
-            f"counts must be {len(p.logs)} whole numbers >= 0 with a positive sum, none above 2^53, got {counts!r}"
-        )
-    return _log_e(c, p, [(q, _log_ratio(p, q)) for q in wrong])
+    if c.shape != (k,) or not whole.all() or c.sum() == 0:
+        raise ValueError(f"counts must be {k} whole numbers >= 0 with a positive sum, none above 2^53, got {counts!r}")
+    return c
 
 
 def _log_e(c: Floats, p: _Law, wrong: Sequence[tuple[_Law, Floats]]) -> float:
@@ -409,6 +412,52 @@ def match(
 
     Source: the book, "Verifying", `e-value-validity` and `directed-plan`.
     """
+    return _match(lambda k: _counts(samples, k).astype(np.float64), target, claim, versus, alpha, miss)
+
+
+def match_counts(
+    counts: ArrayLike | Tensor,
+    target: Tensor,
+    *,
+    claim: str,
+    versus: Sequence[Tensor] = (),
+    alpha: float = 1e-8,
+    miss: float = 1e-8,
+) -> Verdict:
+    """Check that independent samples follow a target law, by how often each outcome occurred.
+
+    The verdict of `match` on samples with these counts. Counts of several processes add: see `distributed.add_counts`.
+
+    Args:
+        counts: How often each outcome occurred, shape (K,), whole numbers from 0 to 2^53, not all 0.
+        target: Log-probabilities of the claimed law, shape (K,), normalised.
+        claim: Claim id: the label of the theorem, or label.part.
+        versus: Log-probabilities of declared wrong laws, each of shape (K,), fixed before the data were seen.
+        alpha: Largest probability of a false alarm, in (0, 1).
+        miss: Largest probability of missing a declared wrong law, in (0, 1).
+
+    Returns:
+        Verdict of kind "match".
+
+    Raises:
+        TypeError: counts that are not numbers, or a law that is not a float32 or float64 tensor.
+        ValueError: counts negative, not whole, above 2^53 or all 0, a law not normalised or of another size, `alpha` or
+            `miss` outside (0, 1), or a malformed claim id.
+
+    Source: the book, "Verifying", `e-value-validity` and `directed-plan`.
+    """
+    return _match(lambda k: _whole_counts(counts, k), target, claim, versus, alpha, miss)
+
+
+def _match(
+    counts: Callable[[int], Floats],
+    target: Tensor,
+    claim: str,
+    versus: Sequence[Tensor],
+    alpha: float,
+    miss: float,
+) -> Verdict:
+    """Judge the counts of K outcomes, which a function of K checks and gives."""
     _claim_id(claim)
     _probability("alpha", alpha)
     _probability("miss", miss)
@@ -419,7 +468,7 @@ def match(
                 f"versus[{i}] must differ from target, got the same law: no number of samples tells them apart"
             )
     wrong = [(q, _log_ratio(p, q)) for q in laws]
-    c = _counts(samples, len(p.logs)).astype(np.float64)
+    c = counts(len(p.logs))
     log_e = _log_e(c, p, wrong)
     need = max((_plan(p, *q, alpha, miss, len(wrong)) for q in wrong), default=None)
     return _e_verdict(claim, "match", int(c.sum()), log_e, need, len(wrong), alpha, miss)
