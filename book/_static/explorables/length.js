@@ -59,7 +59,7 @@
         axes(width, height, "TV to the tilt") + below(width, height, "log N per token")
         + [0, 0.5, 1].map((v) => text(PAD - 6, y(v) + 4, v, "end")).join("")
         + [0, rate, far].map((u, i) => text(x(u), height - PAD + 16, +u.toPrecision(2), i === 2 ? "end" : "middle")).join("")
-        + mark(rate, "KL", FAINT) + mark(second, "log(1 + cv²)", FAINT)
+        + mark(rate, "KL", FAINT) + mark(second, "D₂", FAINT)
         + [10, 160].map((k) => curve(path(k, distance(k)), FAINT)).join("")
         + curve(path(M, (n) => leastDistance(p, goal, n)), START) + curve(path(M, tv), CURVE)
         + point([x(rate), y(tv(Math.exp(M * rate)))]));
