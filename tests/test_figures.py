@@ -469,7 +469,7 @@ def test_samples_and_tables_to_the_letter():
     assert "<code>ab</code>" in figures.samples({"x": ["ab"]}, "", "nothing is marked").html
     shown = figures.table({"x": ["a<", "ba"], "wide": ["c", "d"]}, "a & b")
     assert shown.html == (
-        '<div class="bk-table"><table class="table" aria-label="a &amp; b"><thead><tr><th scope="col">x</th>'
+        '<div class="bk-table"><table class="table"><caption>a &amp; b</caption><thead><tr><th scope="col">x</th>'
         '<th scope="col">wide</th></tr></thead><tbody><tr><td>a&lt;</td><td>c</td></tr>'
         "<tr><td>ba</td><td>d</td></tr></tbody></table></div>"
     )

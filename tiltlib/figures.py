@@ -267,7 +267,7 @@ def table(columns: Mapping[str, Sequence[str]], alt: str) -> Html:
 
     Args:
         columns: Heading of each column and its entries, already formatted; columns of one length.
-        alt: What the table shows; plain text, not empty.
+        alt: What the table shows and what its headings mean, put below it; plain text, not empty.
 
     Returns:
         The table; printed, `[table]` and `alt`, then the rows in aligned columns.
@@ -281,8 +281,10 @@ def table(columns: Mapping[str, Sequence[str]], alt: str) -> Html:
     rows = list(zip(*columns.values(), strict=True))
     cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in columns)
+    # <caption> is also the name of the table for a screen reader, so no label repeats it.
     html = (
-        f'<table class="table" aria-label="{escape(alt)}"><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>'
+        f'<table class="table"><caption>{escape(alt)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>"
     )
     widths = [max(map(len, (title, *entries))) for title, entries in columns.items()]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)]
