@@ -280,14 +280,17 @@ def test_the_page_computes_the_laws_of_the_chapter_on_grpo(visit):
     pairs = list(zip(GRPO, theirs, strict=True))
     for ((p, r), (effective, divided, pole)), G, beta in itertools.product(pairs, (2, 3, 16), (0.2, 1, 5)):
         logps, rewards = numbers(p).log(), numbers(r)
-        ours, f, polar = page.evaluate(
+        ours, with_k3, f, polar = page.evaluate(
             """([p, r, G, beta]) => [bookjs.dividedLaw(p, r, G, beta)[0],
+              bookjs.dividedLaw(p, r, G, beta, bookjs.onlyPole)[0],
               bookjs.effectiveReward(p.map(Math.log), bookjs.groups(r, G)), bookjs.pole(p, r, beta)[0]]""",
             [p, r, G, beta],
         )
         torch.testing.assert_close(numbers(polar), pole(logps, rewards, beta).exp(), rtol=1e-10, atol=0)
         torch.testing.assert_close(numbers(f), effective(logps, rewards, G), rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(numbers(ours), divided(rewards, G, beta).exp(), rtol=1e-7, atol=1e-12)
+        theirs_k3 = divided(rewards, G, beta, pole).exp()
+        torch.testing.assert_close(numbers(with_k3), theirs_k3, rtol=1e-7, atol=1e-12)
 
 
 OPTIONS = {  # of losses.grpo, by the name of the loss on the page
@@ -296,6 +299,7 @@ OPTIONS = {  # of losses.grpo, by the name of the loss on the page
     "k₃, leave-one-out": {"kl": "k3", "scale": "none", "baseline": "leave-one-out"},
     "k₃, group mean": {"kl": "k3", "scale": "none"},
     "k₂, divided by sd": {"kl": "k2"},
+    "k₃, divided by sd": {"kl": "k3"},
 }
 
 
@@ -322,12 +326,15 @@ def test_the_explorable_of_grpo_follows_its_controls(visit):
     page = visit(page_with("grpo"))
     box = page.query_selector('.bk-explorable[data-name="grpo"]')
     said = lambda: box.query_selector("output").inner_text()  # noqa: E731
-    seen = [said()]
-    for key in ["ArrowDown"] * 4:  # the arrow keys go through the losses
+    seen, chosen = [said()], lambda: box.query_selector("input:checked").evaluate("e => e.labels[0].textContent.trim()")
+    assert chosen() == "k₃, leave-one-out" and "μ" in said()  # the loss of the run above
+    for key in ["ArrowDown"] * 5:  # the arrow keys go through the losses
         box.query_selector("input[type=radio]:checked").press(key)
         seen.append(said())
-    assert len(set(seen)) == 5
-    assert box.query_selector("input:checked").evaluate("e => e.labels[0].textContent.trim()") == "k₃, group mean"
+    assert len(set(seen)) == 6 and chosen() == "k₂, group mean"
+    for key in ["ArrowDown"] * 2:
+        box.query_selector("input[type=radio]:checked").press(key)
+    assert chosen() == "k₃, group mean"
     before = said()
     for slider in box.query_selector_all("input[type=range]"):
         slider.press("ArrowRight")

@@ -43,13 +43,15 @@
     const top = Math.max(...logs), total = Math.log(sum(logs.map((x) => Math.exp(x - top))));
     return logs.map((x) => x - top - total);
   };
-  // pi = p e^(f/beta), with f from pi itself: damped steps from p, so that they settle. Returns pi and f.
-  function dividedLaw(p, r, size, beta) {
-    const ways = groups(r, size), start = p.map(Math.log);
-    let law = start, f, moved = 1;
+  // The tilt by f, or the pole with f for r, where f comes from the law itself: damped steps from p, so that they
+  // settle. Returns the law and f.
+  function dividedLaw(p, r, size, beta, local = tilt) {
+    const ways = groups(r, size);
+    let law = p.map(Math.log), f, moved = 1;
     for (let i = 0; i < 300 && moved > 1e-14; i++) {
       f = effectiveReward(law, ways);
-      const next = normalised(law.map((x, k) => 0.8 * x + 0.2 * (start[k] + f[k] / beta)));
+      const goal = local(p, f, beta);
+      const next = normalised(law.map((x, k) => 0.8 * x + 0.2 * Math.log(goal[k])));
       moved = Math.max(...next.map((x, k) => Math.abs(x - law[k])));
       law = next;
     }
@@ -61,6 +63,8 @@
   const rest = (b) => `the tilt at <i>β′</i> = ${b.toPrecision(3)}`;
   const polar = (b, mu) =>
     `the law <i>β′p</i>/(<i>μ</i> − <i>r</i>), <i>β′</i> = ${b.toPrecision(3)}, <i>μ</i> = ${mu.toPrecision(3)}`;
+  const shown = (f) => f.map((x) => x.toFixed(2).replace("-", "−")).join(", ");
+  const onlyPole = (...problem) => pole(...problem)[0];
   const LOSSES = {
     "k₂, leave-one-out": (p, r, beta) => [tilt(p, r, beta), "the tilt itself"],
     "k₂, group mean": (p, r, beta, G) => [tilt(p, r, ownMean(beta, G)), rest(ownMean(beta, G))],
@@ -70,13 +74,17 @@
       return [law, polar(b, mu)];
     },
     "k₂, divided by sd": (p, r, beta, G) => {
-      const [law, f] = dividedLaw(p, r, G, beta), shown = f.map((x) => x.toFixed(2).replace("-", "−"));
-      return [law, `the tilt by <i>f</i> = (${shown.join(", ")})`];
+      const [law, f] = dividedLaw(p, r, G, beta);
+      return [law, `the tilt by <i>f</i> = (${shown(f)})`];
+    },
+    "k₃, divided by sd": (p, r, beta, G) => {
+      const [law, f] = dividedLaw(p, r, G, beta, onlyPole);
+      return [law, `the law <i>βp</i>/(<i>β</i> − <i>f</i>), <i>f</i> = (${shown(f)})`];
     },
   };
 
   bookjs.explorable("grpo", (root, { p = [0.5, 0.3, 0.2], rewards: r = [0, 1, 2], ...from }) => {
-    const { loss = "k₂, divided by sd", size = 8, beta = 0.5 } = from;
+    const { loss = "k₃, leave-one-out", size = 8, beta = 0.5 } = from;
     const betas = decades(-1, 1).filter((b) => b >= 0.2 && b <= 5), best = r.indexOf(Math.max(...r));
     const getLoss = choice(root, "loss", Object.keys(LOSSES), loss);
     const getG = control(root, "G", "group size", [2, 3, 4, 6, 8, 12, 16, 32], size);
@@ -102,5 +110,5 @@
         + `${goal[best].toFixed(3)} &emsp; TV to <i>π*</i> = ${digits(totalVariation(law, goal))}`;
     };
   });
-  Object.assign(bookjs, { pole, groups, effectiveReward, dividedLaw, grpoLosses: LOSSES });
+  Object.assign(bookjs, { pole, groups, effectiveReward, dividedLaw, onlyPole, grpoLosses: LOSSES });
 })();
