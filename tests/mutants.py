@@ -201,7 +201,8 @@ def judge(work: Path, module: str, tests: list[str], mutants: list[str] = []) ->
         "source_paths": ["tiltlib"],
         "only_mutate": [f"tiltlib/{module}.py"],
         "also_copy": ["book", "conftest.py", "_toc.yml", "_config.yml"],
-        "pytest_add_cli_args": [f"--deselect={NOT_HERE}"],
+        # Its slow tests start processes, which takes seconds for each mutant.
+        "pytest_add_cli_args": ["-m", "not slow"] if tests == own_tests("distributed") else [f"--deselect={NOT_HERE}"],
         "pytest_add_cli_args_test_selection": tests,
     }
     lines = [f"{key} =\n" + "".join(f"    {value}\n" for value in values) for key, values in settings.items()]

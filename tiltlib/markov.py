@@ -688,7 +688,7 @@ class MarkovChain(AutoregressiveModel[State]):
             if logps is not earlier:
                 earlier, parts = logps, self._parts(table, logps)
             ahead = [values[-1].view(-1, self._v).mT[:, None].contiguous() for values in (best, rest)]
-            steps = [_backward_step(*part, *ahead, float(beta)) for part in parts]
+            steps = [_backward_step(rewards, logps, *ahead, beta=float(beta)) for rewards, logps in parts]
             best.append(torch.cat([top for top, _ in steps]))
             rest.append(torch.cat([left for _, left in steps]))
         _checks.some_left("rewards", best[-1][self.start])
@@ -773,7 +773,7 @@ class MarkovChain(AutoregressiveModel[State]):
         return RewardLaw(values, _log(law / law.sum()))
 
 
-def _backward_step(rewards: Tensor, logps: Tensor, best: Tensor, rest: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _backward_step(rewards: Tensor, logps: Tensor, best: Tensor, rest: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
     """Go back by one symbol, from numbers per context after it to numbers per context before it."""
     ahead = rewards + best
     top = ahead.detach().amax(0)
