@@ -616,13 +616,13 @@ def prune_mathjax(app: Sphinx, error: Exception | None) -> None:
             path.unlink()
 
 
-def set_drawings_aside(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+def set_drawings_aside(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
     """Keep drawings from the parser that looks for previews: they are most of a page, and no preview shows one."""
     context["drawn"] = context.get("body", "")
     context["body"] = re.sub(r"<svg\b.*?</svg>", "", context["drawn"], flags=re.DOTALL)
 
 
-def put_drawings_back(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+def put_drawings_back(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
     context["body"] = context.pop("drawn")
 
 
