@@ -49,18 +49,11 @@ Kernel = Callable[[Score, Tensor, float, float], Transition]
 Scale = float | Callable[[float], float]
 
 
-def _number(name: str, value: float) -> float:
-    _checks.number(name, value)
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-    return float(value)
-
-
 def _at_level(name: str, value: Scale) -> Callable[[float], float]:
     """Make a strength a function of the level. What a function gives is looked at when it is asked."""
     if callable(value):
-        return lambda s: _number(f"{name}(s)", value(s))
-    constant = _number(name, value)
+        return lambda s: _checks.finite_number(f"{name}(s)", value(s))
+    constant = _checks.finite_number(name, value)
     return lambda s: constant
 
 
