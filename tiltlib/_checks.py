@@ -164,6 +164,11 @@ def law(name: str, value: Tensor) -> Tensor:
 def rewards(name: str, value: Tensor) -> None:
     """Require rewards that are finite or -inf, which excludes."""
     tensor(name, value)
+    not_above(name, value)
+
+
+def not_above(name: str, value: Tensor) -> None:
+    """Require numbers of any shape that are finite or -inf."""
     require(
         value,
         -math.inf,
@@ -290,10 +295,10 @@ def some_left(name: str, log_total: Tensor) -> None:
 def finite(name: str, value: object) -> None:
     """Require a floating tensor of finite numbers; a single number is fine."""
     number = floating(name, value)
-    require(number, -LARGEST, LARGEST, lambda low, high: _not_finite(f"{name} must be finite", number))
+    require(number, -LARGEST, LARGEST, lambda low, high: not_finite(f"{name} must be finite", number))
 
 
-def _not_finite(what: str, value: Tensor) -> ValueError:
+def not_finite(what: str, value: Tensor) -> ValueError:
     return ValueError(f"{what}, got {int((~value.isfinite()).sum())} of {value.numel()} entries NaN or infinite")
 
 
@@ -304,7 +309,7 @@ def drawn_logps(name: str, value: object) -> None:
 
     def error(low: float, high: float) -> ValueError:
         if not (-LARGEST <= low and high <= LARGEST):
-            return _not_finite(f"{name} must be finite", number)
+            return not_finite(f"{name} must be finite", number)
         above = number[number > tolerance]
         return ValueError(f"{name} must be log-probabilities, <= 0, got {above[0].item():.6g}")
 

@@ -95,7 +95,8 @@ class GaussianMixture:
             j, d = means.shape if means.ndim == 2 else (0, 0)
             if d == 0 or logps.shape != (j,):
                 raise ValueError(
-                    f"means must have shape (J, D) and logps shape (J,), got {tuple(means.shape)} and {tuple(logps.shape)}"
+                    f"means must have shape (J, D) and logps shape (J,), "
+                    f"got {tuple(means.shape)} and {tuple(logps.shape)}"
                 )
             if covariances.shape not in {(k, *rest) for k in (1, j) for rest in ((), (d,), (d, d))}:
                 raise ValueError(
