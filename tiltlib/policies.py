@@ -275,13 +275,14 @@ class TransformerPolicy(nn.Module, AutoregressiveModel[_Begun]):
             ValueError: `tokens` outside 0..V-1, of length 0, or longer than the context of the policy; or parameters
                 that are no longer finite.
         """
-        contexts = self.ref.contexts_before(tokens)
+        contexts = self.ref.contexts_before(tokens)  # each in range, as the tokens are
         if tokens.shape[-1] > self.length:
             raise ValueError(f"tokens must have at most {self.length} positions, got shape {tuple(tokens.shape)}")
         flat = tokens.reshape(-1, tokens.shape[-1]).long()
         none_yet = torch.full_like(flat[:, :1], len(self.ref.alphabet))
         added, _ = self._network(torch.cat([none_yet, flat[:, :-1]], -1), 0, [None] * len(self.blocks))
-        rows = [self.ref.rows(t, context) for t, context in enumerate(contexts.unbind(-1))]
+        with _checks.trusted():
+            rows = [self.ref.rows(t, context) for t, context in enumerate(contexts.unbind(-1))]
         return torch.log_softmax(torch.stack(rows, -2) + added.view(*tokens.shape, len(self.ref.alphabet)), -1)
 
     def token_logps(self, tokens: Tensor) -> Tensor:
