@@ -171,7 +171,8 @@ class MarkovChain(AutoregressiveModel[State]):
             # Contexts of length m are m-digit numbers; dropping the oldest symbol repeats the shorter table V times.
             shorter = table.repeat(len(counts) // len(table), 1)
             table = torch.where(total > 0, counts / torch.where(total > 0, total, 1.0), shorter)
-        return cls(_log(table), alphabet)
+        with _checks.trusted():
+            return cls(_log(table), alphabet)
 
     def stopped(self, length: int) -> "MarkovChain":
         """Stop the chain at its first separator: after it only separators follow.
@@ -246,7 +247,8 @@ class MarkovChain(AutoregressiveModel[State]):
                 total = table.sum(-1, keepdim=True)
                 fitted = _log(table / torch.where(total > 0, total, 1.0))
                 tables.append(torch.where(total > 0, fitted, self.table(t)))
-        return MarkovChain(torch.stack(tables) if per_step else tables[0], self.alphabet)
+        with _checks.trusted():
+            return MarkovChain(torch.stack(tables) if per_step else tables[0], self.alphabet)
 
     @property
     def _v(self) -> int:

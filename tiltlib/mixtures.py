@@ -516,7 +516,8 @@ class GaussianMixture:
             ValueError: `n` < 1.
         """
         _checks.generator("generator", generator)
-        component = categorical.sample(self._priors, n, generator=generator)
+        with _checks.trusted():
+            component = categorical.sample(self._priors, n, generator=generator)
         z = _numerics.normal(self._means.new_empty(n, self.dimension), generator)
         root = self._spectrum.sqrt()
         if self._basis is None:

@@ -134,7 +134,8 @@ def multinomial(log_weights: Tensor, n: int, *, generator: torch.Generator) -> T
     Source: [gordon1993]; book, `resampling-law` and `diversity`.
     """
     logps = torch.log_softmax(_checked(log_weights, n, generator), -1)
-    return categorical.sample(logps, n, generator=generator)
+    with _checks.trusted():
+        return categorical.sample(logps, n, generator=generator)
 
 
 def residual(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Tensor:
@@ -168,7 +169,8 @@ def residual(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Tens
     certain = _ancestors(through, n)
     # A row without anything left draws from its weights; those draws are not used.
     spare = torch.where((left.sum(-1, keepdim=True) > 0) & (total < n), left, probs)
-    drawn = categorical.sample(torch.log_softmax(spare.log(), -1), n, generator=generator)
+    with _checks.trusted():
+        drawn = categorical.sample(torch.log_softmax(spare.log(), -1), n, generator=generator)
     place = torch.arange(n, device=probs.device)
     return torch.where(place < total, certain, drawn)
 
