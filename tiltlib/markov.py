@@ -848,7 +848,8 @@ class TiltedChain(MarkovChain):
         self.log_partition = self.log_values[0, self.start]
 
     def _table(self, step: int) -> Tensor:
-        return self.rows(step, torch.arange(self._v**self.order, device=self.device))
+        with _checks.trusted():
+            return self.rows(step, torch.arange(self._v**self.order, device=self.device))
 
     def rows(self, step: int, contexts: Tensor) -> Tensor:
         """Return the next-symbol log-probabilities at a step in some contexts, as `MarkovChain.rows` does.

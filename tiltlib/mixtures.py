@@ -357,7 +357,8 @@ class GaussianMixture:
         if self._own_bases():
             numbers, least = numbers * self.dimension, 32
         rows = max(least, 2**20 // (numbers * self._centre.element_size()))
-        whole = torch.cat([compute(part) for part in x.split(rows)]) if len(x) > rows else compute(x)
+        with _numerics.as_written(x.device):
+            whole = torch.cat([compute(part) for part in x.split(rows)]) if len(x) > rows else compute(x)
         return whole.to(self._dtype)
 
     def component_logps(self, x: Tensor) -> Tensor:
@@ -375,7 +376,8 @@ class GaussianMixture:
 
     def _joint(self, x: Tensor) -> Tensor:
         self.check_points("x", x)
-        return self._logits(self._coordinates(x))
+        with _numerics.as_written(x.device):
+            return self._logits(self._coordinates(x))
 
     def logps(self, x: Tensor) -> Tensor:
         """Compute the log density.
@@ -405,7 +407,8 @@ class GaussianMixture:
 
     def _posterior(self, name: str, x: Tensor) -> Tensor:
         self.check_points(name, x)
-        return self._logits(self._coordinates(x), up_to_a_constant=True).log_softmax(-1)
+        with _numerics.as_written(x.device):
+            return self._logits(self._coordinates(x), up_to_a_constant=True).log_softmax(-1)
 
     def score(self, x: Tensor) -> Tensor:
         """Compute the gradient of the log density.
@@ -610,15 +613,16 @@ class GaussianMixture:
         shares, work = noised._posterior("xt", xt).exp(), noised._work
         ratio = self._spectrum / noised._spectrum
         offsets = xt[:, None] - noised._means.to(work)
-        if float(sigma) ** 2 < (float(alpha) ** 2 * self._spectrum).min():
-            # All d_k are near xt / alpha, whose digits would hide their differences: xt / alpha - d_k.
-            means = self._times(float(sigma) ** 2 / float(alpha) / noised._spectrum, offsets)
-        else:
-            means = self._means.to(work) + self._times(float(alpha) * ratio, offsets)
-        spread = means - shares[:, None] @ means
-        within = self._matrices(float(sigma) ** 2 * ratio).expand(self.components, -1, -1).to(work)
-        between = (shares[..., None] * spread).mT @ spread
-        return ((shares @ within.flatten(1)).view_as(between) + between).to(self._dtype)
+        with _numerics.as_written(xt.device):
+            if float(sigma) ** 2 < float(alpha) ** 2 * self._extent[0]:
+                # All d_k are near xt / alpha, whose digits would hide their differences: xt / alpha - d_k.
+                means = self._times(float(sigma) ** 2 / float(alpha) / noised._spectrum, offsets)
+            else:
+                means = self._means.to(work) + self._times(float(alpha) * ratio, offsets)
+            spread = means - shares[:, None] @ means
+            within = self._matrices(float(sigma) ** 2 * ratio).expand(self.components, -1, -1).to(work)
+            between = (shares[..., None] * spread).mT @ spread
+            return ((shares @ within.flatten(1)).view_as(between) + between).to(self._dtype)
 
     # --- tilts -------------------------------------------------------------------------------------------------------
 
