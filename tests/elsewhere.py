@@ -9,7 +9,7 @@ to be listed: every operation of torch passes here.
         y = categorical.sample(logps.to(elsewhere.DEVICE), 5, generator=device.generator(0))
     device.waits        how often the host waited for the device, by operation and by function of tiltlib
     device.checks       how many of these waits were reads of an argument check
-    device.broken       operations that raised: on a real device an index out of range ends the process
+    device.broken       operations that met an index out of range, which on a real device ends the process
 
 `DEVICE` is called "meta", a name that torch accepts without a driver. While `Pretend` is on, nothing else is meta.
 """
@@ -139,8 +139,8 @@ class Pretend(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         try:
             out = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
-        except (IndexError, RuntimeError):
-            self.broken.append(name)
+        except (IndexError, RuntimeError) as error:
+            self.broken += [name] if isinstance(error, IndexError) or "out of bounds" in str(error) else []
             raise
         if not to_there:
             return out

@@ -8,12 +8,12 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import elsewhere
-from calls import CALLS, Inputs
+from calls import CALLS, Inputs, leaves
 
 PAGE = Path(__file__).parent.parent / "book/machines.md"
 BEGIN, END = "<!-- waits: written by tests/waits.py -->\n", "<!-- end of waits -->\n"
@@ -25,14 +25,18 @@ class Waits(NamedTuple):
 
 
 @cache
-def waits(key: str) -> Waits:
-    """Count the waits of one example call, without those that made its arguments."""
+def called(key: str) -> tuple[dict[str, Any], Waits]:
+    """Make one example call on the pretended device; count its waits, without those that made its arguments."""
     with elsewhere.Pretend() as device:
         call = CALLS[key](Inputs(put=lambda x: x.to(elsewhere.DEVICE), generator=device.generator))
         device.waits.clear()
         device.checks = 0
-        call.result()
-    return Waits(device.checks, device.waits.total() - device.checks)
+        got = leaves(call.result())
+    return got, Waits(device.checks, device.waits.total() - device.checks)
+
+
+def waits(key: str) -> Waits:
+    return called(key)[1]
 
 
 def table() -> str:
@@ -43,7 +47,9 @@ def table() -> str:
         most[name] = Waits(*map(max, now, most.get(name, now)))
     lines = [f"| `{name}` | {n.checks} | {n.others} |" for name, n in most.items() if n.checks > 1 or n.others]
     rest = len(most) - len(lines)
-    head = f"{len(CALLS)} calls of {len(most)} functions. The {rest} that are not listed wait once at most, for checks.\n"
+    head = (
+        f"{len(CALLS)} calls of {len(most)} functions. The {rest} that are not listed wait once at most, for checks.\n"
+    )
     return "\n".join([head, "| function | for checks | otherwise |", "|---|--:|--:|", *lines]) + "\n"
 
 

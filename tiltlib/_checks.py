@@ -95,8 +95,8 @@ class trusted:  # noqa: N801
 def _read(checks: list[Check]) -> None:
     """Wait for the numbers that checks ask for, once, and judge them in turn."""
     numbers = torch.stack([x.double() for low, high, *_ in checks for x in (low, high)]).tolist()
-    for (_, _, *rule), low, high in zip(checks, numbers[::2], numbers[1::2], strict=True):
-        _judge(low, high, *rule)
+    for (_, _, least, most, error), low, high in zip(checks, numbers[::2], numbers[1::2], strict=True):
+        _judge(low, high, least, most, error)
 
 
 def _judge(low: float, high: float, least: float, most: float, error: Error) -> None:
@@ -334,18 +334,18 @@ def drawn_logps(name: str, value: object) -> None:
 
 def draws(**logps: Tensor) -> None:
     """Require log-probabilities of outcomes that did occur, of one shape."""
-    tensors = [floating(name, value) for name, value in logps.items()]
-    first = tensors[0]
-    alike = all(x.shape == first.shape and x.dtype == first.dtype for x in tensors)
+    tensors, alike = [], True
+    for name, value in logps.items():
+        tensors.append(floating(name, value).detach())
+        alike = alike and value.shape == tensors[0].shape and value.dtype == tensors[0].dtype
 
-    def each(*_: float) -> Exception:
+    def each(low: float, high: float) -> Exception:
         for name, value in logps.items():
             drawn_logps(name, value)
         raise AssertionError("one of them is illegal")
 
-    if alike and len(tensors) * first.numel() <= 2**14:  # a copy of these takes less time than a look at each
-        tolerance = math.sqrt(torch.finfo(first.dtype).eps)
-        require(torch.stack([x.detach() for x in tensors]), -LARGEST, tolerance, each)
+    if alike and len(tensors) * tensors[0].numel() <= 2**14:  # a copy of these takes less time than a look at each
+        require(torch.stack(tensors), -LARGEST, math.sqrt(torch.finfo(tensors[0].dtype).eps), each)
         return
     for name, value in logps.items():
         drawn_logps(name, value)

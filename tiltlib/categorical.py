@@ -353,8 +353,10 @@ def sample(logps: Tensor, n: int, *, generator: torch.Generator) -> Tensor:
 
         Y = the first y with cdf(y) > U,    U uniform on [0, 1)
 
-    The CDF and the uniforms are float64 whatever the input, so an outcome of probability 0 is never drawn and the
-    draws are the same on every processor. Cost O(K + n log K) per row.
+    The CDF and the uniforms are float64 whatever the input, so an outcome of probability 0 is never drawn. From the
+    same uniforms processors draw the same, but where U lies within the rounding of the CDF, about 1e-16 a term: its
+    sums are added in another order on each, on a GPU perhaps on each run. Generators of two kinds of device give
+    different uniforms. Cost O(K + n log K) per row.
 
     Args:
         logps: Log-probabilities, shape (..., K), normalised.

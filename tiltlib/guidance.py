@@ -20,6 +20,7 @@ What is a difference of two scores or two log densities is computed in float64, 
 """
 
 import math
+from functools import partial
 from collections.abc import Callable
 
 import torch
@@ -297,8 +298,8 @@ def plug_in_quadratic(
                 _checks.finite(name, value)
                 if value.shape != shape:
                     raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-                overflow = ValueError(f"beta must keep {name} / beta within the range of float64, got {beta!r}")
-                _checks.holds((value.double() / float(beta)).isfinite(), lambda error=overflow: error)
+                rule = f"beta must keep {name} / beta within the range of float64, got {beta!r}"
+                _checks.holds((value.double() / float(beta)).isfinite(), partial(ValueError, rule))
         if quadratic is not None:
             _checks.symmetric("quadratic", quadratic)
 

@@ -106,16 +106,25 @@ def _temperature(beta: float | Tensor, batch: torch.Size, dims: int = 0) -> floa
 def _returns(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float | Tensor, dims: int = 0) -> Tensor:
     """Check the arguments and compute r - beta log(pi / p), in float64; the last `dims` dimensions lie within a row."""
     _checks.draws(logps=logps, ref_logps=ref_logps)
-    _checks.finite("rewards", rewards)
+    _checks.floating("rewards", rewards)  # its entries are looked at with the advantages
     _checks.same_shape(logps=logps, rewards=rewards)
     beta = _temperature(beta, logps.shape[: logps.ndim - dims], dims)
     return rewards.double() - beta * (logps.double() - ref_logps.double())
 
 
-def _constant(advantages: Tensor) -> Tensor:
-    """Detach advantages, after requiring that no difference of enormous rewards has overflowed."""
-    _checks.finite("advantages from rewards", advantages)
-    return advantages.detach()
+def _constant(advantages: Tensor, rewards: Tensor) -> Tensor:
+    """Detach advantages, after requiring that rewards are finite and no difference of enormous ones has overflowed.
+
+    One look for both: advantages are not finite if a reward is not.
+    """
+    advantages = advantages.detach()
+
+    def error(low: float, high: float) -> ValueError:
+        _checks.finite("rewards", rewards)
+        return _checks.not_finite("advantages from rewards must be finite", advantages)
+
+    _checks.require(advantages, -_checks.LARGEST, _checks.LARGEST, error)
+    return advantages
 
 
 def _number_or_tensor(
@@ -167,7 +176,7 @@ def policy_gradient(
     with _checks.together():
         returns = _returns(logps, ref_logps, rewards, beta)
         level = _number_or_tensor("baseline", baseline, logps, _checks.finite_number, _checks.finite)
-        return (-logps.double() * _constant(returns - level)).to(logps.dtype)
+        return (-logps.double() * _constant(returns - level, rewards)).to(logps.dtype)
 
 
 def rloo(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> Tensor:
@@ -198,7 +207,9 @@ def rloo(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float | Tensor
         returns = _returns(logps, ref_logps, rewards, beta, dims=1)
         _group("logps", logps, -1)
         return (
-            -(logps.double() * _constant(_leave_one_out(_centred(returns), returns.shape[-1]))).mean(-1).to(logps.dtype)
+            -(logps.double() * _constant(_leave_one_out(_centred(returns), returns.shape[-1]), rewards))
+            .mean(-1)
+            .to(logps.dtype)
         )
 
 
@@ -390,7 +401,7 @@ def _advantages(rewards: Tensor, change: Tensor | None, draws: Tensor, baseline:
     if change is not None:
         rounding = 16 * torch.finfo(torch.float64).eps * (returns.abs() + change.abs().sum(-1))
         returns = _centred(returns + change.sum(-1), draws)
-    advantages = _constant(returns)
+    advantages = _constant(returns, rewards)
     if scale == "group":
         # Equal returns may differ by the rounding of their sum; dividing that by itself would make it of size 1.
         largest = advantages.abs().amax(-1, keepdim=True)
@@ -401,7 +412,7 @@ def _advantages(rewards: Tensor, change: Tensor | None, draws: Tensor, baseline:
         advantages = advantages / torch.where(differ, sd, 1)
     if baseline == "leave-one-out":
         advantages = _leave_one_out(advantages, n)
-    return _constant(advantages)
+    return _constant(advantages, rewards)
 
 
 def _clipped(log_ratios: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
