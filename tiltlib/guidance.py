@@ -20,8 +20,8 @@ What is a difference of two scores or two log densities is computed in float64, 
 """
 
 import math
-from functools import partial
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
