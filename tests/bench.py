@@ -14,10 +14,13 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache, partial
+from inspect import isfunction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -656,6 +659,30 @@ def against_sum(g: Generator) -> float:
     return whole / summed
 
 
+def share_of_checks(name: str, g: Generator) -> float:
+    """The part of a small call that its checks take: the same call, with the functions of `_checks` doing nothing."""
+    logps = [-5 * torch.rand(8, 16, generator=g, dtype=torch.float64) for _ in range(4)]
+    logps[0].requires_grad_()
+    rewards = torch.rand(8, 16, generator=g, dtype=torch.float64)
+    call = {
+        "policy_gradient": partial(losses.policy_gradient, *logps[:2], rewards, 0.5),
+        "dpo": partial(losses.dpo, *logps, 0.5),
+        "kl_estimators": partial(losses.kl_estimators, *logps[:2]),
+    }[name]
+    nothing = {key: lambda *args, **kwargs: None for key, value in vars(_checks).items() if isfunction(value)}
+
+    def often() -> None:
+        for _ in range(100):
+            call()
+
+    def unchecked() -> None:
+        with mock.patch.multiple(_checks, together=nullcontext, **nothing):
+            often()
+
+    whole, rest = medians((often, unchecked))
+    return 1 - rest / whole
+
+
 def natural_saves(g: Generator) -> float:
     return trained("natural gradient")[0] / trained("policy gradient")[0]
 
@@ -739,6 +766,8 @@ for what, times, b, n in (
     name = f"systematic from log weights / particles: {what}"
     faster(name, times, partial(against_particles, b, n), peer="particles")
 faster("multinomial / a search: one row of 1e7", 2, partial(independent_draws, 10**7))
+for name in ("policy_gradient", "dpo", "kl_estimators"):
+    at_most(f"share of the checks in a call of {name}: 8 x 16", 0.4, partial(share_of_checks, name))
 at_most("systematic from log weights / a running sum: one row of 1e6", 12, against_sum)
 faster("32 particles / the exact problem first: order 2, L = 24", 5, small_smc)
 faster("score of a mixture / broadcasting: D = 2, J = 64", 5, partial(score_by_broadcasting, 2, 64, 40_000))

@@ -8,6 +8,8 @@ to be listed: every operation of torch passes here.
     with elsewhere.Pretend() as device:
         y = categorical.sample(logps.to(elsewhere.DEVICE), 5, generator=device.generator(0))
     device.waits        how often the host waited for the device, by operation and by function of tiltlib
+    device.checks       how many of these waits were reads of an argument check
+    device.broken       operations that met an index out of range, which on a real device ends the process
 
 `DEVICE` is called "meta", a name that torch accepts without a driver. While `Pretend` is on, nothing else is meta.
 """
@@ -88,6 +90,8 @@ class Pretend(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.waits = Counter()
+        self.checks = 0
+        self.broken = []
         self._generators = []  # kept alive, so that no other gets the address of one of them
 
     def __enter__(self):
@@ -130,9 +134,14 @@ class Pretend(TorchDispatchMode):
             raise DeviceMistake(f"{name} elsewhere draws from the global generator")
         if there and (name in READS or _masks(name, args) or name in COPIES and not to_there):
             self.waits[name, _place()] += 1
+            self.checks += _in_a_check()
         if device is not None:
             kwargs["device"] = torch.device("cpu")
-        out = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+        try:
+            out = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+        except (IndexError, RuntimeError) as error:
+            self.broken += [name] if isinstance(error, IndexError) or "out of bounds" in str(error) else []
+            raise
         if not to_there:
             return out
         known = {id(x.inner): x for x in there}  # an operation in place returns the tensor that it was given
@@ -166,3 +175,14 @@ def _place():
             return f"{module.removeprefix('tiltlib.')}.{frame.f_code.co_name}"
         frame = frame.f_back
     return ""
+
+
+def _in_a_check():
+    """Say whether the innermost function of tiltlib that is running is an argument check."""
+    frame = sys._getframe(1)
+    while frame:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("tiltlib."):
+            return module == "tiltlib._checks"
+        frame = frame.f_back
+    return False

@@ -1,14 +1,17 @@
 """Every public call on another device: the same values, all results there, and nothing is mixed on the way."""
 
+import math
 from collections.abc import Callable
 
 import elsewhere
 import pytest
 import torch
 from calls import CALLS, Inputs, leaves, same
+from test_every_call import NAN_PASSES
 from torch import Tensor
+from waits import called, on_page, table, waits
 
-from tiltlib import categorical, weights
+from tiltlib import _checks, categorical, losses, weights
 
 pytestmark = pytest.mark.slow  # every public call, once more
 
@@ -34,8 +37,7 @@ def assert_all_there(key: str, got: dict[str, object], there: Callable[[Tensor],
 @pytest.mark.parametrize("key", CALLS)
 def test_a_call_elsewhere(key):
     expected = results(key, Inputs())
-    with elsewhere.Pretend() as device:
-        got = results(key, Inputs(put=lambda x: x.to(elsewhere.DEVICE), generator=device.generator))
+    got, _ = called(key)
     assert list(got) == list(expected)
     assert_all_there(key, got, lambda x: isinstance(x, elsewhere.Tensor))
     for place, value in got.items():
@@ -55,6 +57,127 @@ def test_a_call_on_a_gpu(key):
             # Sums of a few float64 numbers in another order, through at most one solve or decomposition.
             digits = 1e-10 if value.dtype == torch.float64 else 1e-5
             torch.testing.assert_close(value.cpu(), expected[place], rtol=digits, atol=digits, equal_nan=True)
+
+
+# --- how often the host waits ----------------------------------------------------------------------------------------
+
+BY_STEP = "each step reads what it was given, since the next one indexes with it or would spread it"
+BY_CHUNK = "each chunk is read before its winner is taken, and the sum of all at the end"
+SEVERAL = "calls public functions one after the other, each of which reads what it is given"
+ON_THE_HOST = "judges on the host, in numpy: every argument is brought there"
+# Functions that wait more than once for the checks of their arguments.
+MORE_CHECKS = {
+    "weights.beta_for_ess": "a search, each step of which is a call of `ess`",
+    "policies.TransformerPolicy.append": "tokens are read before they are indices, and what the network gives",
+    "policies.TransformerPolicy.conditionals": "tokens are read before they are indices, and what the network gives",
+    "policies.TransformerPolicy.token_logps": "tokens are read before they are indices, and what the network gives",
+    "policies.TransformerPolicy.logps": "tokens are read before they are indices, and what the network gives",
+    "policies.TransformerPolicy.sample": BY_STEP,
+    "language.LanguageModel.tree": BY_STEP,
+    "language.LanguageModel.sample": BY_STEP,
+    "language.generate": BY_STEP,
+    "autoregressive.AutoregressiveModel.sample": BY_STEP,
+    "autoregressive.AutoregressiveModel.logps": BY_STEP,
+    "selection.exponential_best_of_n_stream": BY_CHUNK,
+    "selection.soft_best_of_n_stream": BY_CHUNK,
+    "selection.soft_best_of_n_blocks": BY_STEP,
+    "stepwise.soft_best_of_n_chain": "each step is a call of `soft_best_of_n_law`",
+    "stepwise.gain": "the example also calls the functions of the gain",
+    "autoregressive.Gain": "the example also calls the functions of the gain",
+    "smc.by_value": "the example also calls the functions of the gain",
+    "smc.twisted_smc": BY_STEP,
+    "particles.grow": BY_STEP,
+    "mcmc.power_mh": BY_STEP,
+    "pool.needed_n": "a search, each step of which is a curve",
+    "pool.needed_beta": "a search, each step of which is a curve",
+    "pool.divergence": SEVERAL,
+    "pool.doubts": SEVERAL,
+    "testing.check_model": SEVERAL,
+    "mixtures.GaussianMixture.fit": "the mixture that is made reads its covariances",
+    "diffusion.of_network": "the example also calls the score",
+    "diffusion.sample": BY_STEP,
+    "guidance.plug_in_quadratic": "the example also calls the score",
+    "guidance.particles": BY_STEP,
+    "verify.log_e_value": ON_THE_HOST,
+    "verify.match": ON_THE_HOST,
+    "verify.plan": ON_THE_HOST,
+    "verify.within": ON_THE_HOST,
+}
+# Of these nothing but a check may wait: how they go on does not depend on a number.
+NO_OTHER_WAIT = ("losses", "weights", "categorical", "policies", "resampling")
+OTHER_WAITS = {
+    "losses.count_wins": "counts",
+    "losses.fit_bradley_terry": "iterates until it has converged",
+    "weights.beta_for_ess": "raises where a fraction is not attained",
+}
+
+
+@pytest.mark.parametrize("key", CALLS)
+def test_the_checks_of_a_call_wait_once(key):
+    assert waits(key).checks <= 1 or key.split()[0] in MORE_CHECKS
+
+
+@pytest.mark.parametrize("key", [key for key in CALLS if key.startswith(NO_OTHER_WAIT)])
+def test_nothing_else_waits_in_a_loss_or_a_law(key):
+    assert not waits(key).others or key.split()[0] in OTHER_WAITS
+
+
+def test_every_exception_is_needed():
+    most = {name: [waits(key) for key in CALLS if key.split()[0] == name] for name in MORE_CHECKS | OTHER_WAITS}
+    assert not {name for name in MORE_CHECKS if max(now.checks for now in most[name]) <= 1}
+    assert not {name for name in OTHER_WAITS if not any(now.others for now in most[name])}
+
+
+def test_the_page_has_the_waits_of_today():
+    assert on_page() == table(), "python tests/waits.py writes them"
+
+
+def test_a_second_read_and_a_read_in_a_loss_are_seen(monkeypatch):
+    key, constant = "losses.policy_gradient", losses._constant
+    assert called.__wrapped__(key)[1] == (1, 0)
+    monkeypatch.setattr(losses, "_constant", lambda x, r: constant(x, r) if x.sum() > 0 else constant(x, r))
+    assert called.__wrapped__(key)[1] == (1, 1)
+    monkeypatch.setattr(losses, "_constant", lambda x: _checks._read([(*x.aminmax(), 0, 0, None)]) or x)
+    with pytest.raises(TypeError):  # out of range, and no error to raise
+        called.__wrapped__(key)[1]
+    monkeypatch.undo()
+    monkeypatch.setattr(_checks.together, "__enter__", lambda self: setattr(self, "outermost", False))
+    assert called.__wrapped__(key)[1].checks > 1
+
+
+# Where checks of an accelerator wait until the end of their block: there must be no index in between.
+BLOCKS = (
+    "losses",
+    "weights",
+    "categorical",
+    "resampling",
+    "selection",
+    "policies.TabularPolicy",
+    "policies.natural_step",
+)
+FIRST_EXAMPLES = {key.split()[0]: key for key in reversed(CALLS) if key.startswith(BLOCKS)}
+
+
+@pytest.mark.parametrize("key", FIRST_EXAMPLES.values())
+def test_what_the_cpu_refuses_is_refused_alike(key):
+    m = Inputs()
+    CALLS[key](m).result()
+    for i in range(len(m.made)):
+
+        def poison(x: Tensor, j: int, rows: bool, i: int = i) -> Tensor:
+            bad = math.nan if x.is_floating_point() else 10**6
+            return x.flatten().index_fill(0, torch.tensor(0), bad).view(x.shape) if i == j else x
+
+        if (key, i, None) in NAN_PASSES:
+            continue
+        with pytest.raises(ValueError) as here:
+            CALLS[key](Inputs(change=poison)).result()
+        with elsewhere.Pretend() as device:
+            put = Inputs(change=poison, put=lambda x: x.to(elsewhere.DEVICE), generator=device.generator)
+            with pytest.raises(ValueError) as there:
+                CALLS[key](put).result()
+            assert str(there.value).replace("elsewhere: ", "") == str(here.value), i
+        assert not device.broken, i
 
 
 # --- the pretended device sees what it looks for ---------------------------------------------------------------------

@@ -1,8 +1,21 @@
-"""Argument checks with uniform messages: each names the argument, the legal range and what was received."""
+"""Argument checks with uniform messages: each names the argument, the legal range and what was received.
+
+Types, shapes and Python's numbers are judged at once. What depends on the entries of a tensor passes through `require`,
+which looks at its least and its largest entry. Numbers of the CPU are judged at once. For those of an accelerator the
+host has to wait, so a function with several checks puts them into one block, `with together():`, which waits once, at
+its end, and raises what fails first. Between a check and the end of its block the arguments may be illegal: arithmetic
+may go on, a loop that needs legal numbers, an index and a function of the caller may not.
+
+Under torch.compile and the transforms of torch.func, such as vmap, there are no entries to read, and `require` passes.
+"""
 
 import itertools
 import math
+import sys
+import threading
+from collections.abc import Callable
 from numbers import Integral, Real
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -13,14 +26,98 @@ INTEGERS = (
 )
 
 
+LARGEST = sys.float_info.max
+Error = Callable[[float, float], Exception]
+Check = tuple[Tensor, Tensor, float, float, Error]
+
+
+class _Waiting(threading.local):
+    checks: list[Check] | None = None  # None outside of a block
+    trusting: bool = False
+
+
+_waiting = _Waiting()
+
+
+def require(value: Tensor, least: float, most: float, error: Error) -> None:
+    """Require entries from `least` to `most`; else raise what `error` makes of their least and largest.
+
+    Both are NaN if any entry is, and so not within the range.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    if _waiting.trusting or not value.numel():
+        return
+    low, high = (value.detach() if value.requires_grad else value).aminmax()
+    if value.is_cpu:
+        _judge(low.item(), high.item(), least, most, error)
+    elif _waiting.checks is None:
+        _read([(low, high, least, most, error)])
+    else:
+        _waiting.checks.append((low, high, least, most, error))
+
+
+def holds(condition: Tensor, error: Callable[[], Exception]) -> None:
+    """Require that a condition holds everywhere."""
+    require(condition, 1, 1, lambda low, high: error())
+
+
+class together:  # noqa: N801, it is used as a function
+    """Read what the checks in this block ask for at its end, all at once; a block within a block leaves it to that."""
+
+    def __enter__(self) -> None:
+        self.outermost = not torch.compiler.is_compiling() and _waiting.checks is None
+        if self.outermost:
+            _waiting.checks = []
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if not self.outermost:
+            return
+        checks, _waiting.checks = _waiting.checks, None
+        # If something was raised, a check that came before may say why.
+        if checks and (kind is None or issubclass(kind, Exception)):
+            _read(checks)
+
+
+class trusted:  # noqa: N801
+    """Look at no entries in this block: its numbers were made here, from ones that were looked at."""
+
+    def __enter__(self) -> None:
+        self.before = torch.compiler.is_compiling() or _waiting.trusting
+        if not self.before:
+            _waiting.trusting = True
+
+    def __exit__(self, *error: object) -> None:
+        if not self.before:
+            _waiting.trusting = False
+
+
+def _read(checks: list[Check]) -> None:
+    """Wait for the numbers that checks ask for, once, and judge them in turn."""
+    numbers = torch.stack([x.double() for low, high, *_ in checks for x in (low, high)]).tolist()
+    for (_, _, least, most, error), low, high in zip(checks, numbers[::2], numbers[1::2], strict=True):
+        _judge(low, high, least, most, error)
+
+
+def _judge(low: float, high: float, least: float, most: float, error: Error) -> None:
+    if not (least <= low and high <= most):
+        raise error(low, high) from None
+
+
 def described(value: object) -> str:
     return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
+def floating(name: str, value: object, verb: str = "be") -> Tensor:
+    """Require a tensor of floating-point numbers."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must {verb} a floating-point torch.Tensor, got {described(value)}")
+    return value
+
+
 def tensor(name: str, value: object) -> None:
     """Require a floating tensor with at least one dimension and one outcome."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {described(value)}")
+    value = floating(name, value)
     if value.ndim == 0 or value.shape[-1] == 0:
         raise ValueError(f"{name} must have a last dimension of size >= 1, got shape {tuple(value.shape)}")
 
@@ -47,9 +144,12 @@ def sequences(name: str, value: object) -> Tensor:
 def indices(name: str, value: object, k: int) -> Tensor:
     """Require a non-empty integer tensor with entries in 0..k-1; return it as int64."""
     index = integers(name, value)
-    low, high = int(index.min()), int(index.max())
-    if low < 0 or high >= k:
-        raise ValueError(f"{name} must lie in 0..{k - 1}, got values from {low} to {high}")
+    require(
+        index,
+        0,
+        k - 1,
+        lambda low, high: ValueError(f"{name} must lie in 0..{k - 1}, got values from {int(low)} to {int(high)}"),
+    )
     return index
 
 
@@ -60,11 +160,15 @@ def logps(name: str, value: Tensor) -> None:
     total = torch.logsumexp(value.detach().double(), -1)
     # Half of the digits of the dtype: rounding over any realistic support stays far below, a lost factor far above.
     tolerance = math.sqrt(torch.finfo(value.dtype).eps)
-    if not bool((total.abs() <= tolerance).all()):
-        worst = total.flatten()[total.abs().nan_to_num(nan=math.inf).argmax()].item()
-        raise ValueError(
-            f"{name} must be log-probabilities that sum to 1 over the last dimension, got logsumexp = {worst:.6g}"
-        )
+    require(
+        total,
+        -tolerance,
+        tolerance,
+        lambda low, high: ValueError(
+            f"{name} must be log-probabilities that sum to 1 over the last dimension, "
+            f"got logsumexp = {low if -low > high else high:.6g}"
+        ),
+    )
 
 
 def law(name: str, value: Tensor) -> Tensor:
@@ -76,15 +180,24 @@ def law(name: str, value: Tensor) -> Tensor:
 def rewards(name: str, value: Tensor) -> None:
     """Require rewards that are finite or -inf, which excludes."""
     tensor(name, value)
-    # One pass, and no mask of the size of the input: the largest entry is NaN if any entry is.
-    if value.numel() and not bool(value.amax() < math.inf):
-        raise ValueError(f"{name} must be finite or -inf (excluded), got NaN or +inf")
+    not_above(name, value)
+
+
+def not_above(name: str, value: Tensor) -> None:
+    """Require numbers of any shape that are finite or -inf."""
+    require(
+        value,
+        -math.inf,
+        LARGEST,
+        lambda low, high: ValueError(f"{name} must be finite or -inf (excluded), got NaN or +inf"),
+    )
 
 
 def log_weights(name: str, value: Tensor) -> None:
     """Require log weights of which at least one in each row is finite."""
-    rewards(name, value)
-    some_left(name, value.amax(-1))
+    with together():
+        rewards(name, value)
+        some_left(name, value.amax(-1))
 
 
 def same_outcomes(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -99,15 +212,24 @@ def same_outcomes(name: str, value: Tensor, other_name: str, other: Tensor) -> N
 def number(name: str, value: object) -> None:
     """Require a real number; a tensor is none, not even one without dimensions."""
     # Real covers numpy's scalars; True is a number to Python and a mistake here.
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (float, Real)):
         raise TypeError(f"{name} must be a number, got {described(value)}")
+
+
+def finite_number(name: str, value: object) -> float:
+    """Require a number that is neither NaN nor infinite."""
+    number(name, value)
+    assert isinstance(value, Real)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return float(value)
 
 
 def positive(name: str, value: object) -> None:
     """Require a finite number > 0."""
     if isinstance(value, Tensor):
         number(name, value)
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (float, Real)) or not 0 < float(value) < math.inf:
         raise ValueError(f"{name} must be finite and > 0, got {_short(value)}")
 
 
@@ -115,7 +237,7 @@ def nonnegative(name: str, value: object) -> None:
     """Require a finite number >= 0."""
     if isinstance(value, Tensor):
         number(name, value)
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (float, Real)) or not 0 <= float(value) < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got {_short(value)}")
 
 
@@ -134,8 +256,12 @@ def positive_per_row(name: str, value: float | Tensor, batch: torch.Size) -> Non
         return
     if value.dtype == torch.bool or value.is_complex():
         raise TypeError(f"{name} must be a number or a tensor of real numbers, got {described(value)}")
-    if not bool((torch.isfinite(value) & (value > 0)).all()):
-        raise ValueError(f"{name} must be finite and > 0, got {_short(value)}")
+    require(
+        value,
+        math.ulp(0.0),
+        LARGEST,
+        lambda low, high: ValueError(f"{name} must be finite and > 0, got {_short(value)}"),
+    )
     if not _broadcast(value.shape, batch):
         raise ValueError(
             f"{name} must broadcast against the batch dimensions {tuple(batch)}, got shape {tuple(value.shape)}"
@@ -148,12 +274,9 @@ def _short(value: object) -> str:
     return repr(value)
 
 
-def _broadcast(*shapes: torch.Size) -> bool:
-    try:
-        torch.broadcast_shapes(*shapes)
-    except RuntimeError:
-        return False
-    return True
+def _broadcast(a: torch.Size, b: torch.Size) -> bool:
+    """Whether two shapes broadcast; torch.broadcast_shapes takes as long as ten sums of a few hundred numbers."""
+    return all(i == j or i == 1 or j == 1 for i, j in zip(reversed(a), reversed(b), strict=False))
 
 
 def count(name: str, value: object) -> None:
@@ -175,48 +298,89 @@ def symbol(name: str, value: object, v: int | None = None) -> None:
 
 def some_left(name: str, log_total: Tensor) -> None:
     """Require that no row has lost its whole support."""
-    if bool((log_total == -math.inf).any()):
-        raise ValueError(f"{name} must leave at least one outcome of positive mass per row, got a row that is all -inf")
+    require(
+        log_total,
+        -LARGEST,
+        math.inf,
+        lambda low, high: ValueError(
+            f"{name} must leave at least one outcome of positive mass per row, got a row that is all -inf"
+        ),
+    )
 
 
 def finite(name: str, value: object) -> None:
     """Require a floating tensor of finite numbers; a single number is fine."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {described(value)}")
-    bad = int((~value.isfinite()).sum())
-    if bad:
-        raise ValueError(f"{name} must be finite, got {bad} of {value.numel()} entries NaN or infinite")
+    number = floating(name, value)
+    require(number, -LARGEST, LARGEST, lambda low, high: not_finite(f"{name} must be finite", number))
+
+
+def not_finite(what: str, value: Tensor) -> ValueError:
+    return ValueError(f"{what}, got {int((~value.isfinite()).sum())} of {value.numel()} entries NaN or infinite")
 
 
 def drawn_logps(name: str, value: object) -> None:
     """Require log-probabilities of outcomes that did occur: finite and <= 0, up to rounding."""
-    finite(name, value)
-    assert isinstance(value, Tensor)
-    above = value[value > math.sqrt(torch.finfo(value.dtype).eps)]
-    if len(above):
-        raise ValueError(f"{name} must be log-probabilities, <= 0, got {above[0].item():.6g}")
+    number = floating(name, value)
+    tolerance = math.sqrt(torch.finfo(number.dtype).eps)
+
+    def error(low: float, high: float) -> ValueError:
+        if not (-LARGEST <= low and high <= LARGEST):
+            return not_finite(f"{name} must be finite", number)
+        above = number[number > tolerance]
+        return ValueError(f"{name} must be log-probabilities, <= 0, got {above[0].item():.6g}")
+
+    require(number, -LARGEST, tolerance, error)
+
+
+def draws(**logps: Tensor) -> None:
+    """Require log-probabilities of outcomes that did occur, of one shape."""
+    tensors, alike = [], True
+    for name, value in logps.items():
+        tensors.append(floating(name, value).detach())
+        alike = alike and value.shape == tensors[0].shape and value.dtype == tensors[0].dtype
+
+    def each(low: float, high: float) -> Exception:
+        for name, value in logps.items():
+            drawn_logps(name, value)
+        raise AssertionError("one of them is illegal")
+
+    if alike and len(tensors) * tensors[0].numel() <= 2**14:  # a copy of these takes less time than a look at each
+        require(torch.stack(tensors), -LARGEST, math.sqrt(torch.finfo(tensors[0].dtype).eps), each)
+        return
+    for name, value in logps.items():
+        drawn_logps(name, value)
+    same_shape(**logps)
 
 
 def same_shape(**values: Tensor) -> None:
     """Require tensors of one shape; the names of the arguments are the names in the message."""
-    if len({tuple(value.shape) for value in values.values()}) > 1:
+    first, *others = values.values()
+    if any(value.shape != first.shape for value in others):
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in values.items())
         raise ValueError(f"{' and '.join(values)} must have one shape, got {shapes}")
 
 
 def fits(name: str, value: Tensor, other: Tensor) -> None:
     """Require a tensor that broadcasts to the shape of another without enlarging it."""
-    if not _broadcast(value.shape, other.shape) or torch.broadcast_shapes(value.shape, other.shape) != other.shape:
+    if not broadcasts_to(value.shape, other.shape):
         raise ValueError(f"{name} must broadcast to shape {tuple(other.shape)}, got {tuple(value.shape)}")
+
+
+def broadcasts_to(shape: torch.Size, other: torch.Size) -> bool:
+    """Whether a shape broadcasts to another without enlarging it."""
+    pairs = zip(reversed(shape), reversed(other), strict=False)
+    return len(shape) <= len(other) and all(i in (1, j) for i, j in pairs)
 
 
 def probabilities(name: str, value: object) -> None:
     """Require a floating tensor with entries in [0, 1]."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {described(value)}")
-    outside = value[~((value >= 0) & (value <= 1))]
-    if len(outside):
-        raise ValueError(f"{name} must lie in [0, 1], got {outside[0].item():g}")
+    number = floating(name, value)
+
+    def error(low: float, high: float) -> ValueError:
+        outside = number[~((number >= 0) & (number <= 1))]
+        return ValueError(f"{name} must lie in [0, 1], got {outside[0].item():g}")
+
+    require(number, 0, 1, error)
 
 
 def some_tokens(mask: object, shape: torch.Size) -> None:
@@ -225,9 +389,13 @@ def some_tokens(mask: object, shape: torch.Size) -> None:
         raise TypeError(f"mask must be a boolean torch.Tensor, got {described(mask)}")
     if mask.shape != shape:
         raise ValueError(f"mask must have shape {tuple(shape)}, one entry per token, got {tuple(mask.shape)}")
-    empty = int((~mask.any(-1)).sum())
-    if empty:
-        raise ValueError(f"mask must keep at least one token per sequence, got {empty} sequences with none")
+    kept = mask.any(-1)
+    holds(
+        kept,
+        lambda: ValueError(
+            f"mask must keep at least one token per sequence, got {int((~kept).sum())} sequences with none"
+        ),
+    )
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -276,10 +444,13 @@ def symmetric(name: str, matrices: Tensor) -> None:
     """Require symmetric matrices, up to half of the digits of the dtype."""
     gap = (matrices - matrices.mT).abs().amax((-2, -1))
     bad = gap > math.sqrt(torch.finfo(matrices.dtype).eps) * matrices.abs().amax((-2, -1))
-    if bool(bad.any()):
+
+    def error() -> ValueError:
         k = int(bad.long().argmax())
         where = f" in component {k}" if matrices.ndim == 3 else ""
-        raise ValueError(f"{name} must be symmetric, got entries that differ by {gap.flatten()[k].item():g}{where}")
+        return ValueError(f"{name} must be symmetric, got entries that differ by {gap.flatten()[k].item():g}{where}")
+
+    holds(~bad, error)
 
 
 def value_per_context(name: str, values: Tensor, contexts: int) -> int:
@@ -293,9 +464,12 @@ def value_per_context(name: str, values: Tensor, contexts: int) -> int:
 def finite_where(name: str, values: Tensor, reached: Tensor, where: str) -> None:
     """Require log values that are finite in every context that can be reached."""
     lost = reached & (values == -math.inf)
-    if bool(lost.any()):
+
+    def error() -> ValueError:
         step, context = lost.nonzero()[0].tolist()
-        raise ValueError(f"{name} must be finite {where}, got -inf at step {step} in context {context}")
+        return ValueError(f"{name} must be finite {where}, got -inf at step {step} in context {context}")
+
+    holds(~lost, error)
 
 
 def generator(name: str, value: object) -> None:
@@ -306,12 +480,15 @@ def generator(name: str, value: object) -> None:
 
 def returned(name: str, value: object, n: int, device: torch.device | None = None) -> Tensor:
     """Require what a function of the caller gave: one log weight or value for each string or particle, in float64."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must return a floating-point torch.Tensor, got {described(value)}")
+    value = floating(name, value, "return")
     if value.shape != (n,):
         raise ValueError(f"{name} must return shape ({n},), one number each, got {tuple(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must return numbers on {device}, got numbers on {value.device}")
-    if n and not bool(value.amax() < math.inf):  # NaN if any is
-        raise ValueError(f"{name} must return numbers that are finite or -inf, got NaN or +inf")
+    require(
+        value,
+        -math.inf,
+        LARGEST,
+        lambda low, high: ValueError(f"{name} must return numbers that are finite or -inf, got NaN or +inf"),
+    )
     return value.double()

@@ -1,10 +1,18 @@
 """Arithmetic that several modules share: numbers of 64 bits, division after shifting, CDFs, normal draws."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
+
+
+def as_written(device: torch.device) -> AbstractContextManager[object]:
+    """Compute a block in the dtypes of its tensors, where torch.autocast would turn products to half precision."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def double(value: float | Tensor) -> float | Tensor:

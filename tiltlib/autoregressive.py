@@ -96,7 +96,9 @@ class AutoregressiveModel(ABC, Generic[State]):
             TypeError: `generator` is no generator, or `next_logps` returns no floating tensor.
             ValueError: `next_logps` returns another shape than (n, V), or rows that do not sum to 1.
         """
-        return categorical.sample(self._rows(state), 1, generator=generator)[:, 0]
+        rows = self._rows(state)
+        with _checks.trusted():
+            return categorical.sample(rows, 1, generator=generator)[:, 0]
 
     def sample(self, n: int, length: int, *, generator: torch.Generator) -> Tensor:
         """Draw independent strings of one length, token by token.
@@ -245,9 +247,10 @@ class Gain(NamedTuple):
             TypeError: `values`, `earned` or what `log_values` returns is no floating tensor.
             ValueError: `values` or `earned` with NaN or +inf, or a function that returns another shape, NaN or +inf.
         """
-        _checks.rewards("values", values)
-        _checks.rewards("earned", earned)
-        ahead = self.values(state, len(values))
+        with _checks.together():
+            _checks.rewards("values", values)
+            _checks.rewards("earned", earned)
+            ahead = self.values(state, len(values))
         # What has value 0 has weight 0 for good, whatever follows.
         return torch.where(values > -math.inf, earned + ahead - values, -math.inf), ahead
 

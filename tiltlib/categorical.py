@@ -59,18 +59,19 @@ class Truncated(NamedTuple):
 
 def _log_tilt_weights(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return log(p w) shifted by the largest log w of the support, and that shift, in float64."""
-    ref = _checks.law("ref_logps", ref_logps)
-    _checks.rewards("rewards", rewards)
-    _checks.same_outcomes("ref_logps", ref_logps, "rewards", rewards)
-    _checks.positive_per_row("beta", beta, torch.broadcast_shapes(ref_logps.shape, rewards.shape)[:-1])
-    supported = torch.where(ref > -math.inf, rewards.double(), -math.inf)
-    # The shift cancels, so it is a constant to the gradient.
-    top = supported.detach().amax(-1, keepdim=True)
-    _checks.some_left("rewards", top)
-    # Mask before the division: the gradient of -inf / beta in beta would be NaN.
-    possible = supported > -math.inf
-    log_w = torch.where(possible, _numerics.over(torch.where(possible, supported, top), top, beta), -math.inf)
-    return ref + log_w, top.squeeze(-1) / _numerics.double(beta)
+    with _checks.together():
+        ref = _checks.law("ref_logps", ref_logps)
+        _checks.rewards("rewards", rewards)
+        _checks.same_outcomes("ref_logps", ref_logps, "rewards", rewards)
+        _checks.positive_per_row("beta", beta, torch.broadcast_shapes(ref_logps.shape, rewards.shape)[:-1])
+        supported = torch.where(ref > -math.inf, rewards.double(), -math.inf)
+        # The shift cancels, so it is a constant to the gradient.
+        top = supported.detach().amax(-1, keepdim=True)
+        _checks.some_left("rewards", top)
+        # Mask before the division: the gradient of -inf / beta in beta would be NaN.
+        possible = supported > -math.inf
+        log_w = torch.where(possible, _numerics.over(torch.where(possible, supported, top), top, beta), -math.inf)
+        return ref + log_w, top.squeeze(-1) / _numerics.double(beta)
 
 
 def tilt(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> Tensor:
@@ -212,18 +213,18 @@ def expectation(logps: Tensor, values: Tensor) -> Tensor:
         ValueError: `logps` not normalised, `values` NaN or infinite with both signs where it has mass, or shapes that
             do not fit.
     """
-    law = _checks.law("logps", logps)
-    _checks.tensor("values", values)
-    _checks.same_outcomes("logps", logps, "values", values)
-    supported = torch.where(law > -math.inf, values.double(), 0)
-    infinite = supported.isinf()
-    # Mask before the product: a masked product of 0 and inf would still have gradient NaN.
-    mean = (law.exp() * torch.where(infinite, 0, supported)).sum(-1)
-    if bool(infinite.any()):
+    with _checks.together():
+        law = _checks.law("logps", logps)
+        _checks.tensor("values", values)
+        _checks.same_outcomes("logps", logps, "values", values)
+        supported = torch.where(law > -math.inf, values.double(), 0)
+        infinite = supported.isinf()
+        # Mask before the product: a masked product of 0 and inf would still have gradient NaN.
+        mean = (law.exp() * torch.where(infinite, 0, supported)).sum(-1)
         mean = mean + torch.where(infinite, supported.detach(), 0).sum(-1)
-    if bool(mean.isnan().any()):
-        raise ValueError("values must not be NaN, nor infinite with both signs, where logps has mass, got such a row")
-    return mean.to(torch.promote_types(logps.dtype, values.dtype))
+        rule = "values must not be NaN, nor infinite with both signs, where logps has mass, got such a row"
+        _checks.holds(~mean.isnan(), lambda: ValueError(rule))
+        return mean.to(torch.promote_types(logps.dtype, values.dtype))
 
 
 def frontier(ref_logps: Tensor, rewards: Tensor, betas: Sequence[float]) -> Frontier:
@@ -247,23 +248,25 @@ def frontier(ref_logps: Tensor, rewards: Tensor, betas: Sequence[float]) -> Fron
 
     Source: book, `tilt-path`.
     """
-    if len(betas) == 0:
-        raise ValueError("betas must hold at least one temperature, got none")
-    ref = _checks.law("ref_logps", ref_logps)
-    _checks.rewards("rewards", rewards)
-    dtype = torch.promote_types(ref_logps.dtype, rewards.dtype)
-    laws = [tilt(ref, rewards, beta) for beta in betas]
-    return Frontier(
-        torch.stack([kl(law, ref) for law in laws], -1).to(dtype),
-        torch.stack([expectation(law, rewards) for law in laws], -1).to(dtype),
-    )
+    with _checks.together():
+        if len(betas) == 0:
+            raise ValueError("betas must hold at least one temperature, got none")
+        ref = _checks.law("ref_logps", ref_logps)
+        _checks.rewards("rewards", rewards)
+        dtype = torch.promote_types(ref_logps.dtype, rewards.dtype)
+        laws = [tilt(ref, rewards, beta) for beta in betas]
+        return Frontier(
+            torch.stack([kl(law, ref) for law in laws], -1).to(dtype),
+            torch.stack([expectation(law, rewards) for law in laws], -1).to(dtype),
+        )
 
 
 def _pair(logps_p: Tensor, logps_q: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
     """Check two laws; return them in float64, and the dtype of the answer."""
-    p, q = _checks.law("logps_p", logps_p), _checks.law("logps_q", logps_q)
-    _checks.same_outcomes("logps_p", logps_p, "logps_q", logps_q)
-    return p, q, torch.promote_types(logps_p.dtype, logps_q.dtype)
+    with _checks.together():
+        p, q = _checks.law("logps_p", logps_p), _checks.law("logps_q", logps_q)
+        _checks.same_outcomes("logps_p", logps_p, "logps_q", logps_q)
+        return p, q, torch.promote_types(logps_p.dtype, logps_q.dtype)
 
 
 def kl(logps_p: Tensor, logps_q: Tensor) -> Tensor:
@@ -350,8 +353,10 @@ def sample(logps: Tensor, n: int, *, generator: torch.Generator) -> Tensor:
 
         Y = the first y with cdf(y) > U,    U uniform on [0, 1)
 
-    The CDF and the uniforms are float64 whatever the input, so an outcome of probability 0 is never drawn and the
-    draws are the same on every processor. Cost O(K + n log K) per row.
+    The CDF and the uniforms are float64 whatever the input, so an outcome of probability 0 is never drawn. From the
+    same uniforms processors draw the same, but where U lies within the rounding of the CDF, about 1e-16 a term: its
+    sums are added in another order on each, on a GPU perhaps on each run. Generators of two kinds of device give
+    different uniforms. Cost O(K + n log K) per row.
 
     Args:
         logps: Log-probabilities, shape (..., K), normalised.

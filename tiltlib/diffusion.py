@@ -242,14 +242,15 @@ def evaluate(score: Score, y: Tensor, s: Level, name: str = "score") -> Tensor:
         TypeError: the score returns no floating tensor.
         ValueError: the score returns another shape than that of `y`, or numbers that are not finite.
     """
-    value = score(y, s)
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must return a floating-point torch.Tensor, got {_checks.described(value)}")
+    value = _checks.floating(name, score(y, s), "return")
     if value.shape != y.shape:
         raise ValueError(f"{name} must return shape {tuple(y.shape)}, as its argument, got {tuple(value.shape)}")
-    bad = int((~value.detach().isfinite()).sum())
-    if bad:
-        raise ValueError(f"{name} must return finite numbers, got {bad} of {value.numel()} entries NaN or infinite")
+    _checks.require(
+        value,
+        -_checks.LARGEST,
+        _checks.LARGEST,
+        lambda low, high: _checks.not_finite(f"{name} must return finite numbers", value),
+    )
     return value.to(y.dtype)
 
 
@@ -363,14 +364,20 @@ def of_network(network: Network, alphas_cumprod: Tensor, prediction: str) -> Net
     Source: [ho2020], [salimans2022], [karras2022]; book, `network-score`.
     """
     _checks.one_of("prediction", prediction, ("eps", "v", "x0"))
-    rising = _trained_levels(alphas_cumprod)
-    first = int(rising[0] == 0)
-    logs = rising[first:].log()
-    if len(logs) < 2 or not bool((logs.diff() > 0).all()):
-        raise ValueError(
-            f"alphas_cumprod must give at least two levels above 0, that float64 can tell apart, "
-            f"got {len(rising)} levels from {rising[0].item():g} to {rising[-1].item():g}"
-        )
+    with _checks.together():
+        rising = _trained_levels(alphas_cumprod)
+        first = int(rising[0] == 0)
+        logs = rising[first:].log()
+
+        def error() -> ValueError:
+            return ValueError(
+                f"alphas_cumprod must give at least two levels above 0, that float64 can tell apart, "
+                f"got {len(rising)} levels from {rising[0].item():g} to {rising[-1].item():g}"
+            )
+
+        if len(logs) < 2:
+            raise error()
+        _checks.holds(logs.diff() > 0, error)
 
     def time_index(s: Tensor, dtype: torch.dtype) -> Tensor:
         at, table = s.log(), logs.to(s.device)
@@ -378,33 +385,36 @@ def of_network(network: Network, alphas_cumprod: Tensor, prediction: str) -> Net
         low, high = table[right - 1], table[right]
         t = right - 1 + (at - low) / (high - low)
         outside = (t < -_NEAR) | (t > len(logs) - 1 + _NEAR)
-        if bool(outside.any()):
-            raise ValueError(
+        _checks.holds(
+            ~outside,
+            lambda: ValueError(
                 f"s must lie in [{rising[first].item():g}, {rising[-1].item():g}], between the levels that the network "
                 f"was trained at, got {s[outside][0].item():g}"
-            )
+            ),
+        )
         nearest = t.round()
         trained = bool(((t - nearest).abs() <= _NEAR).all())
         return first + (nearest.long() if trained else t.clamp(0, len(logs) - 1).to(dtype))
 
     def score(y: Tensor, s: Level) -> Tensor:
-        _points("y", y)
-        if isinstance(s, Tensor):
-            _level_per_point(s, y)
-        else:
-            s = _checks.level("s", s)
-        s = torch.as_tensor(s, dtype=torch.float64, device=y.device).detach()
-        wide = y.to(torch.promote_types(y.dtype, torch.float32))
-        a = (1 + s**2).rsqrt()
-        t = time_index(s.flatten(), wide.dtype).expand(len(y)).contiguous()
-        out = evaluate(network, (a * wide).to(y.dtype), t, "network").to(wide.dtype)
-        if prediction == "eps":
-            value = -out / s
-        elif prediction == "v":
-            value = -a * (a * wide + out / s)
-        else:
-            value = (out - wide) / s**2
-        return value.to(y.dtype)
+        with _checks.together():
+            _points("y", y)
+            if isinstance(s, Tensor):
+                _level_per_point(s, y)
+            else:
+                s = _checks.level("s", s)
+            s = torch.as_tensor(s, dtype=torch.float64, device=y.device).detach()
+            wide = y.to(torch.promote_types(y.dtype, torch.float32))
+            a = (1 + s**2).rsqrt()
+            t = time_index(s.flatten(), wide.dtype).expand(len(y)).contiguous()
+            out = evaluate(network, (a * wide).to(y.dtype), t, "network").to(wide.dtype)
+            if prediction == "eps":
+                value = -out / s
+            elif prediction == "v":
+                value = -a * (a * wide + out / s)
+            else:
+                value = (out - wide) / s**2
+            return value.to(y.dtype)
 
     return NetworkScore(score, rising.flip(0))
 
@@ -447,10 +457,11 @@ def denoised(score: Score, y: Tensor, s: float) -> Tensor:
 
     Source: [efron2011]; book, `noised-mixture`.
     """
-    _points("y", y)
-    s = _checks.level("s", s)
-    inner, wide = _numerics.widened(score, y)
-    return (wide + s**2 * evaluate(inner, wide, s)).to(y.dtype)
+    with _checks.together():
+        _points("y", y)
+        s = _checks.level("s", s)
+        inner, wide = _numerics.widened(score, y)
+        return (wide + s**2 * evaluate(inner, wide, s)).to(y.dtype)
 
 
 def transition(score: Score, y: Tensor, s: float, s_next: float, churn: float = 1.0) -> Transition:
@@ -477,12 +488,13 @@ def transition(score: Score, y: Tensor, s: float, s_next: float, churn: float = 
 
     Source: [song2021sde], [karras2022]; book, `reverse-process`.
     """
-    s, s_next = _step_between(y, s, s_next)
-    _checks.nonnegative("churn", churn)
-    churn, elapsed = _checks.squarable("churn", churn), (s - s_next) * (s + s_next)
-    inner, wide = _numerics.widened(score, y)
-    mean = wide + (1 + churn**2) / 2 * elapsed * evaluate(inner, wide, s)
-    return Transition(mean.to(y.dtype), churn * math.sqrt(elapsed))
+    with _checks.together():
+        s, s_next = _step_between(y, s, s_next)
+        _checks.nonnegative("churn", churn)
+        churn, elapsed = _checks.squarable("churn", churn), (s - s_next) * (s + s_next)
+        inner, wide = _numerics.widened(score, y)
+        mean = wide + (1 + churn**2) / 2 * elapsed * evaluate(inner, wide, s)
+        return Transition(mean.to(y.dtype), churn * math.sqrt(elapsed))
 
 
 def posterior_transition(score: Score, y: Tensor, s: float, s_next: float) -> Transition:
@@ -508,10 +520,11 @@ def posterior_transition(score: Score, y: Tensor, s: float, s_next: float) -> Tr
 
     Source: [ho2020]; book, `gaussian-chain`.
     """
-    s, s_next = _step_between(y, s, s_next)
-    inner, wide = _numerics.widened(score, y)
-    mean, kept = denoised(inner, wide, s), (s_next / s) ** 2
-    return Transition((mean + kept * (wide - mean)).to(y.dtype), s_next * math.sqrt(1 - kept))
+    with _checks.together():
+        s, s_next = _step_between(y, s, s_next)
+        inner, wide = _numerics.widened(score, y)
+        mean, kept = denoised(inner, wide, s), (s_next / s) ** 2
+        return Transition((mean + kept * (wide - mean)).to(y.dtype), s_next * math.sqrt(1 - kept))
 
 
 def _extrapolated(past: list[tuple[float, Tensor]], s_next: float, order: int) -> Tensor:
@@ -582,8 +595,9 @@ def sample(
 
     Source: [song2021ddim], [karras2022], [lu2022dpmpp], [zhang2023deis], [ho2020]; book, `sampler-order`.
     """
-    numbers = _checks.levels("levels", levels)
-    _points("y", y)
+    with _checks.together():
+        numbers = _checks.levels("levels", levels)
+        _points("y", y)
     if generator is not None:
         _checks.generator("generator", generator)
     if not callable(method):
@@ -596,17 +610,19 @@ def sample(
     for s, s_next in itertools.pairwise(numbers):
         if not isinstance(method, str):
             y = method(score, y, s, s_next, generator)
-        elif method in _ORDERS:
-            past = [(s, denoised(score, y, s)), *past[:2]]
-            order = 2 if method == "ab3" and len(numbers) - 1 < _FEW else _ORDERS[method]
-            y = y * (s_next / s) + (1 - s_next / s) * _extrapolated(past, s_next, order)
-        elif method == "heun":
-            slope = -s * evaluate(score, y, s)
-            guess = y + (s_next - s) * slope
-            y = guess if s_next == 0 else y + (s_next - s) / 2 * (slope - s_next * evaluate(score, guess, s_next))
-        else:
-            kernel = partial(transition, churn=churn) if method == "maruyama" else posterior_transition
-            y = draw(kernel(score, y, s, s_next), generator=generator)
+            continue
+        with _checks.together():  # one wait a step: a score that is not finite is refused before the next
+            if method in _ORDERS:
+                past = [(s, denoised(score, y, s)), *past[:2]]
+                order = 2 if method == "ab3" and len(numbers) - 1 < _FEW else _ORDERS[method]
+                y = y * (s_next / s) + (1 - s_next / s) * _extrapolated(past, s_next, order)
+            elif method == "heun":
+                slope = -s * evaluate(score, y, s)
+                guess = y + (s_next - s) * slope
+                y = guess if s_next == 0 else y + (s_next - s) / 2 * (slope - s_next * evaluate(score, guess, s_next))
+            else:
+                kernel = partial(transition, churn=churn) if method == "maruyama" else posterior_transition
+                y = draw(kernel(score, y, s, s_next), generator=generator)
     return y.to(dtype)
 
 
@@ -635,17 +651,18 @@ def denoising_loss(score: Score, x0: Tensor, s: float | Tensor, eps: Tensor) -> 
 
     Source: [hyvarinen2005], [vincent2011]; book, `weighted-score-matching`.
     """
-    _points("x0", x0)
-    _checks.finite("eps", eps)
-    _checks.same_shape(x0=x0, eps=eps)
-    if isinstance(s, Tensor):
-        _level_per_point(s, x0)
-    else:
-        s = _checks.level("s", s)
-    for name, value in (("eps", eps), ("s", s)):
-        if isinstance(value, Tensor) and value.dtype != x0.dtype:
-            raise TypeError(f"{name} must have the dtype of x0, {x0.dtype}, got {value.dtype}")
-    value = evaluate(score, x0 + eps * s, s)
-    # Squares of numbers in half precision overflow from 256 on.
-    wide = value.to(torch.promote_types(x0.dtype, torch.float32))
-    return (wide * s + eps).square().flatten(1).sum(-1).to(x0.dtype)
+    with _checks.together():
+        _points("x0", x0)
+        _checks.finite("eps", eps)
+        _checks.same_shape(x0=x0, eps=eps)
+        if isinstance(s, Tensor):
+            _level_per_point(s, x0)
+        else:
+            s = _checks.level("s", s)
+        for name, value in (("eps", eps), ("s", s)):
+            if isinstance(value, Tensor) and value.dtype != x0.dtype:
+                raise TypeError(f"{name} must have the dtype of x0, {x0.dtype}, got {value.dtype}")
+        value = evaluate(score, x0 + eps * s, s)
+        # Squares of numbers in half precision overflow from 256 on.
+        wide = value.to(torch.promote_types(x0.dtype, torch.float32))
+        return (wide * s + eps).square().flatten(1).sum(-1).to(x0.dtype)

@@ -21,6 +21,7 @@ What is a difference of two scores or two log densities is computed in float64, 
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
@@ -49,25 +50,17 @@ Kernel = Callable[[Score, Tensor, float, float], Transition]
 Scale = float | Callable[[float], float]
 
 
-def _number(name: str, value: float) -> float:
-    _checks.number(name, value)
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-    return float(value)
-
-
 def _at_level(name: str, value: Scale) -> Callable[[float], float]:
     """Make a strength a function of the level. What a function gives is looked at when it is asked."""
     if callable(value):
-        return lambda s: _number(f"{name}(s)", value(s))
-    constant = _number(name, value)
+        return lambda s: _checks.finite_number(f"{name}(s)", value(s))
+    constant = _checks.finite_number(name, value)
     return lambda s: constant
 
 
 def _per_point(name: str, value: Tensor, y: Tensor) -> Tensor:
     """Require one number per point; return them in float64."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must return a floating-point torch.Tensor, got {_checks.described(value)}")
+    value = _checks.floating(name, value, "return")
     if value.shape != y.shape[:1]:
         raise ValueError(
             f"{name} must return shape {tuple(y.shape[:1])}, one number per point, got {tuple(value.shape)}"
@@ -102,10 +95,11 @@ def classifier_free(conditional: Score, unconditional: Score, guidance_scale: Sc
     scale = _at_level("guidance_scale", guidance_scale)
 
     def score(y: Tensor, s: float) -> Tensor:
-        _checks.tensor("y", y)
-        start = diffusion.evaluate(unconditional, y, s, "unconditional")
-        toward = diffusion.evaluate(conditional, y, s, "conditional").double()
-        return (start + scale(s) * (toward - start)).to(y.dtype)
+        with _checks.together():
+            _checks.tensor("y", y)
+            start = diffusion.evaluate(unconditional, y, s, "unconditional")
+            toward = diffusion.evaluate(conditional, y, s, "conditional").double()
+            return (start + scale(s) * (toward - start)).to(y.dtype)
 
     return score
 
@@ -157,10 +151,11 @@ def value_gradient(ref: GaussianMixture, tilted: Tilted, y: Tensor, s: float) ->
     """
     _checks.instance("ref", ref, GaussianMixture)
     _checks.instance("tilted", tilted, Tilted, "GaussianMixture.tilt")
-    ref.check_points("y", y)
-    wide = y.double()
-    law, start = (mixture.to(torch.float64).noised(1.0, s) for mixture in (tilted.mixture, ref))
-    return (law.score(wide) - start.score(wide)).to(y.dtype)
+    with _checks.together():
+        ref.check_points("y", y)
+        wide = y.double()
+        law, start = (mixture.to(torch.float64).noised(1.0, s) for mixture in (tilted.mixture, ref))
+        return (law.score(wide) - start.score(wide)).to(y.dtype)
 
 
 def log_values(ref: GaussianMixture, tilted: Tilted) -> LogValues:
@@ -187,9 +182,10 @@ def log_values(ref: GaussianMixture, tilted: Tilted) -> LogValues:
     law, start, log_z = tilted.mixture.to(torch.float64), ref.to(torch.float64), tilted.log_partition.double()
 
     def value(y: Tensor, s: float) -> Tensor:
-        ref.check_points("y", y)
-        wide = y.double()
-        return (log_z + law.noised(1.0, s).logps(wide) - start.noised(1.0, s).logps(wide)).to(y.dtype)
+        with _checks.together():
+            ref.check_points("y", y)
+            wide = y.double()
+            return (log_z + law.noised(1.0, s).logps(wide) - start.noised(1.0, s).logps(wide)).to(y.dtype)
 
     return value
 
@@ -233,26 +229,28 @@ def plug_in(ref: Score, reward: Callable[[Tensor], Tensor], beta: float, *, guid
     beta, scale = float(beta), _at_level("guidance_scale", guidance_scale)
 
     def guided(y: Tensor, s: float) -> Tensor:
-        s = _checks.level("s", s)
-        _checks.finite("y", y)
-        score, wide = _numerics.widened(ref, y)
-        with torch.inference_mode(False), torch.enable_grad():
-            leaf = wide.detach().clone().requires_grad_()
-            value = diffusion.evaluate(score, leaf, s, "ref")
-            rewards = _per_point("reward", reward((leaf + s**2 * value).to(y.dtype)), y)
-            _checks.finite("reward", rewards)
-            slope = None
-            if rewards.requires_grad:
-                (slope,) = torch.autograd.grad(rewards.sum(), leaf, allow_unused=True)
-        if slope is None:
-            raise ValueError("reward must be differentiable in its points, got numbers that carry no graph to them")
-        slope = slope.double() / beta
-        bad = int((~slope.isfinite()).sum())
-        if bad:
-            raise ValueError(
-                f"reward / beta must have a finite gradient, got {bad} of {slope.numel()} entries NaN or infinite"
+        with _checks.together():
+            s = _checks.level("s", s)
+            _checks.finite("y", y)
+            score, wide = _numerics.widened(ref, y)
+            with torch.inference_mode(False), torch.enable_grad():
+                leaf = wide.detach().clone().requires_grad_()
+                value = diffusion.evaluate(score, leaf, s, "ref")
+                rewards = _per_point("reward", reward((leaf + s**2 * value).to(y.dtype)), y)
+                _checks.finite("reward", rewards)
+                slope = None
+                if rewards.requires_grad:
+                    (slope,) = torch.autograd.grad(rewards.sum(), leaf, allow_unused=True)
+            if slope is None:
+                raise ValueError("reward must be differentiable in its points, got numbers that carry no graph to them")
+            slope = slope.double() / beta
+            _checks.require(
+                slope,
+                -_checks.LARGEST,
+                _checks.LARGEST,
+                lambda low, high: _checks.not_finite("reward / beta must have a finite gradient", slope),
             )
-        return (value.detach() + scale(s) * slope).to(y.dtype)
+            return (value.detach() + scale(s) * slope).to(y.dtype)
 
     return guided
 
@@ -293,15 +291,17 @@ def plug_in_quadratic(
     """
     _checks.instance("ref", ref, GaussianMixture)
     _checks.positive("beta", beta)
-    for name, value, shape in (("quadratic", quadratic, (ref.dimension,) * 2), ("linear", linear, (ref.dimension,))):
-        if value is not None:
-            _checks.finite(name, value)
-            if value.shape != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-            if not bool((value.double() / float(beta)).isfinite().all()):
-                raise ValueError(f"beta must keep {name} / beta within the range of float64, got {beta!r}")
-    if quadratic is not None:
-        _checks.symmetric("quadratic", quadratic)
+    with _checks.together():
+        shapes = ("quadratic", quadratic, (ref.dimension,) * 2), ("linear", linear, (ref.dimension,))
+        for name, value, shape in shapes:
+            if value is not None:
+                _checks.finite(name, value)
+                if value.shape != shape:
+                    raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+                rule = f"beta must keep {name} / beta within the range of float64, got {beta!r}"
+                _checks.holds((value.double() / float(beta)).isfinite(), partial(ValueError, rule))
+        if quadratic is not None:
+            _checks.symmetric("quadratic", quadratic)
 
     law, beta = ref.to(torch.float64), float(beta)
     curve = None if quadratic is None else quadratic.double()
@@ -309,19 +309,20 @@ def plug_in_quadratic(
     score = diffusion.of_mixture(law)
 
     def guided(y: Tensor, s: float) -> Tensor:
-        s = _checks.level("s", s)
-        if s < 1e-150:
-            raise ValueError(f"s must be at least 1e-150, whose square is above 0, got {s!r}")
-        ref.check_points("y", y)
-        wide = y.double()
-        covariance = law.denoise_covariance(wide, 1.0, s)
-        slope = torch.zeros_like(wide) if rise is None else rise.expand_as(wide)
-        if curve is not None:
-            slope = slope - law.denoise(wide, 1.0, s) @ curve / beta
-            if damped:
-                identity = torch.eye(law.dimension, dtype=torch.float64, device=y.device)
-                slope = torch.linalg.solve(identity + curve @ covariance / beta, slope)
-        return (score(wide, s) + (covariance @ slope[..., None])[..., 0] / s**2).to(y.dtype)
+        with _checks.together():
+            s = _checks.level("s", s)
+            if s < 1e-150:
+                raise ValueError(f"s must be at least 1e-150, whose square is above 0, got {s!r}")
+            ref.check_points("y", y)
+            wide = y.double()
+            covariance = law.denoise_covariance(wide, 1.0, s)
+            slope = torch.zeros_like(wide) if rise is None else rise.expand_as(wide)
+            if curve is not None:
+                slope = slope - law.denoise(wide, 1.0, s) @ curve / beta
+                if damped:
+                    identity = torch.eye(law.dimension, dtype=torch.float64, device=y.device)
+                    slope = torch.linalg.solve(identity + curve @ covariance / beta, slope)
+            return (score(wide, s) + (covariance @ slope[..., None])[..., 0] / s**2).to(y.dtype)
 
     return guided
 
@@ -357,13 +358,14 @@ def soft_best_of_n_step(log_values: LogValues, power: Scale, n: int, *, kernel: 
     def step(score: Score, y: Tensor, s: float, s_next: float, generator: Generator | None) -> Tensor:
         _checks.generator("generator", generator)
         assert generator is not None
-        mean, std = kernel(score, y, s, s_next)
-        pool = diffusion.draw(Transition(mean.repeat_interleave(n, 0), std), generator=generator)
-        values = _per_point("log_values", log_values(pool, s_next), pool).view(len(y), n)
-        _checks.log_weights("log_values", values)
-        values = torch.where(values > -math.inf, exponent(s_next) * values, -math.inf)
-        _checks.log_weights("power times log_values", values)
-        chosen = selection.soft_best_of_n(values, 1.0, generator=generator)
+        with _checks.together():
+            mean, std = kernel(score, y, s, s_next)
+            pool = diffusion.draw(Transition(mean.repeat_interleave(n, 0), std), generator=generator)
+            values = _per_point("log_values", log_values(pool, s_next), pool).view(len(y), n)
+            _checks.log_weights("log_values", values)
+            values = torch.where(values > -math.inf, exponent(s_next) * values, -math.inf)
+            _checks.log_weights("power times log_values", values)
+            chosen = selection.soft_best_of_n(values, 1.0, generator=generator)
         return pool[n * torch.arange(len(y), device=y.device) + chosen]
 
     return step
@@ -439,13 +441,14 @@ def particles(
     Source: [delmoral2006], [wu2023]; book, `smc-guidance`.
     """
     _checks.generator("generator", generator)
-    numbers = _checks.levels("levels", levels)
-    _checks.tensor("y", y)
-    if y.ndim < 3 or 0 in y.shape[1:]:
-        raise ValueError(
-            f"y must have shape (runs, n, ...) with n >= 1 points that are not empty, got {tuple(y.shape)}"
-        )
-    _checks.finite("y", y)
+    with _checks.together():
+        numbers = _checks.levels("levels", levels)
+        _checks.tensor("y", y)
+        if y.ndim < 3 or 0 in y.shape[1:]:
+            raise ValueError(
+                f"y must have shape (runs, n, ...) with n >= 1 points that are not empty, got {tuple(y.shape)}"
+            )
+        _checks.finite("y", y)
     if chunk is not None:
         _checks.count("chunk", chunk)
     runs, n = y.shape[:2]

@@ -18,6 +18,8 @@ Which one aims at pi* proportional to p exp(r / beta):
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from typing import Literal, NamedTuple
 
@@ -79,19 +81,13 @@ def kl_estimators(logps: Tensor, ref_logps: Tensor) -> KLEstimates:
 
     Source: [schulman2020]; book, `kl-estimators`.
     """
-    _draws(logps=logps, ref_logps=ref_logps)
+    with _checks.together():
+        _checks.draws(logps=logps, ref_logps=ref_logps)
     return KLEstimates(*(k.to(logps.dtype) for k in _estimates(ref_logps.double() - logps.double())))
 
 
 def _estimates(log_rho: Tensor) -> KLEstimates:
     return KLEstimates(-log_rho, log_rho**2 / 2, torch.expm1(log_rho) - log_rho)
-
-
-def _draws(**logps: Tensor) -> None:
-    """Require log-probabilities of drawn outcomes, of one shape."""
-    for name, value in logps.items():
-        _checks.drawn_logps(name, value)
-    _checks.same_shape(**logps)
 
 
 def _temperature(beta: float | Tensor, batch: torch.Size, dims: int = 0) -> float | Tensor:
@@ -100,7 +96,7 @@ def _temperature(beta: float | Tensor, batch: torch.Size, dims: int = 0) -> floa
     temperature = _numerics.double(beta)
     if not isinstance(temperature, Tensor):
         return temperature
-    if torch.broadcast_shapes(temperature.shape, batch) != batch:
+    if not _checks.broadcasts_to(temperature.shape, batch):
         raise ValueError(
             f"beta must broadcast to the batch dimensions {tuple(batch)}, got shape {tuple(temperature.shape)}"
         )
@@ -109,26 +105,44 @@ def _temperature(beta: float | Tensor, batch: torch.Size, dims: int = 0) -> floa
 
 def _returns(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float | Tensor, dims: int = 0) -> Tensor:
     """Check the arguments and compute r - beta log(pi / p), in float64; the last `dims` dimensions lie within a row."""
-    _draws(logps=logps, ref_logps=ref_logps)
-    _checks.finite("rewards", rewards)
+    _checks.draws(logps=logps, ref_logps=ref_logps)
+    _checks.floating("rewards", rewards)  # its entries are looked at with the advantages
     _checks.same_shape(logps=logps, rewards=rewards)
     beta = _temperature(beta, logps.shape[: logps.ndim - dims], dims)
     return rewards.double() - beta * (logps.double() - ref_logps.double())
 
 
-def _constant(advantages: Tensor) -> Tensor:
-    """Detach advantages, after requiring that no difference of enormous rewards has overflowed."""
-    _checks.finite("advantages from rewards", advantages)
-    return advantages.detach()
+def _constant(advantages: Tensor, rewards: Tensor) -> Tensor:
+    """Detach advantages, after requiring that rewards are finite and no difference of enormous ones has overflowed.
+
+    One look for both: advantages are not finite if a reward is not.
+    """
+    advantages = advantages.detach()
+
+    def error(low: float, high: float) -> ValueError:
+        _checks.finite("rewards", rewards)
+        return _checks.not_finite("advantages from rewards must be finite", advantages)
+
+    _checks.require(advantages, -_checks.LARGEST, _checks.LARGEST, error)
+    return advantages
 
 
-def _as_tensor(name: str, value: object, like: Tensor) -> Tensor:
-    """Make a tensor of a number; a list or an array is neither."""
+def _number_or_tensor(
+    name: str,
+    value: object,
+    like: Tensor,
+    number: Callable[[str, float], object],
+    tensor: Callable[[str, Tensor], None],
+) -> float | Tensor:
+    """Check a number or a tensor, each in its way; a list or an array is neither."""
     if isinstance(value, Tensor):
-        return value
+        tensor(name, value)
+        _checks.fits(name, value, like)
+        return value.double()
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number or a torch.Tensor, got {_checks.described(value)}")
-    return torch.as_tensor(float(value), dtype=torch.float64, device=like.device)
+    number(name, float(value))
+    return float(value)
 
 
 def policy_gradient(
@@ -159,11 +173,10 @@ def policy_gradient(
 
     Source: [williams1992]; book, `policy-gradient-tilt`.
     """
-    returns = _returns(logps, ref_logps, rewards, beta)
-    level = _as_tensor("baseline", baseline, logps).double()
-    _checks.finite("baseline", level)
-    _checks.fits("baseline", level, logps)
-    return (-logps.double() * _constant(returns - level)).to(logps.dtype)
+    with _checks.together():
+        returns = _returns(logps, ref_logps, rewards, beta)
+        level = _number_or_tensor("baseline", baseline, logps, _checks.finite_number, _checks.finite)
+        return (-logps.double() * _constant(returns - level, rewards)).to(logps.dtype)
 
 
 def rloo(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> Tensor:
@@ -190,9 +203,14 @@ def rloo(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float | Tensor
 
     Source: [kool2019], [ahmadian2024]; book, `policy-gradient-tilt`.
     """
-    returns = _returns(logps, ref_logps, rewards, beta, dims=1)
-    _group("logps", logps, -1)
-    return -(logps.double() * _constant(_leave_one_out(_centred(returns), returns.shape[-1]))).mean(-1).to(logps.dtype)
+    with _checks.together():
+        returns = _returns(logps, ref_logps, rewards, beta, dims=1)
+        _group("logps", logps, -1)
+        return (
+            -(logps.double() * _constant(_leave_one_out(_centred(returns), returns.shape[-1]), rewards))
+            .mean(-1)
+            .to(logps.dtype)
+        )
 
 
 def _group(name: str, value: Tensor, dim: int) -> None:
@@ -305,39 +323,40 @@ def grpo(
     Source: [shao2024], [yu2025] for the pair and "group", [liu2025] for "none"; book, `grpo-fixed-points`,
         `grpo-binary-exact` and `token-level-kl`.
     """
-    _checks.tensor("logps", logps)
-    if not isinstance(beta, Tensor):
-        _checks.nonnegative("beta", beta)
-    free = not isinstance(beta, Tensor) and beta == 0
-    low, high = _clip_range(clip)
-    _checks.one_of("kl", kl, ("reward", "k1", "k2", "k3"))
-    _checks.one_of("baseline", baseline, ("group", "leave-one-out"))
-    _checks.one_of("scale", scale, ("group", "none"))
-    _checks.one_of("length_norm", length_norm, ("none", "sequence", "group"))
-    _group("logps", logps, -2)
-    weight = 0.0 if free else _temperature(beta, logps.shape[:-2], 2)
-    draws, tokens = _counted(logps, valid, mask)
-    now = _tokens("logps", logps, tokens)
-    ref = now.detach() if ref_logps is None and free else _tokens("ref_logps", ref_logps, tokens)
-    old = now.detach() if old_logps is None else _tokens("old_logps", old_logps, tokens).detach()
-    _checks.tensor("rewards", rewards)
-    if rewards.shape != logps.shape[:-1]:
-        raise ValueError(f"rewards must have shape {tuple(logps.shape[:-1])}, got {tuple(rewards.shape)}")
-    kept = torch.where(draws, rewards, 0)
-    _checks.finite("rewards", kept)
+    with _checks.together():
+        _checks.tensor("logps", logps)
+        if not isinstance(beta, Tensor):
+            _checks.nonnegative("beta", beta)
+        free = not isinstance(beta, Tensor) and beta == 0
+        low, high = _clip_range(clip)
+        _checks.one_of("kl", kl, ("reward", "k1", "k2", "k3"))
+        _checks.one_of("baseline", baseline, ("group", "leave-one-out"))
+        _checks.one_of("scale", scale, ("group", "none"))
+        _checks.one_of("length_norm", length_norm, ("none", "sequence", "group"))
+        _group("logps", logps, -2)
+        weight = 0.0 if free else _temperature(beta, logps.shape[:-2], 2)
+        draws, tokens = _counted(logps, valid, mask)
+        now = _tokens("logps", logps, tokens)
+        ref = now.detach() if ref_logps is None and free else _tokens("ref_logps", ref_logps, tokens)
+        old = now.detach() if old_logps is None else _tokens("old_logps", old_logps, tokens).detach()
+        _checks.tensor("rewards", rewards)
+        if rewards.shape != logps.shape[:-1]:
+            raise ValueError(f"rewards must have shape {tuple(logps.shape[:-1])}, got {tuple(rewards.shape)}")
+        kept = torch.where(draws, rewards, 0)
+        _checks.finite("rewards", kept)
 
-    log_rho = now.detach() - now if free else ref - now  # 0 times an overflow is not 0
-    change = weight * log_rho.detach() if kl == "reward" else None
-    advantages = _advantages(kept.detach().double(), change, draws, baseline, scale).unsqueeze(-1)
-    log_ratios = _clipped(now - old, advantages, low, high)
-    if kl == "k3":
-        ratio_larger, k3_larger = _both_overflow(log_ratios, advantages, log_rho, weight)
-        log_ratios = torch.where(k3_larger, log_ratios.detach(), log_ratios)
-        log_rho = torch.where(ratio_larger, ref - now.detach(), log_rho)
-    per_token = torch.exp(log_ratios) * advantages
-    if kl != "reward":
-        per_token = per_token - weight * getattr(_estimates(log_rho), kl)
-    return -_over_tokens(per_token, draws, tokens, length_norm).to(logps.dtype)
+        log_rho = now.detach() - now if free else ref - now  # 0 times an overflow is not 0
+        change = weight * log_rho.detach() if kl == "reward" else None
+        advantages = _advantages(kept.detach().double(), change, draws, baseline, scale).unsqueeze(-1)
+        log_ratios = _clipped(now - old, advantages, low, high)
+        if kl == "k3":
+            ratio_larger, k3_larger = _both_overflow(log_ratios, advantages, log_rho, weight)
+            log_ratios = torch.where(k3_larger, log_ratios.detach(), log_ratios)
+            log_rho = torch.where(ratio_larger, ref - now.detach(), log_rho)
+        per_token = torch.exp(log_ratios) * advantages
+        if kl != "reward":
+            per_token = per_token - weight * getattr(_estimates(log_rho), kl)
+        return -_over_tokens(per_token, draws, tokens, length_norm).to(logps.dtype)
 
 
 def _clip_range(clip: object) -> tuple[float, float]:
@@ -382,7 +401,7 @@ def _advantages(rewards: Tensor, change: Tensor | None, draws: Tensor, baseline:
     if change is not None:
         rounding = 16 * torch.finfo(torch.float64).eps * (returns.abs() + change.abs().sum(-1))
         returns = _centred(returns + change.sum(-1), draws)
-    advantages = _constant(returns)
+    advantages = _constant(returns, rewards)
     if scale == "group":
         # Equal returns may differ by the rounding of their sum; dividing that by itself would make it of size 1.
         largest = advantages.abs().amax(-1, keepdim=True)
@@ -393,7 +412,7 @@ def _advantages(rewards: Tensor, change: Tensor | None, draws: Tensor, baseline:
         advantages = advantages / torch.where(differ, sd, 1)
     if baseline == "leave-one-out":
         advantages = _leave_one_out(advantages, n)
-    return _constant(advantages)
+    return _constant(advantages, rewards)
 
 
 def _clipped(log_ratios: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
@@ -409,8 +428,6 @@ def _both_overflow(
 ) -> tuple[Tensor, Tensor]:
     """Say where neither rho A nor beta k3 fits, and which is larger. Their gradients have opposite signs there."""
     both = (log_ratios.exp() * advantages).isinf() & (beta * log_rho.exp()).isinf()
-    if not bool(both.any()):
-        return both, both
     ratio_larger = log_ratios + advantages.abs().log() > log_rho + torch.as_tensor(beta).double().log()
     return both & ratio_larger, both & ~ratio_larger
 
@@ -458,18 +475,17 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, labels: Tensor | float = 1.0
 
     Source: [bradley1952]; book, `bradley-terry`.
     """
-    for name, value in (("chosen", chosen), ("rejected", rejected)):
-        _checks.finite(name, value)
-    _checks.same_shape(chosen=chosen, rejected=rejected)
-    return _comparison_loss(chosen.double() - rejected.double(), labels).to(chosen.dtype)
+    with _checks.together():
+        for name, value in (("chosen", chosen), ("rejected", rejected)):
+            _checks.finite(name, value)
+        _checks.same_shape(chosen=chosen, rejected=rejected)
+        return _comparison_loss(chosen.double() - rejected.double(), labels).to(chosen.dtype)
 
 
 def _comparison_loss(margin: Tensor, labels: Tensor | float) -> Tensor:
     _checks.finite("the margin d", margin)
-    labels = _as_tensor("labels", labels, margin)
-    _checks.probabilities("labels", labels)
-    _checks.fits("labels", labels, margin)
-    labels = labels.double()
+    fraction = partial(_checks.fraction, zero=True)
+    labels = _number_or_tensor("labels", labels, margin, fraction, _checks.probabilities)
     log_win, log_loss = torch.nn.functional.logsigmoid(margin), torch.nn.functional.logsigmoid(-margin)
     return -labels * log_win - (1 - labels) * log_loss
 
@@ -508,16 +524,17 @@ def dpo(
 
     Source: [rafailov2023]; book, `dpo-optimum`.
     """
-    _draws(
-        chosen_logps=chosen_logps,
-        rejected_logps=rejected_logps,
-        ref_chosen_logps=ref_chosen_logps,
-        ref_rejected_logps=ref_rejected_logps,
-    )
-    beta = _temperature(beta, chosen_logps.shape)
-    chosen = beta * (chosen_logps.double() - ref_chosen_logps.double())
-    rejected = beta * (rejected_logps.double() - ref_rejected_logps.double())
-    return _comparison_loss(chosen - rejected, labels).to(chosen_logps.dtype)
+    with _checks.together():
+        _checks.draws(
+            chosen_logps=chosen_logps,
+            rejected_logps=rejected_logps,
+            ref_chosen_logps=ref_chosen_logps,
+            ref_rejected_logps=ref_rejected_logps,
+        )
+        beta = _temperature(beta, chosen_logps.shape)
+        chosen = beta * (chosen_logps.double() - ref_chosen_logps.double())
+        rejected = beta * (rejected_logps.double() - ref_rejected_logps.double())
+        return _comparison_loss(chosen - rejected, labels).to(chosen_logps.dtype)
 
 
 def count_wins(first: Tensor, second: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -544,13 +561,13 @@ def count_wins(first: Tensor, second: Tensor, labels: Tensor, k: int) -> Tensor:
     if k < 2:
         raise ValueError(f"k must be an integer >= 2, got {k}")
     k = int(k)
-    first, second = _checks.indices("first", first, k), _checks.indices("second", second, k)
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {_checks.described(labels)}")
-    _checks.same_shape(first=first, second=second, labels=labels)
-    other = labels[(labels != 0) & (labels != 1)]
-    if len(other):
-        raise ValueError(f"labels must be 0 or 1, got {other[0].item()}")
+    with _checks.together():
+        first, second = _checks.indices("first", first, k), _checks.indices("second", second, k)
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a torch.Tensor, got {_checks.described(labels)}")
+        _checks.same_shape(first=first, second=second, labels=labels)
+        legal = (labels == 0) | (labels == 1)
+        _checks.holds(legal, lambda: ValueError(f"labels must be 0 or 1, got {labels[~legal][0].item()}"))
     winner, loser = torch.where(labels == 1, first, second), torch.where(labels == 1, second, first)
     cells = winner.flatten() * k + loser.flatten()
     return torch.bincount(cells, minlength=k * k).double().view(k, k)
@@ -589,12 +606,12 @@ def fit_bradley_terry(wins: Tensor, *, ridge: float = 0.0) -> Tensor:
 
     Source: [bradley1952], [ford1957]; book, `bradley-terry`.
     """
-    _checks.finite("wins", wins)
-    _checks.nonnegative("ridge", ridge)
-    if wins.ndim != 2 or wins.shape[0] != wins.shape[1] or len(wins) < 2:
-        raise ValueError(f"wins must have shape (K, K) with K >= 2, got {tuple(wins.shape)}")
-    if bool((wins < 0).any()):
-        raise ValueError(f"wins must be >= 0, got {wins.min().item():g}")
+    with _checks.together():
+        _checks.finite("wins", wins)
+        _checks.nonnegative("ridge", ridge)
+        if wins.ndim != 2 or wins.shape[0] != wins.shape[1] or len(wins) < 2:
+            raise ValueError(f"wins must have shape (K, K) with K >= 2, got {tuple(wins.shape)}")
+        _checks.require(wins, 0, math.inf, lambda low, high: ValueError(f"wins must be >= 0, got {low:g}"))
     table = wins.detach().double().clone().fill_diagonal_(0)
     if ridge == 0:
         _identified(table)
@@ -708,27 +725,28 @@ def self_certainty(
 
     Source: [jiao2025], [kang2025], [zhao2025]; book, `self-certainty` and `self-certainty-direction`.
     """
-    _checks.tensor("conditionals", conditionals)
-    _checks.one_of("direction", direction, ("policy", "uniform"))
-    if conditionals.ndim < 2:
-        raise ValueError(f"conditionals must have shape (..., L, V), got {tuple(conditionals.shape)}")
-    log_v = math.log(conditionals.shape[-1])
-    laws = conditionals
-    if mask is not None:
-        _checks.some_tokens(mask, conditionals.shape[:-1])
-        laws = torch.where(mask.unsqueeze(-1), conditionals, -log_v)
-    _checks.logps("conditionals", laws)
-    laws = laws.double()
-    # A constant: the gradient is that of the formula, in every dtype.
-    laws = laws - laws.detach().logsumexp(-1, keepdim=True)
-    if direction == "policy":
-        # Mask before the product: a masked product of 0 and inf would still have gradient NaN.
-        per_token = log_v + (laws.exp() * torch.where(laws > -torch.inf, laws, 0)).sum(-1)
-    else:
-        per_token = -log_v - laws.mean(-1)
-    if mask is None:
-        return per_token.mean(-1).to(conditionals.dtype)
-    return (torch.where(mask, per_token, 0).sum(-1) / mask.sum(-1)).to(conditionals.dtype)
+    with _checks.together():
+        _checks.tensor("conditionals", conditionals)
+        _checks.one_of("direction", direction, ("policy", "uniform"))
+        if conditionals.ndim < 2:
+            raise ValueError(f"conditionals must have shape (..., L, V), got {tuple(conditionals.shape)}")
+        log_v = math.log(conditionals.shape[-1])
+        laws = conditionals
+        if mask is not None:
+            _checks.some_tokens(mask, conditionals.shape[:-1])
+            laws = torch.where(mask.unsqueeze(-1), conditionals, -log_v)
+        _checks.logps("conditionals", laws)
+        laws = laws.double()
+        # A constant: the gradient is that of the formula, in every dtype.
+        laws = laws - laws.detach().logsumexp(-1, keepdim=True)
+        if direction == "policy":
+            # Mask before the product: a masked product of 0 and inf would still have gradient NaN.
+            per_token = log_v + (laws.exp() * torch.where(laws > -torch.inf, laws, 0)).sum(-1)
+        else:
+            per_token = -log_v - laws.mean(-1)
+        if mask is None:
+            return per_token.mean(-1).to(conditionals.dtype)
+        return (torch.where(mask, per_token, 0).sum(-1) / mask.sum(-1)).to(conditionals.dtype)
 
 
 def weighted_likelihood(logps: Tensor, log_weights: Tensor, *, self_normalized: bool = True) -> Tensor:
@@ -754,13 +772,14 @@ def weighted_likelihood(logps: Tensor, log_weights: Tensor, *, self_normalized: 
 
     Source: [peters2007]; book, `weighted-likelihood` and `resampled-training`.
     """
-    _checks.tensor("logps", logps)
-    _checks.rewards("log_weights", log_weights)
-    _checks.same_shape(logps=logps, log_weights=log_weights)
-    kept = torch.where(log_weights > -math.inf, logps, 0)
-    _checks.drawn_logps("logps", kept)
-    _checks.some_left("log_weights", log_weights.amax(-1))
-    log_w = log_weights.detach().double()
-    weights = torch.softmax(log_w, -1) if self_normalized else log_w.exp() / log_w.shape[-1]
-    _checks.finite("exp(log_weights)", weights)
-    return -(weights * kept.double()).sum(-1).to(logps.dtype)
+    with _checks.together():
+        _checks.tensor("logps", logps)
+        _checks.rewards("log_weights", log_weights)
+        _checks.same_shape(logps=logps, log_weights=log_weights)
+        kept = torch.where(log_weights > -math.inf, logps, 0)
+        _checks.drawn_logps("logps", kept)
+        _checks.some_left("log_weights", log_weights.amax(-1))
+        log_w = log_weights.detach().double()
+        weights = torch.softmax(log_w, -1) if self_normalized else log_w.exp() / log_w.shape[-1]
+        _checks.finite("exp(log_weights)", weights)
+        return -(weights * kept.double()).sum(-1).to(logps.dtype)

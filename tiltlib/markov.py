@@ -137,11 +137,14 @@ class MarkovChain(AutoregressiveModel[State]):
         _checks.tensor("weights", weights)
         if weights.shape != (len(words),):
             raise ValueError(f"weights must have shape ({len(words)},), one per word, got {tuple(weights.shape)}")
-        if not bool((weights.isfinite() & (weights >= 0)).all()) or not bool((weights > 0).any()):
-            raise ValueError(
+        some = (weights.isfinite() & (weights >= 0)).all() & (weights > 0).any()
+        _checks.holds(
+            some,
+            lambda: ValueError(
                 f"weights must be finite and >= 0 with a positive sum, "
                 f"got values from {weights.min().item():g} to {weights.max().item():g}"
-            )
+            ),
+        )
         v, separator = _alphabet_size(alphabet), alphabet[-1]
         code = {symbol: i for i, symbol in enumerate(alphabet)}
         contexts, symbols, owner = [], [], []
@@ -168,7 +171,8 @@ class MarkovChain(AutoregressiveModel[State]):
             # Contexts of length m are m-digit numbers; dropping the oldest symbol repeats the shorter table V times.
             shorter = table.repeat(len(counts) // len(table), 1)
             table = torch.where(total > 0, counts / torch.where(total > 0, total, 1.0), shorter)
-        return cls(_log(table), alphabet)
+        with _checks.trusted():
+            return cls(_log(table), alphabet)
 
     def stopped(self, length: int) -> "MarkovChain":
         """Stop the chain at its first separator: after it only separators follow.
@@ -217,19 +221,21 @@ class MarkovChain(AutoregressiveModel[State]):
 
         Source: [shannon1948], section 3, for the counts; book, `weighted-likelihood`.
         """
-        tokens = self._check_tokens(tokens)
-        if tokens.ndim != 2 or len(tokens) == 0:
-            raise ValueError(f"tokens must have shape (n, L) with n >= 1, got {tuple(tokens.shape)}")
-        n, length = tokens.shape
-        if log_weights is None:
-            log_weights = torch.zeros(n, dtype=torch.float64, device=tokens.device)
-        _checks.rewards("log_weights", log_weights)
-        if log_weights.shape != (n,):
-            raise ValueError(f"log_weights must have shape ({n},), one per string, got {tuple(log_weights.shape)}")
-        _checks.some_left("log_weights", log_weights.amax())
+        with _checks.together():
+            tokens = self._check_tokens(tokens)
+            if tokens.ndim != 2 or len(tokens) == 0:
+                raise ValueError(f"tokens must have shape (n, L) with n >= 1, got {tuple(tokens.shape)}")
+            n, length = tokens.shape
+            if log_weights is None:
+                log_weights = torch.zeros(n, dtype=torch.float64, device=tokens.device)
+            _checks.rewards("log_weights", log_weights)
+            if log_weights.shape != (n,):
+                raise ValueError(f"log_weights must have shape ({n},), one per string, got {tuple(log_weights.shape)}")
+            _checks.some_left("log_weights", log_weights.amax())
         weights = (log_weights.double() - log_weights.amax()).exp()
         v, contexts = self._v, self._v**self.order
-        cells = self.contexts_before(tokens) * v + tokens
+        with _checks.trusted():
+            cells = self.contexts_before(tokens) * v + tokens
         tables = []
         counts = torch.zeros(contexts * v, dtype=torch.float64, device=tokens.device)
         for t in range(length):
@@ -241,7 +247,8 @@ class MarkovChain(AutoregressiveModel[State]):
                 total = table.sum(-1, keepdim=True)
                 fitted = _log(table / torch.where(total > 0, total, 1.0))
                 tables.append(torch.where(total > 0, fitted, self.table(t)))
-        return MarkovChain(torch.stack(tables) if per_step else tables[0], self.alphabet)
+        with _checks.trusted():
+            return MarkovChain(torch.stack(tables) if per_step else tables[0], self.alphabet)
 
     @property
     def _v(self) -> int:
@@ -376,16 +383,22 @@ class MarkovChain(AutoregressiveModel[State]):
         tokens = self._check_tokens(tokens)
         context = torch.full(tokens.shape[:-1], self.start, device=tokens.device)
         contexts = []
-        for symbol in tokens.unbind(-1):
-            contexts.append(context)
-            context = self.next_contexts(context, symbol)
+        with _checks.trusted():
+            for symbol in tokens.unbind(-1):
+                contexts.append(context)
+                context = self.next_contexts(context, symbol)
         return torch.stack(contexts, -1)
 
     def _check_tokens(self, tokens: Tensor) -> Tensor:
         """Require strings over the alphabet; return them as int64."""
         tokens = _checks.sequences("tokens", tokens)
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._v:
-            raise ValueError(f"tokens must lie in 0..{self._v - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+        most = self._v - 1
+        _checks.require(
+            tokens,
+            0,
+            most,
+            lambda low, high: ValueError(f"tokens must lie in 0..{most}, got {int(low)} to {int(high)}"),
+        )
         return tokens
 
     def logps(self, tokens: Tensor) -> Tensor:
@@ -406,9 +419,11 @@ class MarkovChain(AutoregressiveModel[State]):
             ValueError: `tokens` outside 0..V-1, or strings of length 0.
         """
         steps = zip(self.contexts_before(tokens).unbind(-1), tokens.long().unbind(-1), strict=True)
-        per_symbol = [
-            self.rows(t, context).gather(-1, symbol[..., None]).squeeze(-1) for t, (context, symbol) in enumerate(steps)
-        ]
+        with _checks.trusted():
+            per_symbol = [
+                self.rows(t, context).gather(-1, symbol[..., None]).squeeze(-1)
+                for t, (context, symbol) in enumerate(steps)
+            ]
         return torch.stack(per_symbol, -1).sum(-1)
 
     def total_reward(self, tokens: Tensor, rewards: Tensor) -> Tensor:
@@ -426,8 +441,11 @@ class MarkovChain(AutoregressiveModel[State]):
             ValueError: `tokens` out of range, or `rewards` of another shape, with NaN or +inf, or so large that
                 differences of totals may leave float64.
         """
-        steps = self.contexts_before(tokens)
-        table = self.reward_table(rewards, tokens.shape[-1])
+        with _checks.together():
+            tokens = self._check_tokens(tokens)
+            table = self.reward_table(rewards, tokens.shape[-1])
+        with _checks.trusted():
+            steps = self.contexts_before(tokens)
         return table[steps, tokens.long()].sum(-1)
 
     def begin(self, n: int) -> State:
@@ -460,7 +478,8 @@ class MarkovChain(AutoregressiveModel[State]):
         Raises:
             ValueError: strings that are as long as a chain with one table per step.
         """
-        return self.rows(*state)
+        with _checks.trusted():  # a state is what `begin`, `append` and `take` made
+            return self.rows(*state)
 
     def append(self, state: State, tokens: Tensor) -> State:
         """Write one more symbol to each string.
@@ -477,7 +496,9 @@ class MarkovChain(AutoregressiveModel[State]):
             ValueError: `tokens` out of range, or not one for each string.
         """
         _checks.same_shape(tokens=tokens, contexts=state.contexts)
-        return State(state.step + 1, self.next_contexts(state.contexts, tokens))
+        tokens = self._check_numbers("tokens", tokens)
+        with _checks.trusted():  # a state is what `begin`, `append` and `take` made
+            return State(state.step + 1, self.next_contexts(state.contexts, tokens))
 
     def take(self, state: State, index: Tensor) -> State:
         """Continue some of the strings.
@@ -513,7 +534,8 @@ class MarkovChain(AutoregressiveModel[State]):
         step, contexts = state
         # Many strings share a context: beyond one string per context, turn the whole table into CDFs once.
         whole = contexts.numel() > self._v**self.order
-        cdf = _numerics.cdf(self.table(step) if whole else self.rows(step, contexts))
+        with _checks.trusted():  # a state is what `begin`, `append` and `take` made
+            cdf = _numerics.cdf(self.table(step) if whole else self.rows(step, contexts))
         cdf = cdf[contexts] if whole else cdf
         u = torch.rand((*contexts.shape, 1), generator=generator, device=cdf.device, dtype=torch.float64)
         return torch.searchsorted(cdf, u, right=True).squeeze(-1)
@@ -534,7 +556,9 @@ class MarkovChain(AutoregressiveModel[State]):
             TypeError: `contexts` or `tokens` is not an integer tensor.
             ValueError: `contexts` or `tokens` out of range.
         """
-        return (self._check_contexts(contexts) * self._v + self._check_numbers("tokens", tokens)) % self._v**self.order
+        with _checks.together():
+            contexts, tokens = self._check_contexts(contexts), self._check_numbers("tokens", tokens)
+        return (contexts * self._v + tokens) % self._v**self.order
 
     def contexts(self, length: int) -> Tensor:
         """Compute the law of the context before each step, by a forward recursion.
@@ -610,18 +634,22 @@ class MarkovChain(AutoregressiveModel[State]):
             ValueError: `rewards` of another shape, with NaN or +inf, or so large that differences of totals may leave
                 float64.
         """
-        _checks.rewards("rewards", rewards)
-        full = (self._v**self.order, self._v)
-        if tuple(rewards.shape) not in ((self._v,), full):
-            raise ValueError(f"rewards must have shape ({self._v},) or {full}, got {tuple(rewards.shape)}")
-        table = rewards.double()
-        largest = table.detach().nan_to_num(neginf=0.0).abs().max().item()
-        if not 2 * length * largest < math.inf:
-            raise ValueError(
-                f"rewards must be so small that totals of {length} symbols differ by less than 1.8e308, "
-                f"got {largest:g} in size"
+        with _checks.together():
+            _checks.rewards("rewards", rewards)
+            full = (self._v**self.order, self._v)
+            if tuple(rewards.shape) not in ((self._v,), full):
+                raise ValueError(f"rewards must have shape ({self._v},) or {full}, got {tuple(rewards.shape)}")
+            table = rewards.double()
+            _checks.require(
+                2 * length * table.detach().nan_to_num(neginf=0.0).abs().max(),
+                0,
+                _checks.LARGEST,
+                lambda low, high: ValueError(
+                    f"rewards must be so small that totals of {length} symbols differ by less than 1.8e308, "
+                    f"got {table.detach().nan_to_num(neginf=0.0).abs().max().item():g} in size"
+                ),
             )
-        return table.expand(full)
+            return table.expand(full)
 
     def lookahead(self, values: Tensor) -> Tensor:
         """Write numbers per context as numbers after each symbol: entry (c, a) is values[(c V + a) mod V^order].
@@ -669,8 +697,9 @@ class MarkovChain(AutoregressiveModel[State]):
 
         Source: [todorov2009]; book, `chain-tilt`; book, `soft-value`.
         """
-        best, rest = self._split_soft_values(rewards, beta, length)
-        return best / float(beta) + rest
+        with _checks.together():
+            best, rest = self._split_soft_values(rewards, beta, length)
+            return best / float(beta) + rest
 
     def _split_soft_values(self, rewards: Tensor, beta: float, length: int) -> tuple[Tensor, Tensor]:
         """Return the two parts of V = M / beta + S, float64: the largest total reward M, and what is left.
@@ -750,10 +779,13 @@ class MarkovChain(AutoregressiveModel[State]):
         Source: book, `reward-reduction`.
         """
         _checks.count("length", length)
-        table = self.reward_table(rewards, length)
-        broken = table[(table != table.floor()) | table.isinf()]
-        if len(broken):
-            raise ValueError(f"rewards must be finite whole numbers here, got {broken[0].item():g}")
+        with _checks.together():
+            table = self.reward_table(rewards, length)
+            broken = (table != table.floor()) | table.isinf()
+            _checks.holds(
+                ~broken,
+                lambda: ValueError(f"rewards must be finite whole numbers here, got {table[broken][0].item():g}"),
+            )
         v, low = self._v, int(table.min())
         distinct = [int(r) for r in table.unique().tolist()]
         size = length * (distinct[-1] - low) + 1
@@ -806,15 +838,18 @@ class TiltedChain(MarkovChain):
     length: int
 
     def __init__(self, ref: MarkovChain, rewards: Tensor, beta: float, length: int) -> None:
-        self._best, self._rest = ref._split_soft_values(rewards, beta, length)
+        with _checks.together():
+            self._best, self._rest = ref._split_soft_values(rewards, beta, length)
         self.ref, self.alphabet, self.order, self.start = ref, ref.alphabet, ref.order, ref.start
         self.length, self._beta, self.device = length, float(beta), ref.device
-        self._rewards = ref.reward_table(rewards).clone()
+        with _checks.trusted():
+            self._rewards = ref.reward_table(rewards).clone()
         self.log_values = self._best / self._beta + self._rest
         self.log_partition = self.log_values[0, self.start]
 
     def _table(self, step: int) -> Tensor:
-        return self.rows(step, torch.arange(self._v**self.order, device=self.device))
+        with _checks.trusted():
+            return self.rows(step, torch.arange(self._v**self.order, device=self.device))
 
     def rows(self, step: int, contexts: Tensor) -> Tensor:
         """Return the next-symbol log-probabilities at a step in some contexts, as `MarkovChain.rows` does.
@@ -834,8 +869,9 @@ class TiltedChain(MarkovChain):
         """
         self._check_step(step)
         contexts = self._check_contexts(contexts)
-        following = self.next_contexts(contexts[..., None], torch.arange(self._v, device=contexts.device))
-        ref = self.ref.rows(step, contexts)
+        with _checks.trusted():
+            following = self.next_contexts(contexts[..., None], torch.arange(self._v, device=contexts.device))
+            ref = self.ref.rows(step, contexts)
         best, rest = self._best[step, contexts].unsqueeze(-1), self._rest[step, contexts].unsqueeze(-1)
         gain = self._rewards[contexts] + self._best[step + 1, following] - best
         # A symbol that the reference never writes was left out of the largest total, and may lie above it.

@@ -99,37 +99,41 @@ def log_accept(
 
     Source: [hastings1970]; book, `power-mh`.
     """
-    _checks.positive("power", power)
-    _checks.finite("logps", logps)
-    _finite_or_excluded("new_logps", new_logps)
-    for name, value in (("sizes", sizes), ("new_sizes", new_sizes)):
-        if not isinstance(value, Tensor) or value.dtype not in _checks.INTEGERS:
-            raise TypeError(f"{name} must be an integer torch.Tensor, got {_checks.described(value)}")
-    _checks.same_shape(logps=logps, new_logps=new_logps, sizes=sizes, new_sizes=new_sizes)
-    smaller = torch.minimum(sizes.long(), new_sizes.long())
-    if bool((smaller < 1).any()):
-        raise ValueError(f"sizes and new_sizes must be >= 1, got {int(smaller.min())}")
-    possible, dtype = new_logps > -math.inf, torch.promote_types(logps.dtype, new_logps.dtype)
-    # Mask before the product: a power of 1 times -inf would be NaN, in the gradient too.
-    difference = torch.where(possible, new_logps, logps).double() - logps.double()
-    ratio = (float(power) - 1) * difference + sizes.double().log() - new_sizes.double().log()
-    if proposal_logps is not None or new_proposal_logps is not None:
-        _finite_or_excluded("proposal_logps", proposal_logps)
-        _checks.finite("new_proposal_logps", new_proposal_logps)
-        assert proposal_logps is not None and new_proposal_logps is not None
-        _checks.same_shape(logps=logps, proposal_logps=proposal_logps, new_proposal_logps=new_proposal_logps)
-        for value in (proposal_logps, new_proposal_logps):
-            dtype = torch.promote_types(dtype, value.dtype)
-        ratio = ratio + (difference - (new_proposal_logps.double() - proposal_logps.double()))
-    return torch.where(possible, ratio.clamp(max=0.0), -math.inf).to(dtype)
+    with _checks.together():
+        _checks.positive("power", power)
+        _checks.finite("logps", logps)
+        _finite_or_excluded("new_logps", new_logps)
+        for name, value in (("sizes", sizes), ("new_sizes", new_sizes)):
+            if not isinstance(value, Tensor) or value.dtype not in _checks.INTEGERS:
+                raise TypeError(f"{name} must be an integer torch.Tensor, got {_checks.described(value)}")
+        _checks.same_shape(logps=logps, new_logps=new_logps, sizes=sizes, new_sizes=new_sizes)
+        smaller = torch.minimum(sizes.long(), new_sizes.long())
+        _checks.require(
+            smaller, 1, math.inf, lambda low, high: ValueError(f"sizes and new_sizes must be >= 1, got {int(low)}")
+        )
+        possible, dtype = new_logps > -math.inf, torch.promote_types(logps.dtype, new_logps.dtype)
+        # Mask before the product: a power of 1 times -inf would be NaN, in the gradient too.
+        difference = torch.where(possible, new_logps, logps).double() - logps.double()
+        ratio = (float(power) - 1) * difference + sizes.double().log() - new_sizes.double().log()
+        if proposal_logps is not None or new_proposal_logps is not None:
+            _finite_or_excluded("proposal_logps", proposal_logps)
+            _checks.finite("new_proposal_logps", new_proposal_logps)
+            assert proposal_logps is not None and new_proposal_logps is not None
+            _checks.same_shape(logps=logps, proposal_logps=proposal_logps, new_proposal_logps=new_proposal_logps)
+            for value in (proposal_logps, new_proposal_logps):
+                dtype = torch.promote_types(dtype, value.dtype)
+            ratio = ratio + (difference - (new_proposal_logps.double() - proposal_logps.double()))
+        return torch.where(possible, ratio.clamp(max=0.0), -math.inf).to(dtype)
 
 
 def _finite_or_excluded(name: str, value: object) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {_checks.described(value)}")
-    bad = int((~(value < math.inf)).sum())
-    if bad:
-        raise ValueError(f"{name} must be finite or -inf, got {bad} of {value.numel()} entries NaN or +inf")
+    number = _checks.floating(name, value)
+
+    def error(low: float, high: float) -> ValueError:
+        bad = int((~(number < math.inf)).sum())
+        return ValueError(f"{name} must be finite or -inf, got {bad} of {number.numel()} entries NaN or +inf")
+
+    _checks.require(number, -math.inf, _checks.LARGEST, error)
 
 
 @torch.no_grad()
@@ -257,16 +261,19 @@ def power_mh_law(logps: Tensor, length: int, power: float, steps: int, *, start:
         raise TypeError(f"steps must be an int, got {_checks.described(steps)}")
     if steps < 0:
         raise ValueError(f"steps must be an integer >= 0, got {steps}")
-    p = _checks.law("logps", logps)
-    v = round(len(p) ** (1 / length)) if p.ndim == 1 else 0
-    if v < 1 or v**length != len(p):
-        raise ValueError(f"logps must have shape (V^L,) with L = {length}, got {tuple(p.shape)}")
-    mu = p if start is None else _checks.law("start", start)
-    if mu.shape != p.shape:
-        raise ValueError(f"start must have the shape of logps, {tuple(p.shape)}, got {tuple(mu.shape)}")
-    possible = p > -math.inf
-    if bool((mu > -math.inf)[~possible].any()):
-        raise ValueError("start must be -inf where logps is, got mass on a string of probability 0")
+    with _checks.together():
+        p = _checks.law("logps", logps)
+        v = round(len(p) ** (1 / length)) if p.ndim == 1 else 0
+        if v < 1 or v**length != len(p):
+            raise ValueError(f"logps must have shape (V^L,) with L = {length}, got {tuple(p.shape)}")
+        mu = p if start is None else _checks.law("start", start)
+        if mu.shape != p.shape:
+            raise ValueError(f"start must have the shape of logps, {tuple(p.shape)}, got {tuple(mu.shape)}")
+        possible = p > -math.inf
+        _checks.holds(
+            possible | (mu == -math.inf),
+            lambda: ValueError("start must be -inf where logps is, got mass on a string of probability 0"),
+        )
     log_w = torch.where(possible, (float(power) - 1) * p, 0.0)
     cuts = []
     for t in range(length):

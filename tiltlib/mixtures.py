@@ -45,9 +45,12 @@ def _positive_definite(what: str, eigenvalues: Tensor, floor: Tensor) -> None:
     """Require eigenvalues above a floor, below which rounding alone could have made them positive."""
     lowest = eigenvalues.amin(-1)
     bad = lowest <= floor
-    if bool(bad.any()):
+
+    def error() -> ValueError:
         k = int(bad.long().argmax())
-        raise ValueError(f"{what}, got smallest eigenvalue {lowest[k].item():g} in component {k}")
+        return ValueError(f"{what}, got smallest eigenvalue {lowest[k].item():g} in component {k}")
+
+    _checks.holds(~bad, error)
 
 
 # With variances in this range and means within 1e150 of the smallest standard deviation, no table overflows in float64.
@@ -82,49 +85,64 @@ class GaussianMixture:
     """
 
     def __init__(self, logps: Tensor, means: Tensor, covariances: Tensor) -> None:
-        _checks.logps("logps", logps)
-        _checks.finite("means", means)
-        _checks.finite("covariances", covariances)
-        if not logps.dtype == means.dtype == covariances.dtype:
-            dtypes = f"{logps.dtype}, {means.dtype}, {covariances.dtype}"
-            raise TypeError(f"logps, means and covariances must have one dtype, got {dtypes}")
-        j, d = means.shape if means.ndim == 2 else (0, 0)
-        if d == 0 or logps.shape != (j,):
-            raise ValueError(
-                f"means must have shape (J, D) and logps shape (J,), got {tuple(means.shape)} and {tuple(logps.shape)}"
-            )
-        if covariances.shape not in {(k, *rest) for k in (1, j) for rest in ((), (d,), (d, d))}:
-            raise ValueError(
-                f"covariances must have shape ({j},), ({j}, {d}) or ({j}, {d}, {d}), or 1 in place of {j}, "
-                f"got {tuple(covariances.shape)}"
-            )
-        basis = None
-        if covariances.ndim == 3:
-            _checks.symmetric("covariances", covariances)
-            spectrum, basis = torch.linalg.eigh(covariances.double())
-            floor = d * torch.finfo(means.dtype).eps * spectrum.abs().amax(-1)
-        else:
-            spectrum = covariances.double().reshape(len(covariances), -1).clone()
-            floor = torch.zeros_like(spectrum[:, 0])
-        _positive_definite("covariances must be positive definite", spectrum, floor)
+        with _checks.together():
+            _checks.logps("logps", logps)
+            _checks.finite("means", means)
+            _checks.finite("covariances", covariances)
+            if not logps.dtype == means.dtype == covariances.dtype:
+                dtypes = f"{logps.dtype}, {means.dtype}, {covariances.dtype}"
+                raise TypeError(f"logps, means and covariances must have one dtype, got {dtypes}")
+            j, d = means.shape if means.ndim == 2 else (0, 0)
+            if d == 0 or logps.shape != (j,):
+                raise ValueError(
+                    f"means must have shape (J, D) and logps shape (J,), "
+                    f"got {tuple(means.shape)} and {tuple(logps.shape)}"
+                )
+            if covariances.shape not in {(k, *rest) for k in (1, j) for rest in ((), (d,), (d, d))}:
+                raise ValueError(
+                    f"covariances must have shape ({j},), ({j}, {d}) or ({j}, {d}, {d}), or 1 in place of {j}, "
+                    f"got {tuple(covariances.shape)}"
+                )
+            basis = None
+            if covariances.ndim == 3:
+                _checks.symmetric("covariances", covariances)
+                spectrum, basis = torch.linalg.eigh(covariances.double())
+                floor = d * torch.finfo(means.dtype).eps * spectrum.abs().amax(-1)
+            else:
+                spectrum = covariances.double().reshape(len(covariances), -1).clone()
+                floor = torch.zeros_like(spectrum[:, 0])
+            _positive_definite("covariances must be positive definite", spectrum, floor)
         # What a smaller dtype leaves of the sum is no error: it is normalised away.
         priors = logps.clone() if logps.dtype == torch.float64 else logps.double().log_softmax(-1)
         self._set(priors, means.double().clone(), spectrum, basis, means.dtype, "means and covariances")
 
     def _set(
-        self, priors: Tensor, means: Tensor, spectrum: Tensor, basis: Tensor | None, dtype: torch.dtype, cause: str
+        self,
+        priors: Tensor,
+        means: Tensor,
+        spectrum: Tensor,
+        basis: Tensor | None,
+        dtype: torch.dtype,
+        cause: str,
+        extent: tuple[float, float, float] | None = None,
     ) -> None:
-        """Keep S_k = U_k diag(v_k) U_k': spectrum of shape (1 or J, 1 or D), basis None or of shape (1 or J, D, D)."""
+        """Keep S_k = U_k diag(v_k) U_k': spectrum of shape (1 or J, 1 or D), basis None or of shape (1 or J, D, D).
+
+        `extent` is the smallest and the largest variance and the farthest coordinate of a mean from the middle, if they
+        are known: to read them an accelerator has to be waited for.
+        """
         self._priors, self._means, self._spectrum, self._dtype = priors, means, spectrum, dtype
         self.components, self.dimension = means.shape
         self._basis = None if self.dimension == 1 else basis
         self._alive = priors > -math.inf
         # Distances from the middle of the means: |x|^2 - 2 x'm + |m|^2 would cancel for data far from 0. A component of
         # probability 0 must not move the middle, and is put there itself: -inf plus an overflow would be NaN.
-        everyone = bool(self._alive.all())
-        centre = means.mean(0) if everyone else means[self._alive].mean(0)
-        centred = means - centre if everyone else torch.where(self._alive[:, None], means - centre, 0)
-        smallest, largest, farthest = torch.stack([*spectrum.aminmax(), centred.abs().amax()]).tolist()
+        alive = self._alive[:, None]
+        centre = torch.where(alive, means, 0).sum(0) / alive.sum()
+        centred = torch.where(alive, means - centre, 0)
+        if extent is None:
+            extent = tuple(torch.stack([*spectrum.detach().aminmax(), centred.detach().abs().amax()]).tolist())
+        self._extent = smallest, largest, farthest = extent
         farthest /= math.sqrt(smallest) if smallest > 0 else 1.0
         if not (smallest >= _SMALLEST and largest <= _LARGEST and farthest <= _FARTHEST):
             raise ValueError(
@@ -163,9 +181,10 @@ class GaussianMixture:
         basis: Tensor | None,
         dtype: torch.dtype = torch.float64,
         cause: str = "parameters",
+        extent: tuple[float, float, float] | None = None,
     ) -> "GaussianMixture":
         mixture = cls.__new__(cls)
-        mixture._set(priors, means, spectrum, basis, dtype, cause)
+        mixture._set(priors, means, spectrum, basis, dtype, cause, extent)
         return mixture
 
     def _own_bases(self) -> bool:
@@ -239,18 +258,23 @@ class GaussianMixture:
             TypeError: `x` not floating or `labels` not integer.
             ValueError: shapes that do not fit, a label without points, `ridge` < 0, or a singular covariance.
         """
-        _checks.finite("x", x)
-        labels = _checks.integers("labels", labels)
-        if x.ndim != 2 or labels.shape != x.shape[:1]:
-            raise ValueError(
-                f"x must have shape (n, D) and labels shape (n,), got {tuple(x.shape)} and {tuple(labels.shape)}"
+        with _checks.together():
+            _checks.finite("x", x)
+            labels = _checks.integers("labels", labels)
+            if x.ndim != 2 or labels.shape != x.shape[:1]:
+                raise ValueError(
+                    f"x must have shape (n, D) and labels shape (n,), got {tuple(x.shape)} and {tuple(labels.shape)}"
+                )
+            _checks.nonnegative("ridge", ridge)
+            _checks.indices("labels", labels, len(x))
+            ridge, points = float(ridge), x.double()
+            counts = labels.bincount()
+            _checks.holds(
+                counts > 0,
+                lambda: ValueError(
+                    f"labels must use every number from 0 to {len(counts) - 1}, got no {int(counts.argmin())}"
+                ),
             )
-        _checks.nonnegative("ridge", ridge)
-        _checks.indices("labels", labels, len(x))
-        ridge, points = float(ridge), x.double()
-        counts = labels.bincount()
-        if bool((counts == 0).any()):
-            raise ValueError(f"labels must use every number from 0 to {len(counts) - 1}, got no {int(counts.argmin())}")
         groups = [points[labels == k] for k in range(len(counts))]
         eye = torch.eye(x.shape[-1], dtype=torch.float64, device=x.device)
         covariances = [g.mT.cov(correction=0).reshape(eye.shape) + ridge * eye for g in groups]
@@ -275,13 +299,16 @@ class GaussianMixture:
             raise TypeError(f"{name} must have the dtype of the mixture, {self._dtype}, got {x.dtype}")
         if x.ndim != 2 or x.shape[-1] != self.dimension:
             raise ValueError(f"{name} must have shape (n, {self.dimension}), got {tuple(x.shape)}")
-        # One pass for both: NaN lies within no distance.
-        if len(x) and not bool((x.detach() - self._centre).abs().amax() <= self._reach):
+
+        def error(low: float, high: float) -> ValueError:
             _checks.finite(name, x)
-            raise ValueError(
+            return ValueError(
                 f"{name} must lie within {self._reach:.3g} of the centre of the means, where squares do not overflow, "
                 f"got {x.detach().abs().amax().item():.3g}"
             )
+
+        # One pass for both: NaN lies within no distance.
+        _checks.require(x.detach() - self._centre, -self._reach, self._reach, error)
 
     def _coordinates(self, x: Tensor) -> Tensor:
         """Write x - centre in the common basis, shape (n, D), or each x - m_k whitened, shape (n, J, D)."""
@@ -330,7 +357,8 @@ class GaussianMixture:
         if self._own_bases():
             numbers, least = numbers * self.dimension, 32
         rows = max(least, 2**20 // (numbers * self._centre.element_size()))
-        whole = torch.cat([compute(part) for part in x.split(rows)]) if len(x) > rows else compute(x)
+        with _numerics.as_written(x.device):
+            whole = torch.cat([compute(part) for part in x.split(rows)]) if len(x) > rows else compute(x)
         return whole.to(self._dtype)
 
     def component_logps(self, x: Tensor) -> Tensor:
@@ -348,7 +376,8 @@ class GaussianMixture:
 
     def _joint(self, x: Tensor) -> Tensor:
         self.check_points("x", x)
-        return self._logits(self._coordinates(x))
+        with _numerics.as_written(x.device):
+            return self._logits(self._coordinates(x))
 
     def logps(self, x: Tensor) -> Tensor:
         """Compute the log density.
@@ -378,7 +407,8 @@ class GaussianMixture:
 
     def _posterior(self, name: str, x: Tensor) -> Tensor:
         self.check_points(name, x)
-        return self._logits(self._coordinates(x), up_to_a_constant=True).log_softmax(-1)
+        with _numerics.as_written(x.device):
+            return self._logits(self._coordinates(x), up_to_a_constant=True).log_softmax(-1)
 
     def score(self, x: Tensor) -> Tensor:
         """Compute the gradient of the log density.
@@ -397,15 +427,25 @@ class GaussianMixture:
 
     def _class_masks(self, classes: Tensor) -> list[Tensor]:
         classes = _checks.integers("classes", classes)
-        if classes.shape != (self.components,) or int(classes.min()) < 0:
-            raise ValueError(
+
+        def error(low: float, high: float) -> ValueError:
+            return ValueError(
                 f"classes must hold one number >= 0 for each of the {self.components} components, "
-                f"got shape {tuple(classes.shape)} and smallest {int(classes.min())}"
+                f"got shape {tuple(classes.shape)} and smallest {int(low)}"
             )
-        masks = [classes == c for c in range(int(classes.max()) + 1)]
-        for c, mask in enumerate(masks):
-            if not bool(self._alive[mask].any()):
-                raise ValueError(f"classes must each have positive probability, got 0 for class {c}")
+
+        if classes.shape != (self.components,):
+            raise error(int(classes.min()), 0)
+        with _checks.together():
+            _checks.require(classes, 0, math.inf, error)
+            masks = [classes == c for c in range(max(int(classes.max()), 0) + 1)]
+            used = torch.stack([(self._alive & mask).any() for mask in masks])
+            _checks.holds(
+                used,
+                lambda: ValueError(
+                    f"classes must each have positive probability, got 0 for class {int(used.long().argmin())}"
+                ),
+            )
         return masks
 
     def class_logps(self, x: Tensor, classes: Tensor) -> Tensor:
@@ -424,9 +464,10 @@ class GaussianMixture:
             TypeError: `classes` is not an integer tensor.
             ValueError: `classes` of another shape, or a class of probability 0.
         """
-        masks = self._class_masks(classes)
-        posterior = self._posterior("x", x)
-        return torch.stack([posterior[:, mask].logsumexp(-1) for mask in masks], -1).to(self._dtype)
+        with _checks.together():
+            masks = self._class_masks(classes)
+            posterior = self._posterior("x", x)
+            return torch.stack([posterior[:, mask].logsumexp(-1) for mask in masks], -1).to(self._dtype)
 
     def of_class(self, classes: Tensor, c: int) -> "GaussianMixture":
         """Condition on a class: the mixture of its components alone.
@@ -478,7 +519,8 @@ class GaussianMixture:
             ValueError: `n` < 1.
         """
         _checks.generator("generator", generator)
-        component = categorical.sample(self._priors, n, generator=generator)
+        with _checks.trusted():
+            component = categorical.sample(self._priors, n, generator=generator)
         z = _numerics.normal(self._means.new_empty(n, self.dimension), generator)
         root = self._spectrum.sqrt()
         if self._basis is None:
@@ -514,8 +556,11 @@ class GaussianMixture:
         alpha, sigma = float(alpha), float(sigma)
         cause = f"alpha = {alpha:g} and sigma = {sigma:g}"
         # Python raises at the square of a number above 1e154, where torch would go on with inf.
-        spectrum = self._spectrum * min(alpha, 1e154) ** 2 + min(sigma, 1e154) ** 2
-        return self._of(self._priors, self._means * alpha, spectrum, self._basis, self._dtype, cause)
+        shrunk, added = min(alpha, 1e154) ** 2, min(sigma, 1e154) ** 2
+        smallest, largest, farthest = self._extent
+        extent = smallest * shrunk + added, largest * shrunk + added, farthest * alpha
+        spectrum = self._spectrum * shrunk + added
+        return self._of(self._priors, self._means * alpha, spectrum, self._basis, self._dtype, cause, extent)
 
     def denoise(self, xt: Tensor, alpha: float, sigma: float) -> Tensor:
         """Compute the posterior mean of x0 given xt = alpha x0 + sigma eps (Tweedie's formula).
@@ -568,15 +613,16 @@ class GaussianMixture:
         shares, work = noised._posterior("xt", xt).exp(), noised._work
         ratio = self._spectrum / noised._spectrum
         offsets = xt[:, None] - noised._means.to(work)
-        if float(sigma) ** 2 < (float(alpha) ** 2 * self._spectrum).min():
-            # All d_k are near xt / alpha, whose digits would hide their differences: xt / alpha - d_k.
-            means = self._times(float(sigma) ** 2 / float(alpha) / noised._spectrum, offsets)
-        else:
-            means = self._means.to(work) + self._times(float(alpha) * ratio, offsets)
-        spread = means - shares[:, None] @ means
-        within = self._matrices(float(sigma) ** 2 * ratio).expand(self.components, -1, -1).to(work)
-        between = (shares[..., None] * spread).mT @ spread
-        return ((shares @ within.flatten(1)).view_as(between) + between).to(self._dtype)
+        with _numerics.as_written(xt.device):
+            if float(sigma) ** 2 < float(alpha) ** 2 * self._extent[0]:
+                # All d_k are near xt / alpha, whose digits would hide their differences: xt / alpha - d_k.
+                means = self._times(float(sigma) ** 2 / float(alpha) / noised._spectrum, offsets)
+            else:
+                means = self._means.to(work) + self._times(float(alpha) * ratio, offsets)
+            spread = means - shares[:, None] @ means
+            within = self._matrices(float(sigma) ** 2 * ratio).expand(self.components, -1, -1).to(work)
+            between = (shares[..., None] * spread).mT @ spread
+            return ((shares @ within.flatten(1)).view_as(between) + between).to(self._dtype)
 
     # --- tilts -------------------------------------------------------------------------------------------------------
 
@@ -605,37 +651,42 @@ class GaussianMixture:
 
         Source: book, `mixture-tilt`.
         """
-        _checks.positive("beta", beta)
-        beta, d, alive = float(beta), self.dimension, self._alive[:, None]
-        cause = f"quadratic, linear and beta = {beta:g}"
-        for name, value, shape in (("quadratic", quadratic, (d, d)), ("linear", linear, (d,))):
-            if value is not None:
-                _checks.finite(name, value)
-                if value.shape != shape:
-                    raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-        # A component of probability 0 takes no part, wherever its mean is: its terms could overflow.
-        means = torch.where(alive, self._means, 0)
-        slope = torch.zeros_like(means[0]) if linear is None else linear.double() / beta
-        if quadratic is None:
-            tilted, common = self, means.new_zeros(())
-            shift = self._times(self._spectrum, torch.where(alive, slope, 0))
-            moved, log_z = self._means + shift, means @ slope + (shift * slope).sum(-1) / 2
-        else:
-            _checks.symmetric("quadratic", quadratic)
-            curve = quadratic.double() / beta
-            if not bool(slope.isfinite().all() & curve.isfinite().all()):
-                raise ValueError(f"{cause} must keep r / beta within the range of float64, got an overflow")
-            spectrum, basis = self._sharpened(curve)
-            # For its covariances: the means may be out of range beside them.
-            tilted = self._of(self._priors, torch.zeros_like(means), spectrum, basis, cause=cause)
-            moved, log_z, common = self._log_gains(tilted, means, slope, curve)
-        log_weights = torch.where(self._alive, self._priors + log_z, -math.inf)
-        log_partition = common + log_weights.logsumexp(-1)
-        if not bool(log_partition.isfinite()):
-            raise ValueError(f"{cause} must keep r / beta within the range of float64, got log Z = {log_partition:g}")
-        moved = torch.where(alive, moved, self._means)
-        mixture = self._of(log_weights.log_softmax(-1), moved, tilted._spectrum, tilted._basis, self._dtype, cause)
-        return Tilted(mixture, log_partition.to(self._dtype))
+        with _checks.together():
+            _checks.positive("beta", beta)
+            beta, d, alive = float(beta), self.dimension, self._alive[:, None]
+            cause = f"quadratic, linear and beta = {beta:g}"
+            for name, value, shape in (("quadratic", quadratic, (d, d)), ("linear", linear, (d,))):
+                if value is not None:
+                    _checks.finite(name, value)
+                    if value.shape != shape:
+                        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+            # A component of probability 0 takes no part, wherever its mean is: its terms could overflow.
+            means = torch.where(alive, self._means, 0)
+            slope = torch.zeros_like(means[0]) if linear is None else linear.double() / beta
+            if quadratic is None:
+                tilted, common = self, means.new_zeros(())
+                shift = self._times(self._spectrum, torch.where(alive, slope, 0))
+                moved, log_z = self._means + shift, means @ slope + (shift * slope).sum(-1) / 2
+            else:
+                _checks.symmetric("quadratic", quadratic)
+                curve = quadratic.double() / beta
+                overflow = ValueError(f"{cause} must keep r / beta within the range of float64, got an overflow")
+                _checks.holds(slope.isfinite().all() & curve.isfinite().all(), lambda: overflow)
+                spectrum, basis = self._sharpened(curve)
+                # For its covariances: the means may be out of range beside them.
+                tilted = self._of(self._priors, torch.zeros_like(means), spectrum, basis, cause=cause)
+                moved, log_z, common = self._log_gains(tilted, means, slope, curve)
+            log_weights = torch.where(self._alive, self._priors + log_z, -math.inf)
+            log_partition = common + log_weights.logsumexp(-1)
+            _checks.holds(
+                log_partition.isfinite(),
+                lambda: ValueError(
+                    f"{cause} must keep r / beta within the range of float64, got log Z = {log_partition:g}"
+                ),
+            )
+            moved = torch.where(alive, moved, self._means)
+            mixture = self._of(log_weights.log_softmax(-1), moved, tilted._spectrum, tilted._basis, self._dtype, cause)
+            return Tilted(mixture, log_partition.to(self._dtype))
 
     def _log_gains(
         self, tilted: "GaussianMixture", means: Tensor, slope: Tensor, curve: Tensor
@@ -649,11 +700,11 @@ class GaussianMixture:
         """
         pull = lambda vectors: self._times(1 / self._spectrum, vectors)  # noqa: E731
         spread = lambda vectors: tilted._times(tilted._spectrum, vectors)  # noqa: E731
-        j = int(self._priors.argmax())
+        j = self._priors.argmax(keepdim=True)  # a tensor: as a number it would have to be read
         moved = spread(pull(means) + slope)
         # One step of refinement: C has the digits of its largest precision, x needs those of its own coordinates.
         moved = moved + spread(slope - moved @ curve - pull(moved - means))
-        x = moved[j : j + 1]
+        x = moved[j]
         d = means - x
         pulled = pull(d)
         f = pulled - pulled[j]
@@ -695,15 +746,22 @@ class GaussianMixture:
             TypeError: `direction` is not a floating tensor.
             ValueError: `direction` of another shape, 0, or so small or large that variances leave [1e-300, 1e300].
         """
-        _checks.finite("direction", direction)
-        if direction.shape != (self.dimension,) or not bool((direction != 0).any()):
-            got = f"shape {tuple(direction.shape)}" if bool((direction != 0).any()) else "only 0"
-            raise ValueError(f"direction must be a vector of {self.dimension} numbers, not all 0, got {got}")
-        direction = direction.double()
-        inner = direction[None] if self._basis is None else direction @ self._basis
-        variances = (inner.square() * self._spectrum).sum(-1, keepdim=True)
-        means = (self._means @ direction)[:, None]
-        return self._of(self._priors, means, variances, None, self._dtype, "direction")
+        with _checks.together():
+            _checks.finite("direction", direction)
+            some = (direction != 0).any()
+
+            def error() -> ValueError:
+                got = f"shape {tuple(direction.shape)}" if bool(some) else "only 0"
+                return ValueError(f"direction must be a vector of {self.dimension} numbers, not all 0, got {got}")
+
+            if direction.shape != (self.dimension,):
+                raise error()
+            _checks.holds(some, error)
+            direction = direction.double()
+            inner = direction[None] if self._basis is None else direction @ self._basis
+            variances = (inner.square() * self._spectrum).sum(-1, keepdim=True)
+            means = (self._means @ direction)[:, None]
+            return self._of(self._priors, means, variances, None, self._dtype, "direction")
 
     def _line(self) -> None:
         if self.dimension != 1:
@@ -753,10 +811,10 @@ class GaussianMixture:
             ValueError: `u` not strictly between 0 and 1, or D > 1.
         """
         self._line()
-        _checks.probabilities("u", u)
-        ends = u[(u == 0) | (u == 1)]
-        if len(ends):
-            raise ValueError(f"u must lie strictly between 0 and 1, got {ends[0].item():g}")
+        with _checks.together():
+            _checks.probabilities("u", u)
+            end = (u == 0) | (u == 1)
+            _checks.holds(~end, lambda: ValueError(f"u must lie strictly between 0 and 1, got {u[end][0].item():g}"))
         p = u.double()
         # The quantile of a mixture lies between the smallest and the largest quantile of its components.
         alive = self._alive

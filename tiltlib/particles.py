@@ -121,8 +121,10 @@ def grow(
         parents = itself
         if bool(uneven.any()):
             spent = torch.where(uneven, log_weights, 0.0)
-            parents = torch.where(uneven, scheme(spent, n, generator=generator), itself)
-            log_partition = log_partition + weights.log_mean(spent)
+            with _checks.trusted():
+                parents = torch.where(uneven, scheme(spent, n, generator=generator), itself)
+            with _checks.trusted():
+                log_partition = log_partition + weights.log_mean(spent)
             log_weights = torch.where(uneven, 0.0, log_weights)
             state = take(state, (first + parents).flatten())
         state, gained = step(t, state)
@@ -137,4 +139,5 @@ def grow(
 
 def _ess(log_weights: Tensor) -> Tensor:
     alive = (log_weights > -math.inf).any(-1)
-    return torch.where(alive, weights.ess(torch.where(alive[:, None], log_weights, 0.0)), 0.0)
+    with _checks.trusted():
+        return torch.where(alive, weights.ess(torch.where(alive[:, None], log_weights, 0.0)), 0.0)

@@ -21,6 +21,11 @@ from tiltlib.markov import MarkovChain, State
 __all__ = ["TabularPolicy", "TransformerPolicy", "natural_step"]
 
 
+def _not_diverged(broken: Tensor) -> None:
+    rule = "logits must be finite, got NaN or inf: training has diverged, lower the learning rate"
+    _checks.holds(~broken, lambda: ValueError(rule))
+
+
 class TabularPolicy(nn.Module):
     """A law on K outcomes with one free logit each, pi(y) proportional to exp(logits(y)).
 
@@ -34,18 +39,18 @@ class TabularPolicy(nn.Module):
     """
 
     def __init__(self, logits: Tensor) -> None:
-        _checks.rewards("logits", logits)
-        if logits.ndim != 1:
-            raise ValueError(f"logits must have shape (K,), got {tuple(logits.shape)}")
-        _checks.some_left("logits", logits.amax(-1))
+        with _checks.together():
+            _checks.rewards("logits", logits)
+            if logits.ndim != 1:
+                raise ValueError(f"logits must have shape (K,), got {tuple(logits.shape)}")
+            _checks.some_left("logits", logits.amax(-1))
         super().__init__()
         self.logits = nn.Parameter(logits.detach().clone())
 
     def _law(self) -> Tensor:
         """Compute the law in float64, normalised as no narrower dtype could hold it."""
         logps = torch.log_softmax(self.logits.double(), -1)
-        if bool(logps.isnan().any()):
-            raise ValueError("logits must be finite, got NaN or inf: training has diverged, lower the learning rate")
+        _not_diverged(logps.isnan())
         return logps
 
     def law(self) -> Tensor:
@@ -65,7 +70,9 @@ class TabularPolicy(nn.Module):
             TypeError: `outcomes` is not an integer tensor.
             ValueError: `outcomes` outside 0..K-1 or empty.
         """
-        return self.law()[_checks.indices("outcomes", outcomes, len(self.logits))]
+        with _checks.together():
+            law, outcomes = self.law(), _checks.indices("outcomes", outcomes, len(self.logits))
+        return law[outcomes]
 
     def sample(self, n: int, *, generator: torch.Generator) -> Tensor:
         """Draw independent outcomes; see `categorical.sample`.
@@ -81,7 +88,8 @@ class TabularPolicy(nn.Module):
             TypeError: `n` is not an int, or `generator` not a generator.
             ValueError: `n` < 1.
         """
-        return categorical.sample(self._law().detach(), n, generator=generator)
+        with _checks.together():
+            return categorical.sample(self._law().detach(), n, generator=generator)
 
 
 def natural_step(
@@ -113,27 +121,28 @@ def natural_step(
 
     Source: book, `natural-gradient-path`; book, `policy-gradient-tilt`.
     """
-    _checks.finite("logits", logits)
-    _checks.finite("rewards", rewards)
-    _checks.logps("ref_logps", ref_logps)
-    _checks.finite("ref_logps", ref_logps)
-    _checks.same_shape(logits=logits, ref_logps=ref_logps, rewards=rewards)
-    if logits.ndim != 1 or not logits.dtype == ref_logps.dtype == rewards.dtype:
-        raise ValueError(
-            f"logits, ref_logps and rewards must have shape (K,) and one dtype, got shape {tuple(logits.shape)} and "
-            f"{logits.dtype}, {ref_logps.dtype}, {rewards.dtype}"
-        )
-    outcomes = _checks.indices("outcomes", outcomes, logits.shape[-1])
-    _checks.positive("beta", beta)
-    _checks.number("step", step)
-    beta, step = float(beta), float(step)
-    if not 0 < step < 2 / beta:
-        raise ValueError(f"step must lie in (0, 2 / beta) = (0, {2 / beta:g}), got {step!r}")
-    y = outcomes.flatten()
-    theta, log_p, r = (x[y].double() for x in (logits, ref_logps, rewards))
-    moved = (theta + step * (r - beta * (theta - log_p))).to(logits.dtype)
-    _checks.finite("the new logits", moved)
-    return logits.index_copy(0, y, moved)  # a repeated outcome is written twice with one value
+    with _checks.together():
+        _checks.finite("logits", logits)
+        _checks.finite("rewards", rewards)
+        _checks.logps("ref_logps", ref_logps)
+        _checks.finite("ref_logps", ref_logps)
+        _checks.same_shape(logits=logits, ref_logps=ref_logps, rewards=rewards)
+        if logits.ndim != 1 or not logits.dtype == ref_logps.dtype == rewards.dtype:
+            raise ValueError(
+                f"logits, ref_logps and rewards must have shape (K,) and one dtype, got shape {tuple(logits.shape)} "
+                f"and {logits.dtype}, {ref_logps.dtype}, {rewards.dtype}"
+            )
+        outcomes = _checks.indices("outcomes", outcomes, logits.shape[-1])
+        _checks.positive("beta", beta)
+        _checks.number("step", step)
+        beta, step = float(beta), float(step)
+        if not 0 < step < 2 / beta:
+            raise ValueError(f"step must lie in (0, 2 / beta) = (0, {2 / beta:g}), got {step!r}")
+        y = outcomes.flatten().clamp(0, len(logits) - 1)  # others are refused at the end of the block
+        theta, log_p, r = (x[y].double() for x in (logits, ref_logps, rewards))
+        moved = (theta + step * (r - beta * (theta - log_p))).to(logits.dtype)
+        _checks.finite("the new logits", moved)
+        return logits.index_copy(0, y, moved)  # a repeated outcome is written twice with one value
 
 
 class _Block(nn.Module):
@@ -249,8 +258,7 @@ class TransformerPolicy(nn.Module, AutoregressiveModel[_Begun]):
             x, keys_values = block(x, before)
             now.append(keys_values)
         added = self.head(self.last(x))
-        if not bool(added.isfinite().all()):
-            raise ValueError("logits must be finite, got NaN or inf: training has diverged, lower the learning rate")
+        _not_diverged(~added.isfinite())
         return added, now
 
     def conditionals(self, tokens: Tensor) -> Tensor:
@@ -267,13 +275,14 @@ class TransformerPolicy(nn.Module, AutoregressiveModel[_Begun]):
             ValueError: `tokens` outside 0..V-1, of length 0, or longer than the context of the policy; or parameters
                 that are no longer finite.
         """
-        contexts = self.ref.contexts_before(tokens)
+        contexts = self.ref.contexts_before(tokens)  # each in range, as the tokens are
         if tokens.shape[-1] > self.length:
             raise ValueError(f"tokens must have at most {self.length} positions, got shape {tuple(tokens.shape)}")
         flat = tokens.reshape(-1, tokens.shape[-1]).long()
         none_yet = torch.full_like(flat[:, :1], len(self.ref.alphabet))
         added, _ = self._network(torch.cat([none_yet, flat[:, :-1]], -1), 0, [None] * len(self.blocks))
-        rows = [self.ref.rows(t, context) for t, context in enumerate(contexts.unbind(-1))]
+        with _checks.trusted():
+            rows = [self.ref.rows(t, context) for t, context in enumerate(contexts.unbind(-1))]
         return torch.log_softmax(torch.stack(rows, -2) + added.view(*tokens.shape, len(self.ref.alphabet)), -1)
 
     def token_logps(self, tokens: Tensor) -> Tensor:

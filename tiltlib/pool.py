@@ -249,38 +249,46 @@ def _pools(
     log_ratios: Tensor | None,
 ) -> tuple[list[_Pool], torch.Size]:
     """Check the arguments of a curve; return one pool per row, and the batch shape."""
-    _checks.tensor("rewards", rewards)
-    _checks.one_of("rule", rule, RULES)
-    _checks.finite("rewards", rewards)  # an excluded answer is no answer: leave it out, and p is the law of the others
-    m = rewards.shape[-1]
-    if m < 2:
-        raise ValueError("rewards must hold at least 2 answers in the last dimension, got 1: one answer is no pool")
-    _checks.count("n", n)
-    if n > m:
-        raise ValueError(f"n must be at most {m}, the number of answers in the pool, got {n}")
-    _checks.positive_per_row("beta", beta, rewards.shape[:-1])
-    if isinstance(beta, Tensor):
-        beta = beta.detach()
-    if values is not None:
-        _checks.finite("values", values)
-        _checks.fits("values", values, rewards)
-    if log_ratios is not None:
-        _checks.rewards("log_ratios", log_ratios)
-        _checks.fits("log_ratios", log_ratios, rewards)
-        _checks.some_left("log_ratios", log_ratios.amax(-1))
-        if rule == "hard":
-            raise ValueError(
-                "log_ratios must be None for the hard rule, got a tensor; the soft and exponential take it"
+    with _checks.together():
+        _checks.tensor("rewards", rewards)
+        _checks.one_of("rule", rule, RULES)
+        _checks.finite(
+            "rewards", rewards
+        )  # an excluded answer is no answer: leave it out, and p is the law of the others
+        m = rewards.shape[-1]
+        if m < 2:
+            raise ValueError("rewards must hold at least 2 answers in the last dimension, got 1: one answer is no pool")
+        _checks.count("n", n)
+        if n > m:
+            raise ValueError(f"n must be at most {m}, the number of answers in the pool, got {n}")
+        _checks.positive_per_row("beta", beta, rewards.shape[:-1])
+        if isinstance(beta, Tensor):
+            beta = beta.detach()
+        if values is not None:
+            _checks.finite("values", values)
+            _checks.fits("values", values, rewards)
+        if log_ratios is not None:
+            _checks.rewards("log_ratios", log_ratios)
+            _checks.fits("log_ratios", log_ratios, rewards)
+            _checks.some_left("log_ratios", log_ratios.amax(-1))
+            if rule == "hard":
+                raise ValueError(
+                    "log_ratios must be None for the hard rule, got a tensor; the soft and exponential take it"
+                )
+        r = rewards.detach().double()
+        # The hard rule asks for the order alone, and rewards that differ must not be rounded to a tie.
+        log_w = r if rule == "hard" else _numerics.over(r, r.amax(-1, keepdim=True), beta)
+        log_w, f = torch.broadcast_tensors(log_w, r if values is None else values.detach().double())
+        if rule != "hard":  # exp(-700) leaves float64
+            _checks.require(
+                log_w,
+                -600,
+                math.inf,
+                lambda low, high: ValueError(
+                    f"beta must be at least (max reward - min reward) / 600, got rewards / beta that span "
+                    f"{-low:.6g}; the hard rule is the limit beta to 0"
+                ),
             )
-    r = rewards.detach().double()
-    # The hard rule asks for the order alone, and rewards that differ must not be rounded to a tie.
-    log_w = r if rule == "hard" else _numerics.over(r, r.amax(-1, keepdim=True), beta)
-    log_w, f = torch.broadcast_tensors(log_w, r if values is None else values.detach().double())
-    if rule != "hard" and log_w.numel() and float(log_w.amin()) < -600:  # exp(-700) leaves float64
-        raise ValueError(
-            f"beta must be at least (max reward - min reward) / 600, got rewards / beta that span "
-            f"{-float(log_w.amin()):.6g}; the hard rule is the limit beta to 0"
-        )
     ratios = torch.zeros_like(f) if log_ratios is None else log_ratios.detach().double().expand_as(f)
     rows = [x.reshape(math.prod(f.shape[:-1]), m) for x in (log_w, f, ratios)]
     return [_pool(a, b, c, log_ratios is None) for a, b, c in zip(*rows, strict=True)], f.shape[:-1]

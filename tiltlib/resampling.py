@@ -134,7 +134,8 @@ def multinomial(log_weights: Tensor, n: int, *, generator: torch.Generator) -> T
     Source: [gordon1993]; book, `resampling-law` and `diversity`.
     """
     logps = torch.log_softmax(_checked(log_weights, n, generator), -1)
-    return categorical.sample(logps, n, generator=generator)
+    with _checks.trusted():
+        return categorical.sample(logps, n, generator=generator)
 
 
 def residual(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Tensor:
@@ -168,7 +169,8 @@ def residual(log_weights: Tensor, n: int, *, generator: torch.Generator) -> Tens
     certain = _ancestors(through, n)
     # A row without anything left draws from its weights; those draws are not used.
     spare = torch.where((left.sum(-1, keepdim=True) > 0) & (total < n), left, probs)
-    drawn = categorical.sample(torch.log_softmax(spare.log(), -1), n, generator=generator)
+    with _checks.trusted():
+        drawn = categorical.sample(torch.log_softmax(spare.log(), -1), n, generator=generator)
     place = torch.arange(n, device=probs.device)
     return torch.where(place < total, certain, drawn)
 
@@ -196,15 +198,20 @@ def gumbel_top_k(log_weights: Tensor, n: int, *, generator: torch.Generator) -> 
 
     Source: [yellott1977], [kool2019b]; book, `without-replacement`.
     """
-    logps = torch.log_softmax(_checked(log_weights, n, generator), -1)
-    possible = logps > -math.inf
-    fewest = int(possible.sum(-1).min()) if possible.numel() else possible.shape[-1]
-    if n > fewest:
-        raise ValueError(f"n must be at most the number of indices with positive weight, {fewest}, got {n}")
-    # u lies in (0, 1], so that no key is -inf but those of excluded indices; u = 1 gives +inf, and there -inf + inf.
-    u = 1 - torch.rand(logps.shape, generator=generator, device=logps.device, dtype=torch.float64)
-    keys = torch.where(possible, logps - torch.log(-torch.log(u)), -math.inf)
-    return torch.topk(keys, n, dim=-1).indices
+    with _checks.together():
+        logps = torch.log_softmax(_checked(log_weights, n, generator), -1)
+        possible = logps > -math.inf
+
+        def error(fewest: float, most: float) -> ValueError:
+            return ValueError(f"n must be at most the number of indices with positive weight, {int(fewest)}, got {n}")
+
+        if n > possible.shape[-1] and not possible.numel():
+            raise error(possible.shape[-1], 0)
+        _checks.require(possible.sum(-1), n, math.inf, error)
+        # u lies in (0, 1], so that no key is -inf but those of excluded indices; u = 1 gives +inf, there -inf + inf.
+        u = 1 - torch.rand(logps.shape, generator=generator, device=logps.device, dtype=torch.float64)
+        keys = torch.where(possible, logps - torch.log(-torch.log(u)), -math.inf)
+        return torch.topk(keys, n, dim=-1).indices
 
 
 def rejection(rewards: Tensor, beta: float | Tensor, max_reward: float, *, generator: torch.Generator) -> Tensor:
@@ -230,18 +237,19 @@ def rejection(rewards: Tensor, beta: float | Tensor, max_reward: float, *, gener
 
     Source: [vonneumann1951]; book, `rejection`.
     """
-    _checks.generator("generator", generator)
-    if not isinstance(rewards, Tensor) or not rewards.is_floating_point():
-        raise TypeError(f"rewards must be a floating-point torch.Tensor, got {_checks.described(rewards)}")
-    if not bool((rewards < math.inf).all()):
-        raise ValueError("rewards must be finite or -inf (excluded), got NaN or +inf")
-    _checks.positive_per_row("beta", beta, rewards.shape)
-    if isinstance(beta, Tensor):
-        _checks.fits("beta", beta, rewards)
-    _checks.number("max_reward", max_reward)
-    if not -math.inf < max_reward < math.inf:
-        raise ValueError(f"max_reward must be finite, got {max_reward!r}")
-    # Halves are exact, and their difference does not overflow.
-    bound = max_reward / 2
-    log_keep = (rewards.double() / 2).clamp(max=bound).sub(bound) / _numerics.double(beta) * 2
-    return torch.rand(rewards.shape, generator=generator, device=rewards.device, dtype=torch.float64) < log_keep.exp()
+    with _checks.together():
+        _checks.generator("generator", generator)
+        _checks.floating("rewards", rewards)
+        _checks.not_above("rewards", rewards)
+        _checks.positive_per_row("beta", beta, rewards.shape)
+        if isinstance(beta, Tensor):
+            _checks.fits("beta", beta, rewards)
+        _checks.number("max_reward", max_reward)
+        if not -math.inf < max_reward < math.inf:
+            raise ValueError(f"max_reward must be finite, got {max_reward!r}")
+        # Halves are exact, and their difference does not overflow.
+        bound = max_reward / 2
+        log_keep = (rewards.double() / 2).clamp(max=bound).sub(bound) / _numerics.double(beta) * 2
+        return (
+            torch.rand(rewards.shape, generator=generator, device=rewards.device, dtype=torch.float64) < log_keep.exp()
+        )

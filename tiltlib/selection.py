@@ -59,10 +59,11 @@ class Streamed(NamedTuple):
 
 def _candidate_rewards(rewards: Tensor) -> Tensor:
     """Check rewards of candidates and return the largest of each row, kept as a dimension."""
-    _checks.rewards("rewards", rewards)
-    top = rewards.amax(-1, keepdim=True)
-    _checks.some_left("rewards", top)
-    return top
+    with _checks.together():
+        _checks.rewards("rewards", rewards)
+        top = rewards.amax(-1, keepdim=True)
+        _checks.some_left("rewards", top)
+        return top
 
 
 def best_of_n(rewards: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -83,10 +84,11 @@ def best_of_n(rewards: Tensor, *, generator: torch.Generator) -> Tensor:
 
     Source: [beirami2024]; book, `bon-law`.
     """
-    top = _candidate_rewards(rewards)
-    _checks.generator("generator", generator)
-    u = torch.rand(rewards.shape, generator=generator, device=rewards.device, dtype=torch.float64)
-    return torch.where(rewards == top, u, -1.0).argmax(-1)
+    with _checks.together():
+        top = _candidate_rewards(rewards)
+        _checks.generator("generator", generator)
+        u = torch.rand(rewards.shape, generator=generator, device=rewards.device, dtype=torch.float64)
+        return torch.where(rewards == top, u, -1.0).argmax(-1)
 
 
 def soft_best_of_n(rewards: Tensor, beta: float | Tensor, *, generator: torch.Generator) -> Tensor:
@@ -112,10 +114,11 @@ def soft_best_of_n(rewards: Tensor, beta: float | Tensor, *, generator: torch.Ge
 
     Source: [verdun2025]; book, `soft-bon-law`.
     """
-    top = _candidate_rewards(rewards)
-    _checks.positive_per_row("beta", beta, rewards.shape[:-1])
-    _checks.generator("generator", generator)
-    return _pick(_numerics.over(rewards.detach(), top.detach(), beta).exp_(), generator)[0]
+    with _checks.together():
+        top = _candidate_rewards(rewards)
+        _checks.positive_per_row("beta", beta, rewards.shape[:-1])
+        _checks.generator("generator", generator)
+        return _pick(_numerics.over(rewards.detach(), top.detach(), beta).exp_(), generator)[0]
 
 
 def _pick(w: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -187,19 +190,22 @@ def _log_mass_per_level(logps: Tensor, level: Tensor) -> Tensor:
 
 def _finite_n_inputs(ref_logps: Tensor, rewards: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Check the inputs of a finite-N law; return them broadcast, float64, unsupported rewards moved to the lowest."""
-    _checks.logps("ref_logps", ref_logps)
-    _checks.rewards("rewards", rewards)
-    _checks.same_outcomes("ref_logps", ref_logps, "rewards", rewards)
-    _checks.count("n", n)
-    ref, r = torch.broadcast_tensors(ref_logps.double(), rewards.double())
-    on_support = ref > -math.inf
-    if bool((on_support & (r == -math.inf)).any()):
-        raise ValueError(
-            "rewards must be finite where the reference has mass, got -inf: all N candidates may be excluded at once, "
-            "and then nothing is returned; condition the reference on the allowed outcomes instead"
+    with _checks.together():
+        _checks.logps("ref_logps", ref_logps)
+        _checks.rewards("rewards", rewards)
+        _checks.same_outcomes("ref_logps", ref_logps, "rewards", rewards)
+        _checks.count("n", n)
+        ref, r = torch.broadcast_tensors(ref_logps.double(), rewards.double())
+        on_support = ref > -math.inf
+        _checks.holds(
+            ~(on_support & (r == -math.inf)),
+            lambda: ValueError(
+                "rewards must be finite where the reference has mass, got -inf: all N candidates may be excluded at "
+                "once, and then nothing is returned; condition the reference on the allowed outcomes instead"
+            ),
         )
-    lowest = torch.where(on_support, r, math.inf).amin(-1, keepdim=True)
-    return torch.log_softmax(ref, -1), torch.where(on_support, r, lowest)
+        lowest = torch.where(on_support, r, math.inf).amin(-1, keepdim=True)
+        return torch.log_softmax(ref, -1), torch.where(on_support, r, lowest)
 
 
 def soft_best_of_n_law(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor, n: int) -> Tensor:
@@ -229,18 +235,23 @@ def soft_best_of_n_law(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor,
 
     Source: [verdun2025] for the method; the exact law is derived in the book, `soft-bon-law`.
     """
-    ref, supported = _finite_n_inputs(ref_logps, rewards, n)
-    _checks.positive_per_row("beta", beta, ref.shape[:-1])
-    log_w = _log_w(supported, beta)
-    spread = -log_w.amin(-1)
-    if bool((spread > 600).any()):  # exp(-700) leaves float64; the limit beta to 0 is `best_of_n_law`
-        worst = int(spread.argmax())
-        widest = (supported.amax(-1) - supported.amin(-1)).expand(spread.shape).flatten()[worst].item()
-        coldest = beta.expand(spread.shape).flatten()[worst].item() if isinstance(beta, Tensor) else beta
-        raise ValueError(
-            f"beta must be at least (max reward - min reward) / 600, got {coldest} for a range of {widest:.6g}; "
-            "use best_of_n_law for the limit beta to 0"
-        )
+    with _checks.together():
+        ref, supported = _finite_n_inputs(ref_logps, rewards, n)
+        _checks.positive_per_row("beta", beta, ref.shape[:-1])
+        log_w = _log_w(supported, beta)
+        spread = -log_w.amin(-1)
+
+        def error(low: float, high: float) -> ValueError:
+            worst = int(spread.argmax())
+            widest = (supported.amax(-1) - supported.amin(-1)).expand(spread.shape).flatten()[worst].item()
+            coldest = beta.expand(spread.shape).flatten()[worst].item() if isinstance(beta, Tensor) else beta
+            return ValueError(
+                f"beta must be at least (max reward - min reward) / 600, got {coldest} for a range of {widest:.6g}; "
+                "use best_of_n_law for the limit beta to 0"
+            )
+
+        # exp(-700) leaves float64; the limit beta to 0 is `best_of_n_law`
+        _checks.require(spread, -math.inf, 600, error)
     return _soft_law(ref, log_w, n).to(ref_logps.dtype)
 
 
@@ -434,6 +445,10 @@ def candidate_counts(ref_logps: Tensor, n: int, *, generator: torch.Generator) -
     _checks.logps("ref_logps", ref_logps)
     _checks.count("n", n)
     _checks.generator("generator", generator)
+    return _counts(ref_logps, n, generator)
+
+
+def _counts(ref_logps: Tensor, n: int, generator: torch.Generator) -> Tensor:
     probs = ref_logps.detach().double().exp()
     tail = probs.flip(-1).cumsum(-1).flip(-1)
     # Nothing lies behind the last outcome that has mass, so its share is exactly 1 and it takes what is left.
@@ -472,11 +487,13 @@ def soft_best_of_n_draw(
 
     Source: book, `soft-bon-law`.
     """
-    ref, supported = _finite_n_inputs(ref_logps, rewards, n)
-    _checks.positive_per_row("beta", beta, ref.shape[:-1])
+    with _checks.together():
+        ref, supported = _finite_n_inputs(ref_logps, rewards, n)
+        _checks.positive_per_row("beta", beta, ref.shape[:-1])
+    _checks.generator("generator", generator)
     if isinstance(beta, Tensor):  # candidates of their own for each temperature
         ref = ref.expand(*torch.broadcast_shapes(ref.shape[:-1], beta.shape), -1)
-    counts = candidate_counts(ref, n, generator=generator)
+    counts = _counts(ref, n, generator)
     drawn = torch.where(counts > 0, supported.detach(), -math.inf)
     return _pick(counts * _log_w(drawn, beta).exp(), generator)[0]
 
@@ -620,11 +637,12 @@ def exponential_best_of_n(rewards: Tensor, beta: float | Tensor, *, generator: t
 
     Source: [mckenna2020] and [ding2021] for the rule; book, `exponential-noise` and `exponential-noise-nearer`.
     """
-    top = _candidate_rewards(rewards)
-    _checks.positive_per_row("beta", beta, rewards.shape[:-1])
-    _checks.generator("generator", generator)
-    keys = _add_exponential(_numerics.over(rewards.detach(), top.detach(), beta), generator)
-    return keys.max(-1).indices  # in half the time of argmax
+    with _checks.together():
+        top = _candidate_rewards(rewards)
+        _checks.positive_per_row("beta", beta, rewards.shape[:-1])
+        _checks.generator("generator", generator)
+        keys = _add_exponential(_numerics.over(rewards.detach(), top.detach(), beta), generator)
+        return keys.max(-1).indices  # in half the time of argmax
 
 
 def _add_exponential(keys: Tensor, generator: torch.Generator) -> Tensor:
@@ -659,8 +677,9 @@ def exponential_best_of_n_law(ref_logps: Tensor, rewards: Tensor, beta: float | 
 
     Source: [ding2021] for the rule; the law over fresh candidates is derived in the book, `exponential-noise`.
     """
-    ref, supported = _finite_n_inputs(ref_logps, rewards, n)
-    _checks.positive_per_row("beta", beta, ref.shape[:-1])
+    with _checks.together():
+        ref, supported = _finite_n_inputs(ref_logps, rewards, n)
+        _checks.positive_per_row("beta", beta, ref.shape[:-1])
     r, order = supported.detach().sort(-1)
     # log (w_k / w_{k+1}), from the lowest reward to the highest.
     gaps = _numerics.over(r[..., :-1], r[..., 1:], beta).detach()

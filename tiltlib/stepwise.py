@@ -15,6 +15,7 @@ draw of the tilt.
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -38,8 +39,8 @@ class _Target(NamedTuple):
 
 
 def _ends_at_zero(log_values: Tensor) -> None:
-    if bool((log_values[-1] != 0).any()):
-        raise ValueError("log_values must be 0 after the last step, since the rewards are the whole weight of a string")
+    rule = "log_values must be 0 after the last step, since the rewards are the whole weight of a string"
+    _checks.holds(log_values[-1] == 0, lambda: ValueError(rule))
 
 
 def _target(ref: MarkovChain, rewards: Tensor, beta: float, log_values: Tensor) -> _Target:
@@ -81,20 +82,21 @@ def gain(
 
     Source: [guarniero2017]; book, `smc-unbiased`.
     """
-    if proposal is not None or (isinstance(log_values, Tensor) and bool((log_values == -math.inf).any())):
-        log_increments(ref, rewards, beta, log_values, proposal)
-    length = _checks.value_per_context("log_values", log_values, len(ref.alphabet) ** ref.order)
-    _ends_at_zero(log_values)
-    _checks.positive("beta", beta)
-    values = log_values.detach().double().clone()
-    log_tilt = ref.reward_table(rewards, length).detach() / float(beta)
-    if not bool((log_tilt < math.inf).all()):
-        raise ValueError(f"beta must be so large that rewards / beta stays within float64, got {beta!r}")
-    return Gain(
-        lambda state: values[state.step, state.contexts],
-        lambda state, tokens: log_tilt[state.contexts, tokens],
-        length,
-    )
+    with _checks.together():
+        if proposal is not None or (isinstance(log_values, Tensor) and bool((log_values == -math.inf).any())):
+            log_increments(ref, rewards, beta, log_values, proposal)
+        length = _checks.value_per_context("log_values", log_values, len(ref.alphabet) ** ref.order)
+        _ends_at_zero(log_values)
+        _checks.positive("beta", beta)
+        values = log_values.detach().double().clone()
+        log_tilt = ref.reward_table(rewards, length).detach() / float(beta)
+        rule = f"beta must be so large that rewards / beta stays within float64, got {beta!r}"
+        _checks.holds(log_tilt < math.inf, lambda: ValueError(rule))
+        return Gain(
+            lambda state: values[state.step, state.contexts],
+            lambda state, tokens: log_tilt[state.contexts, tokens],
+            length,
+        )
 
 
 def twisted_proposal(ref: MarkovChain, rewards: Tensor, beta: float, log_values: Tensor) -> MarkovChain:
@@ -119,15 +121,16 @@ def twisted_proposal(ref: MarkovChain, rewards: Tensor, beta: float, log_values:
 
     Source: [guarniero2017]; book, `soft-value`.
     """
-    _, _, tables, earned, ahead = _target(ref, rewards, beta, log_values)
-    possible = (tables > -math.inf) & (earned > -math.inf) & (ahead > -math.inf)
-    somewhere = possible.any(-1, keepdim=True)
-    # Shift before dividing: r / beta may overflow, (r - max r) / beta only goes to weight 0.
-    top = torch.where(possible, earned, -math.inf).detach().amax(-1, keepdim=True)
-    joint = torch.where(possible, tables + (earned - top) / float(beta) + ahead, -math.inf)
-    # The softmax of a context that leads nowhere would be NaN, in the gradient even where it is masked.
-    rows = torch.log_softmax(torch.where(somewhere, joint, 0.0), -1)
-    return MarkovChain(torch.where(somewhere, rows, tables), ref.alphabet)
+    with _checks.together():
+        _, _, tables, earned, ahead = _target(ref, rewards, beta, log_values)
+        possible = (tables > -math.inf) & (earned > -math.inf) & (ahead > -math.inf)
+        somewhere = possible.any(-1, keepdim=True)
+        # Shift before dividing: r / beta may overflow, (r - max r) / beta only goes to weight 0.
+        top = torch.where(possible, earned, -math.inf).detach().amax(-1, keepdim=True)
+        joint = torch.where(possible, tables + (earned - top) / float(beta) + ahead, -math.inf)
+        # The softmax of a context that leads nowhere would be NaN, in the gradient even where it is masked.
+        rows = torch.log_softmax(torch.where(somewhere, joint, 0.0), -1)
+        return MarkovChain(torch.where(somewhere, rows, tables), ref.alphabet)
 
 
 def log_increments(
@@ -158,26 +161,30 @@ def log_increments(
 
     Source: [guarniero2017]; book, `smc-unbiased`.
     """
-    proposal = ref if proposal is None else proposal
-    ref.check_alike("proposal", proposal)
-    tilted, reached, tables, earned, ahead = _target(ref, rewards, beta, log_values)
-    steps = []
-    for t, numerator in enumerate(tables + earned / float(beta) + ahead):
-        q = proposal.table(t)
-        missed = reached[t][:, None] & (tilted.table(t) > -math.inf) & (q == -math.inf)
-        if bool(missed.any()):
-            context, symbol = missed.nonzero()[0].tolist()
-            raise ValueError(
-                f"proposal must be positive wherever the target has mass, "
-                f"got 0 at step {t} in context {context} for symbol {symbol}"
-            )
-        # A prefix whose twist is 0 has weight 0 for good; a symbol that is never proposed needs no weight.
-        here = log_values[t].double()[:, None]
-        steps.append(torch.where((here > -math.inf) & (q > -math.inf), numerator - here - q, -math.inf))
-    increments = torch.stack(steps)
-    if not bool((increments < math.inf).all()):
-        raise ValueError(f"beta must be so large that rewards / beta and log_values stay within float64, got {beta!r}")
-    return increments
+    with _checks.together():
+        proposal = ref if proposal is None else proposal
+        ref.check_alike("proposal", proposal)
+        tilted, reached, tables, earned, ahead = _target(ref, rewards, beta, log_values)
+        steps = []
+        for t, numerator in enumerate(tables + earned / float(beta) + ahead):
+            q = proposal.table(t)
+            missed = reached[t][:, None] & (tilted.table(t) > -math.inf) & (q == -math.inf)
+            _checks.holds(~missed, partial(_uncovered, t, missed))
+            # A prefix whose twist is 0 has weight 0 for good; a symbol that is never proposed needs no weight.
+            here = log_values[t].double()[:, None]
+            steps.append(torch.where((here > -math.inf) & (q > -math.inf), numerator - here - q, -math.inf))
+        increments = torch.stack(steps)
+        rule = f"beta must be so large that rewards / beta and log_values stay within float64, got {beta!r}"
+        _checks.holds(increments < math.inf, lambda: ValueError(rule))
+        return increments
+
+
+def _uncovered(t: int, missed: Tensor) -> ValueError:
+    context, symbol = missed.nonzero()[0].tolist()
+    return ValueError(
+        f"proposal must be positive wherever the target has mass, "
+        f"got 0 at step {t} in context {context} for symbol {symbol}"
+    )
 
 
 def soft_best_of_n_chain(ref: MarkovChain, rewards: Tensor, beta: float, log_values: Tensor, n: int) -> MarkovChain:
