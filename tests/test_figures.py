@@ -462,11 +462,13 @@ def test_an_svg_names_its_smallest_text():
 def test_samples_and_tables_to_the_letter():
     shown = figures.samples({"<x>": ["ab", "ba"], "y": ["c"]}, "a", "a & b")
     assert shown.html == (
-        '<figure class="bk-samples" aria-label="a &amp; b"><div><strong>&lt;x&gt;</strong><ul>'
+        '<figure class="bk-samples bk-short" aria-label="a &amp; b"><div><strong>&lt;x&gt;</strong><ul>'
         "<li><code><u><b>a</b></u>b</code></li><li><code>b<u><b>a</b></u></code></li></ul></div>"
         "<div><strong>y</strong><ul><li><code>c</code></li></ul></div></figure>"
     )
     assert "<code>ab</code>" in figures.samples({"x": ["ab"]}, "", "nothing is marked").html
+    for size, short in ((12, True), (13, False)):  # of the longest string: columns narrow enough for three on a phone
+        assert ("bk-short" in figures.samples({"x": ["a", "b" * size], "y": ["c"]}, "", "a").html) == short
     shown = figures.table({"x": ["a<", "ba"], "wide": ["c", "d"]}, "a & b")
     assert shown.html == (
         '<div class="bk-table"><table class="table"><caption>a &amp; b</caption><thead><tr><th scope="col">x</th>'

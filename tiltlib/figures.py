@@ -56,6 +56,7 @@ DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 # too, with no global setting changed.
 SCALE = 0.75
 
+SHORT = 12  # characters: three columns of such strings fit a phone
 MAX_FRAMES = 15  # every frame is in the page: 15 light ones are about 250 kB
 
 T = TypeVar("T")
@@ -229,7 +230,7 @@ def explorable(name: str, alt: str, caption: str | None = None, **options: Any) 
 
 
 def samples(columns: Mapping[str, Sequence[str]], mark: str, alt: str) -> Html:
-    """Show lists of strings side by side with chosen characters marked.
+    """Show lists of strings side by side with chosen characters marked. Columns of short strings may be narrow.
 
     Args:
         columns: Title of each column and its strings, at least one column.
@@ -259,7 +260,9 @@ def samples(columns: Mapping[str, Sequence[str]], mark: str, alt: str) -> Html:
     lines = [f"[samples] {alt}"]
     for title, strings in columns.items():
         lines += [f"{title}:", *(f"  {string}" for string in strings)]
-    return Html(f'<figure class="bk-samples" aria-label="{escape(alt)}">{html}</figure>', "\n".join(lines))
+    short = all(len(string) <= SHORT for strings in columns.values() for string in strings)
+    style = "bk-samples bk-short" if short else "bk-samples"
+    return Html(f'<figure class="{style}" aria-label="{escape(alt)}">{html}</figure>', "\n".join(lines))
 
 
 def table(columns: Mapping[str, Sequence[str]], alt: str) -> Html:

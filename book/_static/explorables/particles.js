@@ -116,8 +116,8 @@
   }
 
   bookjs.explorable("particles", (root, { n = 6, twist = 1, threshold = 0.8, weights: start = "dropped" }) => {
-    const getTwist = control(root, "θ", "twist, 1 is exact", Array.from({ length: 9 }, (_, i) => i / 4), twist);
-    const getThreshold = control(root, "", "resampling threshold", [0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1], threshold);
+    const getTwist = control(root, "", "twist <i>θ</i> (1 = exact)", Array.from({ length: 9 }, (_, i) => i / 4), twist);
+    const getThreshold = control(root, "", "threshold", [0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1], threshold);
     const getSystem = control(root, "", "system drawn", Array.from({ length: 30 }, (_, i) => i + 1), 1);
     const getWeights = choice(root, "weights", ["dropped", "carried"], start);
     root.querySelector(".bk-key").innerHTML = key(bar(SOFT), "law of the picked string, exact") + key(THICK, "<i>π*</i>, the tilt")

@@ -25,8 +25,8 @@
     const exponents = [...new Set([0.25, 0.32, 0.4, 0.5, 0.63, 0.8, ...decades(0, 1).filter((x) => x < 8), 8, 12, 16, 32, 50])];
     const shares = Array.from({ length: 19 }, (_, i) => +(0.05 * (i + 1)).toFixed(2));
     const getA = control(root, "a", "power", exponents, a);
-    const getX = control(root, "p(a|a)", "a after an a", shares, stay[0]);
-    const getZ = control(root, "p(b|b)", "b after a b", shares, stay[1]);
+    const getX = control(root, "p(a|a)", "", shares, stay[0]);
+    const getZ = control(root, "p(b|b)", "", shares, stay[1]);
     root.querySelector(".bk-key").innerHTML = key(bar(SOFT), "power law <i>p<sup>a</sup></i>")
       + key(bar(NOISE), "token temperature 1/<i>a</i>") + key(DASH, "<i>p</i>, the reference");
     const strings = names(length);
