@@ -739,27 +739,27 @@ LINES = {
     "INCONCLUSIVE match   a  n=5  plan=6  log10E=-1  reject_at=8  power=1-1e-06  alpha=1e-08": Verdict(
         "a", "match", "INCONCLUSIVE", 5, plan=6, alpha=1e-8, miss=1e-6, log10_e=-0.1
     ),
-    "REJECT match   a!beta*1.05  n=5  log10E=29  reject_at=8  [falsifier, expected]": Verdict(
+    "REJECT match   a!beta*1.05  n=5  log10E=29  reject_at=8  [expected]": Verdict(
         "a!beta*1.05", "match", "REJECT", 5, plan=6, alpha=1e-8, miss=1e-6, log10_e=29.9
     ),
     "PASS   mean    a  n=5  plan=4  log10E=0  reject_at=8  power=1-1e-06  alpha=1e-08": Verdict(
         "a", "mean", "PASS", 5, plan=4, alpha=1e-8, miss=1e-6, log10_e=0.9
     ),
-    "REJECT mean    a!x  n=5  log10E=9  reject_at=8  [falsifier, expected]": Verdict(
+    "REJECT mean    a!x  n=5  log10E=9  reject_at=8  [expected]": Verdict(
         "a!x", "mean", "REJECT", 5, plan=4, alpha=1e-8, miss=1e-6, log10_e=9.9
     ),
     "PASS   within  a  n=9  plan=8  tv_hi=0.021  eps=0.03  delta=1e-08  tier=ratio": Verdict(
         "a", "within", "PASS", 9, plan=8, tv_lo=0.0, tv_hi=0.02001, eps=0.03, delta=1e-8, method="ratio"
     ),
-    "REJECT within  a!x  n=9  tv_lo=0.049  eps=0.03  delta=1e-08  tier=counts  [falsifier, expected]": Verdict(
+    "REJECT within  a!x  n=9  tv_lo=0.049  eps=0.03  delta=1e-08  tier=counts  [expected]": Verdict(
         "a!x", "within", "REJECT", 9, plan=8, tv_lo=0.04999, tv_hi=1.0, eps=0.03, delta=1e-8, method="counts"
     ),
     "PASS   exact   a  n=3  eps=1e-12": Verdict("a", "exact", "PASS", 3, eps=1e-12, error=3.1e-17),
-    "REJECT exact   a!x  n=3  error=3.1e-02  eps=1e-12  [falsifier, expected]": Verdict(
+    "REJECT exact   a!x  n=3  error=3.1e-02  eps=1e-12  [expected]": Verdict(
         "a!x", "exact", "REJECT", 3, eps=1e-12, error=0.0312
     ),
     "PASS   bound   a  n=7": Verdict("a", "bound", "PASS", 7, error=-0.3),
-    "REJECT bound   a!x  n=7  excess=3.0e-01  [falsifier, expected]": Verdict("a!x", "bound", "REJECT", 7, error=0.3),
+    "REJECT bound   a!x  n=7  excess=3.0e-01  [expected]": Verdict("a!x", "bound", "REJECT", 7, error=0.3),
 }
 
 
@@ -853,7 +853,7 @@ def test_a_notebook_cell_may_run_again_but_not_report_twice(monkeypatch):
 def test_falsify_prints_the_rejection(capsys):
     # Nothing is returned: a cell may end in it without showing a repr.
     assert falsify(lambda x: exact(x, 1.0, claim="c"), 1.5, claim="c!half") is None
-    assert capsys.readouterr().out == "REJECT exact   c!half  n=1  error=5.0e-01  eps=1e-12  [falsifier, expected]\n"
+    assert capsys.readouterr().out == "REJECT exact   c!half  n=1  error=5.0e-01  eps=1e-12  [expected]\n"
 
 
 def test_falsify_raises_when_not_rejected(rng):
@@ -1386,7 +1386,7 @@ def test_a_falsifier_id_begins_with_the_claim():
 def test_only_a_rejected_falsifier_was_expected():
     assert exact(1.0, 2.0, claim="c").line().endswith("eps=1e-12")
     assert exact(1.0, 1.0, claim="c!x").line().endswith("eps=1e-12")
-    assert exact(1.0, 2.0, claim="c!x").line().endswith("eps=1e-12  [falsifier, expected]")
+    assert exact(1.0, 2.0, claim="c!x").line().endswith("eps=1e-12  [expected]")
     unseen = Verdict("c!x", "within", "INCONCLUSIVE", 1, tv_lo=0.0, tv_hi=1.0, eps=0.5, delta=1e-8, method="counts")
     assert unseen.line() == "INCONCLUSIVE within  c!x  n=1  tv_lo=0  eps=0.5  delta=1e-08  tier=counts"
 

@@ -123,7 +123,7 @@ class Verdict:
         elif self.delta is not None:
             fields += [f"delta={_digit(self.delta)}"]
         line = "  ".join([f"{self.decision:<6} {self.kind:<6}  {self.claim}", *fields])
-        return line + ("  [falsifier, expected]" if expected and self.decision == "REJECT" else "")
+        return line + ("  [expected]" if expected and self.decision == "REJECT" else "")
 
 
 def _floor(x: float) -> str:
