@@ -245,6 +245,21 @@ def test_claims_can_be_filtered(visit):
     assert summary.evaluate("() => [...document.querySelectorAll('article h2')].every((e) => !e.checkVisibility())")
 
 
+def test_a_name_lights_its_arcs(visit):
+    page = visit("book/dependencies.html")
+    lit = """() => [...document.querySelectorAll(".bk-uses path")].filter((e) => e.style.stroke).map((e) => e.dataset.ends)"""
+    one, other = page.evaluate("() => document.querySelector('.bk-uses path').dataset.ends.split(' ')")
+    page.hover(f".bk-uses a[data-end='{other}']")
+    assert f"{one} {other}" in (arcs := page.evaluate(lit)) and all(other in ends.split() for ends in arcs)
+    name, before = page.locator(f".bk-uses a[data-end='{one}']"), page.url
+    name.dispatch_event("pointerdown", {"pointerType": "touch"})
+    name.dispatch_event("click")
+    assert page.url == before and all(one in ends.split() for ends in page.evaluate(lit)) and page.trouble == []
+    name.dispatch_event("pointerdown", {"pointerType": "touch"})
+    name.dispatch_event("click")
+    page.wait_for_url(f"**#{one}")  # the second tap follows
+
+
 def test_every_page_says_its_version(files):
     import tiltlib
 

@@ -352,23 +352,30 @@ class Dependencies(SphinxDirective):
             for statement in page.statements:
                 y += self.LINE
                 at[statement.label] = y - 4
-                drawn.append(self.line(12, y, statement.title, f"{url}#{statement.label}", "statement"))
+                drawn.append(
+                    self.line(12, y, statement.title, f"{url}#{statement.label}", "statement", statement.label)
+                )
         titles = {statement.label: statement.title for statement, _ in used}
         pairs = [(s.label, label) for s, labels in used for label in labels]
-        arcs = [self.arc(at[one], at[other], f"{titles[one]} uses {titles[other]}", y) for one, other in pairs]
+        arcs = [
+            self.arc(at[one], at[other], f"{titles[one]} uses {titles[other]}", f"{one} {other}", y)
+            for one, other in pairs
+        ]
         words = f"{len(used)} statements in reading order; {len(arcs)} arcs join each to those that it uses."
         svg = f'<svg class="bk-uses" viewBox="0 0 {self.WIDTH} {y + self.LINE}" role="group" aria-label="{words}">'
         return [nodes.raw("", f"{svg}{''.join(arcs + drawn)}</svg>", format="html")]
 
-    def line(self, x: int, y: int, title: str, url: str, kind: str) -> str:
+    def line(self, x: int, y: int, title: str, url: str, kind: str, label: str = "") -> str:
         title = re.sub(r"[$\\]|\{[^}]*\}|`", "", title)
         shown = title if len(title) <= self.LONGEST else title[: self.LONGEST - 1] + "…"
-        return f'<a href="{url}"><text class="{kind}" x="{x}" y="{y}">{escape(shown)}</text></a>'
+        end = f' data-end="{label}"' if label else ""
+        return f'<a href="{url}"{end}><text class="{kind}" x="{x}" y="{y}">{escape(shown)}</text></a>'
 
-    def arc(self, y: int, z: int, words: str, height: int) -> str:
+    def arc(self, y: int, z: int, words: str, ends: str, height: int) -> str:
         out = self.TEXT + 20 + (self.WIDTH - self.TEXT) * (abs(y - z) / height) ** 0.5
         path = f"M{self.TEXT} {y}C{out:.0f} {y} {out:.0f} {z} {self.TEXT} {z}"
-        return f'<path d="{path}"><title>{escape(words)}</title></path><circle cx="{self.TEXT}" cy="{z}" r="2.2"/>'
+        drawn = f'<path d="{path}" data-ends="{ends}"><title>{escape(words)}</title></path>'
+        return f'{drawn}<circle cx="{self.TEXT}" cy="{z}" r="2.2"/>'
 
 
 # --- the reference -------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@
   bookjs.explorable("churn", (root, { A = 1, B = 2, g = 3, c = 1 }) => {
     const scales = [1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7, 10];
     const churns = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.63, 0.8, 1, 1.3, 1.6, 2, 2.5, 3.2, 4, 5, 6.3, 8, 10];
-    const getG = control(root, "g", "scale", scales, g), getC = control(root, "c", "churn", churns, c);
+    const getG = control(root, "g", "scale", scales, g), getC = control(root, "ν", "churn", churns, c);
     const FAINT = 'stroke="currentColor" stroke-width="1.5" stroke-dasharray="1 3"';
     root.querySelector(".bk-key").innerHTML = key(line(0, 7, 26, 7, CURVE), "guided") + key(THICK, "tilt, the power law")
       + key(DASH, "conditional, <i>g</i> = 1") + key(line(0, 7, 26, 7, FAINT), "<i>p</i>");

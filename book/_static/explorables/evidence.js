@@ -69,7 +69,7 @@
     const A = `stroke="${BLUE}" stroke-width="2.5"`, B = `stroke="${ORANGE}" stroke-width="2.5"`;
     const UNDECLARED = `${B} stroke-dasharray="2 4"`;
     root.querySelector(".bk-key").innerHTML = key(bar(`fill="${BLUE}"`), "A") + key(bar(`fill="${ORANGE}"`), "B")
-      + key(line(0, 7, 26, 7, UNDECLARED), "B, nothing declared") + key(line(0, 7, 26, 7, START), "the claim; reject");
+      + key(line(0, 7, 26, 7, UNDECLARED), "B, nothing declared") + key(line(0, 7, 26, 7, START), "dashed: the claim (left), rejection (right)");
     const last = sizes[sizes.length - 1];
     return (width, height, panels) => {
       const now = getN(), off = getMistake() / 100, sample = getSample();
