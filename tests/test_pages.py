@@ -247,7 +247,8 @@ def test_claims_can_be_filtered(visit):
 
 def test_a_name_lights_its_arcs(visit):
     page = visit("book/dependencies.html")
-    lit = """() => [...document.querySelectorAll(".bk-uses path")].filter((e) => e.style.stroke).map((e) => e.dataset.ends)"""
+    lit = """() => [...document.querySelectorAll(".bk-uses path")]
+      .filter((e) => e.style.stroke).map((e) => e.dataset.ends)"""
     one, other = page.evaluate("() => document.querySelector('.bk-uses path').dataset.ends.split(' ')")
     page.hover(f".bk-uses a[data-end='{other}']")
     assert f"{one} {other}" in (arcs := page.evaluate(lit)) and all(other in ends.split() for ends in arcs)
