@@ -67,7 +67,6 @@ SEVERAL = "calls public functions one after the other, each of which reads what 
 ON_THE_HOST = "judges on the host, in numpy: every argument is brought there"
 # Functions that wait more than once for the checks of their arguments.
 MORE_CHECKS = {
-    "weights.beta_for_ess": "a search, each step of which is a call of `ess`",
     "policies.TransformerPolicy.append": "tokens are read before they are indices, and what the network gives",
     "policies.TransformerPolicy.conditionals": "tokens are read before they are indices, and what the network gives",
     "policies.TransformerPolicy.token_logps": "tokens are read before they are indices, and what the network gives",
@@ -108,7 +107,7 @@ NO_OTHER_WAIT = ("losses", "weights", "categorical", "policies", "resampling")
 OTHER_WAITS = {
     "losses.count_wins": "counts",
     "losses.fit_bradley_terry": "iterates until it has converged",
-    "weights.beta_for_ess": "raises where a fraction is not attained",
+    "weights.beta_for_ess": "iterates until it has converged",
 }
 
 

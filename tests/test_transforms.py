@@ -35,7 +35,7 @@ ARITHMETIC = [key for key in CALLS if not matches(key, NOT_ARITHMETIC) and not d
 READS_RANGE = "decides from the range of its numbers whether float32 will do, once, when it is made"
 READS_LEVELS = "its levels are numbers, which a loop on the host reads"
 NOT_COMPILED = {
-    "weights.beta_for_ess ties=raise": "raises where a fraction is not attained",
+    "weights.beta_for_ess": "iterates until it has converged",
     "markov.MarkovChain.fit": "counts words",
     "markov.MarkovChain.decode": "makes text",
     "markov.MarkovChain.reward_law": "its size depends on the rewards",
@@ -107,7 +107,7 @@ def test_a_graph_that_breaks_is_seen(monkeypatch):
 # A fixed mixture, network or score takes batches of points: its own parameters are not mapped over.
 POINTS_ONLY = {"mixtures": "", "diffusion": "", "guidance": ""}
 NOT_MAPPED = {
-    "weights.beta_for_ess ties=raise": "raises where a fraction is not attained",
+    "weights.beta_for_ess": "iterates until it has converged",
     "markov.MarkovChain.fit": "counts words",
     "markov.MarkovChain.reward_law": "its size depends on the rewards, which are whole numbers",
     "selection.soft_best_of_n_law": "its number of nodes depends on the weights",

@@ -19,7 +19,6 @@ Which one aims at pi* proportional to p exp(r / beta):
 
 import math
 from collections.abc import Callable
-from functools import partial
 from numbers import Real
 from typing import Literal, NamedTuple
 
@@ -139,7 +138,7 @@ def _number_or_tensor(
         tensor(name, value)
         _checks.fits(name, value, like)
         return value.double()
-    if not isinstance(value, Real):
+    if not isinstance(value, (float, Real)):  # float first: an abstract class takes longer to ask
         raise TypeError(f"{name} must be a number or a torch.Tensor, got {_checks.described(value)}")
     number(name, float(value))
     return float(value)
@@ -482,10 +481,13 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, labels: Tensor | float = 1.0
         return _comparison_loss(chosen.double() - rejected.double(), labels).to(chosen.dtype)
 
 
+def _label(name: str, value: float) -> None:
+    _checks.fraction(name, value, zero=True)
+
+
 def _comparison_loss(margin: Tensor, labels: Tensor | float) -> Tensor:
     _checks.finite("the margin d", margin)
-    fraction = partial(_checks.fraction, zero=True)
-    labels = _number_or_tensor("labels", labels, margin, fraction, _checks.probabilities)
+    labels = _number_or_tensor("labels", labels, margin, _label, _checks.probabilities)
     log_win, log_loss = torch.nn.functional.logsigmoid(margin), torch.nn.functional.logsigmoid(-margin)
     return -labels * log_win - (1 - labels) * log_loss
 

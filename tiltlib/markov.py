@@ -640,13 +640,14 @@ class MarkovChain(AutoregressiveModel[State]):
             if tuple(rewards.shape) not in ((self._v,), full):
                 raise ValueError(f"rewards must have shape ({self._v},) or {full}, got {tuple(rewards.shape)}")
             table = rewards.double()
+            largest = table.detach().nan_to_num(neginf=0.0).abs().max()
             _checks.require(
-                2 * length * table.detach().nan_to_num(neginf=0.0).abs().max(),
+                2 * length * largest,
                 0,
                 _checks.LARGEST,
                 lambda low, high: ValueError(
                     f"rewards must be so small that totals of {length} symbols differ by less than 1.8e308, "
-                    f"got {table.detach().nan_to_num(neginf=0.0).abs().max().item():g} in size"
+                    f"got {largest.item():g} in size"
                 ),
             )
             return table.expand(full)

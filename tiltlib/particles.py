@@ -121,8 +121,7 @@ def grow(
         parents = itself
         if bool(uneven.any()):
             spent = torch.where(uneven, log_weights, 0.0)
-            with _checks.trusted():
-                parents = torch.where(uneven, scheme(spent, n, generator=generator), itself)
+            parents = torch.where(uneven, scheme(spent, n, generator=generator), itself)
             with _checks.trusted():
                 log_partition = log_partition + weights.log_mean(spent)
             log_weights = torch.where(uneven, 0.0, log_weights)

@@ -127,18 +127,22 @@ def beta_for_ess(rewards: Tensor, fraction: float, *, ties: str = "raise") -> Te
 
     Source: book, `tilt-path`; book, `diversity`.
     """
-    shifted = _shifted("rewards", rewards.detach() if isinstance(rewards, Tensor) else rewards)
-    _checks.one_of("ties", ties, ("raise", "clamp"))
-    _checks.number("fraction", fraction)
-    n, fraction = shifted.shape[-1], float(fraction)
-    low = (shifted == 0).sum(-1).double() / n
-    high = (shifted > -math.inf).sum(-1).double() / n
-    attained = (low < fraction) & (fraction < high)
-    if ties == "raise" and not bool(attained.all()):
-        raise ValueError(
-            f"fraction must lie strictly between {low.max().item()!r} (only maximal rewards kept) and "
-            f"{high.min().item()!r} (all rewards kept), got {fraction!r}"
-        )
+    with _checks.together():
+        shifted = _shifted("rewards", rewards.detach() if isinstance(rewards, Tensor) else rewards)
+        _checks.one_of("ties", ties, ("raise", "clamp"))
+        _checks.number("fraction", fraction)
+        n, fraction = shifted.shape[-1], float(fraction)
+        low = (shifted == 0).sum(-1).double() / n
+        high = (shifted > -math.inf).sum(-1).double() / n
+        attained = (low < fraction) & (fraction < high)
+        if ties == "raise":
+            _checks.holds(
+                attained,
+                lambda: ValueError(
+                    f"fraction must lie strictly between {low.max().item()!r} (only maximal rewards kept) and "
+                    f"{high.min().item()!r} (all rewards kept), got {fraction!r}"
+                ),
+            )
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie strictly between 0 and 1, got {fraction!r}")
     # In units of the largest gap, eta lies between e^-80, where all weights are equal to rounding, and e^80 over the
