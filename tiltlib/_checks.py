@@ -61,7 +61,7 @@ def holds(condition: Tensor, error: Callable[[], Exception]) -> None:
     require(condition, 1, 1, lambda low, high: error())
 
 
-class together:  # noqa: N801, it is used as a function
+class together:
     """Read what the checks in this block ask for at its end, all at once; a block within a block leaves it to that."""
 
     def __enter__(self) -> None:
@@ -78,7 +78,7 @@ class together:  # noqa: N801, it is used as a function
             _read(checks)
 
 
-class trusted:  # noqa: N801
+class trusted:
     """Look at no entries in this block: its numbers were made here, from ones that were looked at."""
 
     def __enter__(self) -> None:

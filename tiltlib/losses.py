@@ -427,7 +427,11 @@ def _both_overflow(
 ) -> tuple[Tensor, Tensor]:
     """Say where neither rho A nor beta k3 fits, and which is larger. Their gradients have opposite signs there."""
     both = (log_ratios.exp() * advantages).isinf() & (beta * log_rho.exp()).isinf()
-    ratio_larger = log_ratios + advantages.abs().log() > log_rho + torch.as_tensor(beta).double().log()
+    if isinstance(beta, Tensor):
+        log_beta: float | Tensor = beta.log()
+    else:
+        log_beta = math.log(beta) if beta > 0 else -math.inf
+    ratio_larger = log_ratios + advantages.abs().log() > log_rho + log_beta
     return both & ratio_larger, both & ~ratio_larger
 
 
