@@ -64,6 +64,7 @@ def test_a_call_on_a_gpu(key):
 BY_STEP = "each step reads what it was given, since the next one indexes with it or would spread it"
 BY_CHUNK = "each chunk is read before its winner is taken, and the sum of all at the end"
 SEVERAL = "calls public functions one after the other, each of which reads what it is given"
+BY_RANK = "each rank reads its own share, and then what all have together"
 ON_THE_HOST = "judges on the host, in numpy: every argument is brought there"
 # Functions that wait more than once for the checks of their arguments.
 MORE_CHECKS = {
@@ -97,8 +98,15 @@ MORE_CHECKS = {
     "diffusion.sample": BY_STEP,
     "guidance.plug_in_quadratic": "the example also calls the score",
     "guidance.particles": BY_STEP,
+    "distributed.best_of_n": BY_RANK,
+    "distributed.weight_stats": BY_RANK,
+    "distributed.beta_for_ess": BY_RANK,
+    "distributed.average_curves": BY_RANK,
+    "distributed.systematic": BY_RANK,
+    "distributed.twisted_smc": BY_STEP,
     "verify.log_e_value": ON_THE_HOST,
     "verify.match": ON_THE_HOST,
+    "verify.match_counts": ON_THE_HOST,
     "verify.plan": ON_THE_HOST,
     "verify.within": ON_THE_HOST,
 }

@@ -24,8 +24,9 @@ def draws(key: str) -> bool:
     return m.draws
 
 
-# What these modules do is not arithmetic on tensors: they judge, test, read text, or search a pool.
+# What these modules do is not arithmetic on tensors: they judge, test, read text, search a pool, or send.
 NOT_ARITHMETIC = {"verify": "numpy", "testing": "raises or not", "language": "a network and text", "pool": "searches"}
+NOT_ARITHMETIC |= {"distributed": "ranks talk to each other"}
 # A sampler reads its generator, which is a state outside of the graph.
 ARITHMETIC = [key for key in CALLS if not matches(key, NOT_ARITHMETIC) and not draws(key)]
 
