@@ -3,6 +3,7 @@
 import math
 import re
 
+import elsewhere
 import numpy as np
 import pytest
 import torch
@@ -409,3 +410,80 @@ def test_finite_where():
         reached[step, context] = True
         message = f"v must be finite where it can go, got -inf at step {step} in context {context}"
         refused(ValueError, message, _checks.finite_where, "v", values, reached, "where it can go")
+
+
+# --- blocks of checks ------------------------------------------------------------------------------------------------
+
+
+def on_device(*numbers: float) -> torch.Tensor:
+    return vector(*numbers).to(elsewhere.DEVICE)
+
+
+def test_a_block_waits_once_and_names_what_comes_first():
+    with elsewhere.Pretend() as device:
+        with _checks.together():
+            _checks.finite("x", on_device(1, 2))
+            with _checks.together():  # joins the outer one
+                _checks.rewards("r", on_device(0, -math.inf))
+            assert not device.checks
+        assert device.checks == 1
+        with pytest.raises(ValueError, match="^y must be finite"), _checks.together():
+            _checks.finite("x", on_device(1))
+            _checks.finite("y", on_device(math.nan))
+            _checks.finite("z", on_device(math.nan))
+        with pytest.raises(ValueError, match="^x must be finite"):  # nothing is left of that block
+            _checks.finite("x", on_device(math.inf))
+
+
+def test_a_check_that_came_before_what_was_raised_says_why():
+    with elsewhere.Pretend():
+        x, y = on_device(math.nan), on_device(1, 2)
+        with pytest.raises(ValueError, match="^x must be finite") as error, _checks.together():
+            _checks.finite("x", x)
+            _checks.same_shape(x=x, y=y)
+        assert error.value.__suppress_context__
+        with pytest.raises(ValueError, match="must have one shape"), _checks.together():
+            _checks.finite("y", y)
+            _checks.same_shape(x=x, y=y)
+        with pytest.raises(KeyboardInterrupt), _checks.together():
+            _checks.finite("x", x)
+            raise KeyboardInterrupt
+
+
+def test_a_number_of_the_cpu_is_judged_at_once():
+    after = []
+    with pytest.raises(ValueError, match="^x must be finite"), _checks.together():
+        _checks.finite("x", vector(math.nan))
+        after.append("went on")
+    assert not after
+
+
+def test_what_was_made_here_is_not_looked_at():
+    with _checks.trusted():
+        with _checks.trusted():
+            _checks.finite("x", vector(math.nan))
+        _checks.finite("x", vector(math.nan))
+        with pytest.raises(TypeError, match="floating-point"):
+            _checks.finite("x", 1)
+    with pytest.raises(ValueError, match="^x must be finite"):
+        _checks.finite("x", vector(math.nan))
+
+
+def test_several_laws_of_draws_are_looked_at_together_or_one_by_one():
+    for n in (3, 2**14):  # a copy of the small ones, none of the large
+        x, bad = -torch.ones(n, dtype=F64), torch.full((n,), 0.5, dtype=F64)
+        _checks.draws(a=x, b=x)
+        refused(ValueError, "b must be log-probabilities, <= 0, got 0.5", _checks.draws, a=x, b=bad)
+        refused(ValueError, f"a must be finite, got {n} of {n} entries NaN or infinite", _checks.draws, a=x / 0, b=bad)
+    refused(
+        ValueError, "a and b must have one shape, got a (2,), b (1,)", _checks.draws, a=vector(-1, -1), b=vector(-1)
+    )
+    refused(ValueError, "b must be log-probabilities, <= 0, got 1", _checks.draws, a=vector(-1, -1), b=vector(1))
+    _checks.draws(a=vector(-1), b=vector(-1).float())
+
+
+def test_broadcasts_to():
+    for shape, other in (((), (2,)), ((1,), (2, 3)), ((2, 3), (2, 3)), ((2, 1), (2, 3)), ((1, 3), (0, 3))):
+        assert _checks.broadcasts_to(torch.Size(shape), torch.Size(other))
+    for shape, other in (((2,), ()), ((1, 3), (3,)), ((2,), (3,)), ((3,), (1,))):
+        assert not _checks.broadcasts_to(torch.Size(shape), torch.Size(other))
