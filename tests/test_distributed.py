@@ -438,3 +438,17 @@ def test_chunks_that_do_not_fit():
         distributed.best_of_n([(y, y, g)], torch.ones(3))
     kept = distributed.best_of_n([(y[:, :0], y[:, :0], g), (y, y, g), (y[:, :0], y[:, :0], g)], 1.0)
     assert kept.n == 3
+
+
+@pytest.mark.parametrize("beta", [2.0, 7.0])  # warm: at a cold one the part of the largest reward always wins
+def test_keys_of_parts_are_compared_on_one_scale(beta):
+    """Relative to the largest reward of its part a key is small; the parts are judged by what it is in full."""
+    g = torch.Generator().manual_seed(0)
+    tops = 3 * torch.randn(50, 4, generator=g, dtype=torch.float64)
+    keys, log_totals = torch.rand(2, 50, 4, generator=g, dtype=torch.float64)
+    whole = tops / beta + keys
+    for rule in ("soft", "exponential"):
+        owner, (top, key, log_total) = distributed._merged(torch.stack([tops, keys, log_totals]), beta, rule)
+        assert torch.equal(owner, whole.argmax(-1))
+        torch.testing.assert_close(top / beta + key, whole.amax(-1), rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(top / beta + log_total, (tops / beta + log_totals).logsumexp(-1))
