@@ -469,17 +469,35 @@ def test_what_was_made_here_is_not_looked_at():
         _checks.finite("x", vector(math.nan))
 
 
-def test_several_laws_of_draws_are_looked_at_together_or_one_by_one():
-    for n in (3, 2**14):  # a copy of the small ones, none of the large
-        x, bad = -torch.ones(n, dtype=F64), torch.full((n,), 0.5, dtype=F64)
-        _checks.draws(a=x, b=x)
-        refused(ValueError, "b must be log-probabilities, <= 0, got 0.5", _checks.draws, a=x, b=bad)
-        refused(ValueError, f"a must be finite, got {n} of {n} entries NaN or infinite", _checks.draws, a=x / 0, b=bad)
+def test_draws_are_at_most_0_and_what_comes_of_them_finite():
+    a, b = vector(-1, 0), vector(-2, -math.inf)
+    _checks.draws(a=a, b=a.float())
+    _checks.draws(a=a, b=b)
+    for bad in (0.5, math.inf, math.nan):
+        with pytest.raises(ValueError, match="^b must be"):
+            _checks.draws(a=a, b=vector(-1, bad))
+    refused(ValueError, "b must be log-probabilities, <= 0, got 0.5", _checks.draws, a=a, b=vector(-1, 0.5))
+    refused(ValueError, "a and b must have one shape, got a (2,), b (1,)", _checks.draws, a=a, b=vector(-1))
+    _checks.finite_result("a - b", a - a, a=a, b=a)
     refused(
-        ValueError, "a and b must have one shape, got a (2,), b (1,)", _checks.draws, a=vector(-1, -1), b=vector(-1)
+        *(ValueError, "b must be finite, got 1 of 2 entries NaN or infinite"),
+        *(_checks.finite_result, "a - b", a - b),
+        **{"a": a, "b": b},
     )
-    refused(ValueError, "b must be log-probabilities, <= 0, got 1", _checks.draws, a=vector(-1, -1), b=vector(1))
-    _checks.draws(a=vector(-1), b=vector(-1).float())
+    refused(
+        *(ValueError, "a - b must be finite, got 1 of 1 entries NaN or infinite"),
+        *(_checks.finite_result, "a - b", vector(2e308)),
+        **{"a": vector(1e308), "b": vector(-1e308)},
+    )
+
+
+def test_numbers_whose_sum_overflows_are_finite_all_the_same():
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        x = torch.full((4,), torch.finfo(dtype).max, dtype=dtype)
+        _checks.finite("x", x)
+        for bad in (math.inf, -math.inf, math.nan):
+            x[1] = bad
+            refused(ValueError, "x must be finite, got 1 of 4 entries NaN or infinite", _checks.finite, "x", x)
 
 
 def test_broadcasts_to():

@@ -14,6 +14,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from numbers import Integral, Real
 from types import TracebackType
 
@@ -49,11 +50,28 @@ def require(value: Tensor, least: float, most: float, error: Error) -> None:
     """
     if torch.compiler.is_compiling() or _waiting.trusting or not value.numel():
         return
-    low, high = (value.detach() if value.requires_grad else value).aminmax()
+    if value.requires_grad:
+        value = value.detach()
+    if value.is_cpu and _passes(value, least, most):
+        return
+    low, high = value.aminmax()
     if _waiting.checks is None or value.is_cpu:
         _read([(low, high, least, most, error)])
     else:
         _waiting.checks.append((low, high, least, most, error))
+
+
+def _passes(value: Tensor, least: float, most: float) -> bool:
+    """Whether one cheap number shows that all is well; if not, both ends have to be looked at.
+
+    A sum is finite only if all entries are, and one that is not may have overflowed. Both take less time than the ends.
+    """
+    try:
+        if least == -math.inf:
+            return value.max().item() <= most
+        return least == -LARGEST and most == LARGEST and math.isfinite(value.sum().item())
+    except RuntimeError as error:
+        return _of_several(error)
 
 
 def holds(condition: Tensor, error: Callable[[], Exception]) -> None:
@@ -99,12 +117,18 @@ def _read(checks: list[Check]) -> None:
     try:
         numbers = [x.item() for x in ends]
     except RuntimeError as error:
-        if "vmap" in str(error):  # the public way to tell that each number stands for several
+        if _of_several(error):
             return
-        raise
     for (_, _, least, most, make), low, high in zip(checks, numbers[::2], numbers[1::2], strict=True):
         if not (least <= low and high <= most):
             raise make(low, high) from None
+
+
+def _of_several(error: RuntimeError) -> bool:
+    """Whether a number could not be read because it stands for several, under vmap; anything else is raised again."""
+    if "vmap" in str(error):  # the public way to tell
+        return True
+    raise error
 
 
 def described(value: object) -> str:
@@ -336,33 +360,40 @@ def drawn_logps(name: str, value: object) -> None:
 
 
 def draws(**logps: Tensor) -> None:
-    """Require log-probabilities of outcomes that did occur, of one shape."""
-    tensors = [floating(name, value) for name, value in logps.items()]
-    shape, dtype, alike = tensors[0].shape, tensors[0].dtype, True
-    for i, value in enumerate(tensors):
-        alike = alike and value.shape == shape and value.dtype == dtype
-        if value.requires_grad:
-            tensors[i] = value.detach()
+    """Require log-probabilities of outcomes that did occur, of one shape, but for -inf.
 
-    def each(low: float, high: float) -> Exception:
-        for name, value in logps.items():
-            drawn_logps(name, value)
-        raise AssertionError("one of them is illegal")
-
-    if alike and len(tensors) * tensors[0].numel() <= 2**14:  # a copy of these takes less time than a look at each
-        require(torch.stack(tensors), -LARGEST, HALF_THE_DIGITS[dtype], each)
-        return
+    What is computed from them is finite only if all of them are: the caller looks at that, by `finite_result`.
+    """
     for name, value in logps.items():
-        drawn_logps(name, value)
+        number = floating(name, value)
+        require(number, -math.inf, HALF_THE_DIGITS[number.dtype], partial(_not_drawn, name, number))
     same_shape(**logps)
+
+
+def _not_drawn(name: str, value: Tensor, low: float, high: float) -> Exception:
+    drawn_logps(name, value)
+    raise AssertionError(f"{name} is illegal")
+
+
+def finite_result(what: str, result: Tensor, **arguments: Tensor) -> None:
+    """Require finite numbers, which were computed from arguments; if one of those is not finite, it is named."""
+
+    def error(low: float, high: float) -> ValueError:
+        for name, value in arguments.items():
+            finite(name, value)
+        return not_finite(f"{what} must be finite", result)
+
+    require(result, -LARGEST, LARGEST, error)
 
 
 def same_shape(**values: Tensor) -> None:
     """Require tensors of one shape; the names of the arguments are the names in the message."""
     first, *others = values.values()
-    if any(value.shape != first.shape for value in others):
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in values.items())
-        raise ValueError(f"{' and '.join(values)} must have one shape, got {shapes}")
+    shape = first.shape
+    for value in others:
+        if value.shape != shape:
+            shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in values.items())
+            raise ValueError(f"{' and '.join(values)} must have one shape, got {shapes}")
 
 
 def fits(name: str, value: Tensor, other: Tensor) -> None:

@@ -82,7 +82,9 @@ def kl_estimators(logps: Tensor, ref_logps: Tensor) -> KLEstimates:
     """
     with _checks.together():
         _checks.draws(logps=logps, ref_logps=ref_logps)
-    return KLEstimates(*(k.to(logps.dtype) for k in _estimates(ref_logps.double() - logps.double())))
+        log_rho = ref_logps.double() - logps.double()
+        _checks.finite_result("log rho", log_rho, logps=logps, ref_logps=ref_logps)
+    return KLEstimates(*(k.to(logps.dtype) for k in _estimates(log_rho)))
 
 
 def _estimates(log_rho: Tensor) -> KLEstimates:
@@ -111,18 +113,10 @@ def _returns(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float | Te
     return rewards.double() - beta * (logps.double() - ref_logps.double())
 
 
-def _constant(advantages: Tensor, rewards: Tensor) -> Tensor:
-    """Detach advantages, after requiring that rewards are finite and no difference of enormous ones has overflowed.
-
-    One look for both: advantages are not finite if a reward is not.
-    """
+def _constant(advantages: Tensor, **arguments: Tensor) -> Tensor:
+    """Detach advantages, after requiring that no argument is infinite and no difference of enormous ones is."""
     advantages = advantages.detach()
-
-    def error(low: float, high: float) -> ValueError:
-        _checks.finite("rewards", rewards)
-        return _checks.not_finite("advantages from rewards must be finite", advantages)
-
-    _checks.require(advantages, -_checks.LARGEST, _checks.LARGEST, error)
+    _checks.finite_result("advantages from rewards", advantages, **arguments)
     return advantages
 
 
@@ -175,7 +169,8 @@ def policy_gradient(
     with _checks.together():
         returns = _returns(logps, ref_logps, rewards, beta)
         level = _number_or_tensor("baseline", baseline, logps, _checks.finite_number, _checks.finite)
-        return (-logps.double() * _constant(returns - level, rewards)).to(logps.dtype)
+        advantages = _constant(returns - level, logps=logps, ref_logps=ref_logps, rewards=rewards)
+        return (-logps.double() * advantages).to(logps.dtype)
 
 
 def rloo(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> Tensor:
@@ -205,11 +200,9 @@ def rloo(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float | Tensor
     with _checks.together():
         returns = _returns(logps, ref_logps, rewards, beta, dims=1)
         _group("logps", logps, -1)
-        return (
-            -(logps.double() * _constant(_leave_one_out(_centred(returns), returns.shape[-1]), rewards))
-            .mean(-1)
-            .to(logps.dtype)
-        )
+        advantages = _leave_one_out(_centred(returns), returns.shape[-1])
+        advantages = _constant(advantages, logps=logps, ref_logps=ref_logps, rewards=rewards)
+        return -(logps.double() * advantages).mean(-1).to(logps.dtype)
 
 
 def _group(name: str, value: Tensor, dim: int) -> None:
@@ -400,7 +393,7 @@ def _advantages(rewards: Tensor, change: Tensor | None, draws: Tensor, baseline:
     if change is not None:
         rounding = 16 * torch.finfo(torch.float64).eps * (returns.abs() + change.abs().sum(-1))
         returns = _centred(returns + change.sum(-1), draws)
-    advantages = _constant(returns, rewards)
+    advantages = _constant(returns, rewards=rewards)
     if scale == "group":
         # Equal returns may differ by the rounding of their sum; dividing that by itself would make it of size 1.
         largest = advantages.abs().amax(-1, keepdim=True)
@@ -411,7 +404,7 @@ def _advantages(rewards: Tensor, change: Tensor | None, draws: Tensor, baseline:
         advantages = advantages / torch.where(differ, sd, 1)
     if baseline == "leave-one-out":
         advantages = _leave_one_out(advantages, n)
-    return _constant(advantages, rewards)
+    return _constant(advantages, rewards=rewards)
 
 
 def _clipped(log_ratios: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
@@ -479,18 +472,19 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, labels: Tensor | float = 1.0
     Source: [bradley1952]; book, `bradley-terry`.
     """
     with _checks.together():
-        for name, value in (("chosen", chosen), ("rejected", rejected)):
-            _checks.finite(name, value)
+        _checks.floating("chosen", chosen)
+        _checks.floating("rejected", rejected)
         _checks.same_shape(chosen=chosen, rejected=rejected)
-        return _comparison_loss(chosen.double() - rejected.double(), labels).to(chosen.dtype)
+        margin = chosen.double() - rejected.double()
+        return _comparison_loss(margin, labels, chosen=chosen, rejected=rejected).to(chosen.dtype)
 
 
 def _label(name: str, value: float) -> None:
     _checks.fraction(name, value, zero=True)
 
 
-def _comparison_loss(margin: Tensor, labels: Tensor | float) -> Tensor:
-    _checks.finite("the margin d", margin)
+def _comparison_loss(margin: Tensor, labels: Tensor | float, **arguments: Tensor) -> Tensor:
+    _checks.finite_result("the margin d", margin, **arguments)
     labels = _number_or_tensor("labels", labels, margin, _label, _checks.probabilities)
     log_win, log_loss = torch.nn.functional.logsigmoid(margin), torch.nn.functional.logsigmoid(-margin)
     return -labels * log_win - (1 - labels) * log_loss
@@ -531,16 +525,17 @@ def dpo(
     Source: [rafailov2023]; book, `dpo-optimum`.
     """
     with _checks.together():
-        _checks.draws(
-            chosen_logps=chosen_logps,
-            rejected_logps=rejected_logps,
-            ref_chosen_logps=ref_chosen_logps,
-            ref_rejected_logps=ref_rejected_logps,
-        )
+        logps = {
+            "chosen_logps": chosen_logps,
+            "rejected_logps": rejected_logps,
+            "ref_chosen_logps": ref_chosen_logps,
+            "ref_rejected_logps": ref_rejected_logps,
+        }
+        _checks.draws(**logps)
         beta = _temperature(beta, chosen_logps.shape)
         chosen = beta * (chosen_logps.double() - ref_chosen_logps.double())
         rejected = beta * (rejected_logps.double() - ref_rejected_logps.double())
-        return _comparison_loss(chosen - rejected, labels).to(chosen_logps.dtype)
+        return _comparison_loss(chosen - rejected, labels, **logps).to(chosen_logps.dtype)
 
 
 def count_wins(first: Tensor, second: Tensor, labels: Tensor, k: int) -> Tensor:
