@@ -1085,3 +1085,44 @@ def test_a_context_that_leads_nowhere_leaves_the_others_alone():
     # d log Z / d r is how often the tilted law uses it: the last symbol is 0 with probability e / (1 + e).
     last = math.e / (1 + math.e)
     torch.testing.assert_close(slope, vector([0, 0], [last, 3 - last]))
+
+
+@pytest.mark.parametrize("beta", [30.0, 1.0, 0.1, 0.02, 1e-3])
+@pytest.mark.parametrize(("v", "order"), [(2, 1), (3, 2), (2, 3)])
+def test_products_of_matrices_give_what_logarithms_give(v, order, beta, rng):
+    """And say so where they would lose digits."""
+    length, chain = 6, random_chain(v, order, rng)
+    rare = MarkovChain((chain.table(0) * 30).log_softmax(-1), chain.alphabet)
+    for ref in (chain, rare, chain.tilt(torch.randn(v, generator=rng, dtype=F64), 0.7, length)):
+        for rewards in reward_tables(v, order, rng).values():
+            table = ref.reward_table(rewards, length)
+            table = table + 0.01 * torch.rand(table.shape, generator=rng, dtype=F64)
+            values, slopes = [], []
+            for road in (ref._by_products, ref._by_logarithms):
+                x = table.clone().requires_grad_()
+                best, rest, *in_range = road(x, beta, length)
+                values.append((best / beta + rest).detach())
+                alive = values[-1] > -math.inf
+                slopes.append(torch.autograd.grad(torch.where(alive, rest, 0).sum(), x)[0])
+                if in_range and not in_range[0]:
+                    break
+            else:
+                torch.testing.assert_close(*values, rtol=1e-13, atol=1e-11)
+                torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-10 / beta)
+                continue
+            assert beta < 0.1 or ref is rare
+
+
+def test_products_that_leave_float64_are_noticed(rng):
+    chain = random_chain(3, 2, rng)
+    gap = torch.tensor([0.0, -1.0, -2.0], dtype=F64)
+    for beta, length, legal in ((1.0, 20, True), (0.01, 1, True), (2.5e-3, 1, False), (1e-308, 1, False)):
+        assert bool(chain._by_products(gap.expand(9, 3), beta, length)[2]) == legal
+    # One step stays in range, what steps add up to does not: after "a", the one symbol left is worth 1 less.
+    trap = torch.tensor([[0.0, -math.inf], [0.0, 0.0]], dtype=F64).log_softmax(-1)
+    rewards = torch.tensor([[-1.0, 0.0], [0.0, 0.0]], dtype=F64)
+    for length, legal in ((6, True), (8, False)):
+        chain = MarkovChain(trap, "a ")
+        assert bool(chain._by_products(rewards, 0.01, length)[2]) == legal
+        want = torch.tensor([-100.0 * length, 0.0], dtype=F64)
+        assert (chain.soft_values(rewards, 0.01, length)[0] - want)[0].abs() < 1e-9

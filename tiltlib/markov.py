@@ -703,13 +703,53 @@ class MarkovChain(AutoregressiveModel[State]):
             return best / float(beta) + rest
 
     def _split_soft_values(self, rewards: Tensor, beta: float, length: int) -> tuple[Tensor, Tensor]:
-        """Return the two parts of V = M / beta + S, float64: the largest total reward M, and what is left.
+        """Return the two parts of V = M / beta + S, float64: a total reward M near the largest, and what is left.
 
         S alone stays in range for every beta, and V alone has no digits left for it where beta is small.
         """
         _checks.count("length", length)
         table = self.reward_table(rewards, length)
         _checks.positive("beta", beta)
+        best, rest, in_range = self._by_products(table, float(beta), length)
+        if not in_range:
+            best, rest = self._by_logarithms(table, float(beta), length)
+        _checks.some_left("rewards", best[0, self.start])
+        return best, rest
+
+    def _by_products(self, table: Tensor, beta: float, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Go back by products of matrices, e^{V_t} = (p e^{r / beta}) e^{V_{t+1}}, in a fraction of the time.
+
+        Here M is the largest reward times the steps that are left. Also say whether every product stayed within the
+        range of float64, so that none lost a digit.
+        """
+        v, below, earlier = self._v, -690.0, None  # e^-690 is a normal number, and so is its inverse
+        value = torch.ones_like(table[:, 0])  # e^S, with a largest entry of 1
+        total, scale = value.new_zeros(()), value.new_zeros(())
+        best, rest = [torch.zeros_like(value)], [torch.zeros_like(value)]
+        lowest = []
+        for t in reversed(range(length)):
+            logps = self._table(t)
+            if logps is not earlier:
+                earlier = logps
+                possible = torch.where(logps > -math.inf, table, -math.inf)
+                largest = _finite(possible.detach().amax())
+                exponents = (possible - largest).div_(beta).add_(logps)
+                smallest = torch.where(possible > -math.inf, exponents, 0.0).detach().amin()
+                # From context (oldest x, between m) symbol a leads to context (m, a).
+                matrices = exponents.exp().view(v, -1, v).transpose(0, 1)
+            positive = torch.where(value > 0, value, 1.0)
+            lowest.append(smallest + positive.detach().amin().log())
+            value = torch.bmm(matrices, value.view(-1, v, 1)).squeeze(-1).mT.reshape(-1)
+            top = value.detach().amax()
+            top = torch.where(top > 0, top, 1.0)
+            value, total, scale = value / top, total + largest, scale + top.log()
+            alive = value > 0
+            best.append(torch.where(alive, total, -math.inf))
+            rest.append(torch.where(alive, value, 1.0).log() + scale)
+        return torch.stack(best[::-1]), torch.stack(rest[::-1]), torch.stack(lowest).amin() > below
+
+    def _by_logarithms(self, table: Tensor, beta: float, length: int) -> tuple[Tensor, Tensor]:
+        """Go back by sums of exponentials under a logarithm, which hold for every range; here M is the largest."""
         best = [torch.zeros_like(table[:, 0])]
         rest = best[:]
         earlier, parts = None, []
@@ -718,10 +758,9 @@ class MarkovChain(AutoregressiveModel[State]):
             if logps is not earlier:
                 earlier, parts = logps, self._parts(table, logps)
             ahead = [values[-1].view(-1, self._v).mT[:, None].contiguous() for values in (best, rest)]
-            steps = [_backward_step(rewards, logps, *ahead, beta=float(beta)) for rewards, logps in parts]
+            steps = [_backward_step(rewards, logps, *ahead, beta=beta) for rewards, logps in parts]
             best.append(torch.cat([top for top, _ in steps]))
             rest.append(torch.cat([left for _, left in steps]))
-        _checks.some_left("rewards", best[-1][self.start])
         return torch.stack(best[::-1]), torch.stack(rest[::-1])
 
     def _parts(self, rewards: Tensor, logps: Tensor) -> list[tuple[Tensor, Tensor]]:
