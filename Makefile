@@ -5,6 +5,7 @@
 # make mutants change the library in one place at a time and see that a test notices; MODULE=weights for one module
 # make accept run the notebooks and store their new outputs, for review in the diff
 # make pdf    print the built book as one PDF: _build/book.pdf
+# make flow   run the chapters without their check cells; `make test` only hides from what one reads what checks leave
 # make units  the unit tests alone, slow ones too; SALT=x for other random numbers
 # make newest the unit tests with the newest versions of all dependencies
 # make dist   build wheel and source distribution in dist/ and try them in an empty environment
@@ -29,7 +30,7 @@ UNITS := -n 2 --dist loadfile $(BROWSER:%=--ignore %) --ignore tests/test_main_f
 # After a warning the next build starts afresh: Sphinx would not repeat it for a page that has not changed.
 build = $(BIN)/jupyter-book build . -W --keep-going $(1) || { rm -rf _build/.doctrees; false; }
 
-.PHONY: book pdf test quick units newest bench mutants accept dist tag clean
+.PHONY: book pdf test quick flow units newest bench mutants accept dist tag clean
 .DEFAULT_GOAL := book
 
 # Without the model of the last line the chapter that reads it shows its stored outputs: see conftest.py.
@@ -62,13 +63,15 @@ test: .venv/.stamp
 	rm -rf _build
 	$(BIN)/pytest --nbval $(NBVAL) $(BROWSER:%=--ignore %) --ignore tests/test_main_flow.py
 	touch $(RUN)
-	$(BIN)/pytest -n 2 tests/test_main_flow.py
 	{ $(call build); } > _build/build.log 2>&1 || { cat _build/build.log; exit 1; }
 	@! grep "Executing notebook" _build/build.log || { echo "The build ran a notebook that the tests had not."; exit 1; }
 	$(BIN)/pytest -n 2 $(BROWSER)
 
 quick: .venv/.stamp
 	$(BIN)/pytest --nbval $(NBVAL) -m "not slow" $(BROWSER:%=--ignore %) tests $(QUICK)
+
+flow: .venv/.stamp
+	$(BIN)/pytest -n 2 tests/test_main_flow.py
 
 units: .venv/.stamp
 	$(BIN)/pytest $(UNITS)

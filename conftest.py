@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent / "book/_ext"))  # pytest puts it there later
+EXT = str(Path(__file__).parent / "book/_ext")
+sys.path.append(EXT)  # pytest puts it there later
 import lacking  # noqa: E402
+from verdicts import CHECK  # noqa: E402
 
 ROOT = Path(__file__).parent
 RUNS = ROOT / "_build/run"
@@ -58,6 +60,19 @@ class NotebookRuns:
                 item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(packages)}"))
 
     @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        apart = type(item).__name__ == "IPyNbCell" and CHECK in item.cell.metadata.get("tags", [])
+        if apart:
+            run_aside(
+                item.parent.kernel, f"import sys; sys.path.append({EXT!r}); import apart; apart.before(globals())"
+            )
+            try:
+                return (yield)
+            finally:
+                run_aside(item.parent.kernel, "apart.after(globals())")
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
         if report.when == "call" and type(item).__name__ == "IPyNbCell":
@@ -88,6 +103,15 @@ class NotebookRuns:
             write_run(file.path, copy.deepcopy(file.nb), [cell.outputs for cell in code_cells(file.nb)])
         if not self.worker:
             fill_cache()
+
+
+def run_aside(kernel, code: str) -> None:
+    """Run code in the kernel of a notebook that is no part of it."""
+    asked, reply = kernel.kc.execute(code, silent=True, store_history=False), None
+    while reply is None or reply["parent_header"].get("msg_id") != asked:
+        reply = kernel.kc.get_shell_msg(timeout=60)
+    if reply["content"]["status"] == "error":
+        pytest.fail("\n".join([reply["content"]["evalue"], *reply["content"]["traceback"]]), pytrace=False)
 
 
 def stderr_of(item) -> str:
