@@ -4,7 +4,8 @@ Types, shapes and Python's numbers are judged at once. What depends on the entri
 which looks at its least and its largest entry. Numbers of the CPU are judged at once. For those of an accelerator the
 host has to wait, so a function with several checks puts them into one block, `with together():`, which waits once, at
 its end, and raises what fails first. Between a check and the end of its block the arguments may be illegal: arithmetic
-may go on, a loop that needs legal numbers, an index and a function of the caller may not.
+and a score may go on, since they take any numbers; a loop that needs legal ones, an index and any other function of the
+caller may not.
 
 Under torch.compile and vmap there are no entries to read, and `require` passes.
 """
