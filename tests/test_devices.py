@@ -142,9 +142,9 @@ def test_the_page_has_the_waits_of_today():
 def test_a_second_read_and_a_read_in_a_loss_are_seen(monkeypatch):
     key, constant = "losses.policy_gradient", losses._constant
     assert called.__wrapped__(key)[1] == (1, 0)
-    monkeypatch.setattr(losses, "_constant", lambda x, r: constant(x, r) if x.sum() > 0 else constant(x, r))
+    monkeypatch.setattr(losses, "_constant", lambda x, **r: constant(x, **r) if x.sum() > 0 else x)
     assert called.__wrapped__(key)[1] == (1, 1)
-    monkeypatch.setattr(losses, "_constant", lambda x: _checks._read([(*x.aminmax(), 0, 0, None)]) or x)
+    monkeypatch.setattr(losses, "_constant", lambda x, **r: _checks._read([(*x.aminmax(), 0, 0, None)]) or x)
     with pytest.raises(TypeError):  # out of range, and no error to raise
         called.__wrapped__(key)[1]
     monkeypatch.undo()

@@ -63,6 +63,10 @@ NOT_COMPILED = {
 }
 
 
+# Go back by products of matrices where numbers show that these stay in range; compiled, by logarithms.
+BY_LOGARITHMS = ("markov.MarkovChain.tilt", "markov.MarkovChain.soft_values")
+
+
 def compiled(key: str) -> dict[str, object]:
     torch._dynamo.reset()
     return leaves(torch.compile(CALLS[key](Inputs()).result, fullgraph=True, backend="eager")())
@@ -78,7 +82,11 @@ def of_each_function(keys: list[str]) -> list[str]:
 def test_a_call_is_one_graph(key):
     expected = leaves(CALLS[key](Inputs()).result())
     got = compiled(key)
-    assert all(same(value, got[place]) for place, value in expected.items() if isinstance(value, Tensor))
+    tensors = {place: value for place, value in expected.items() if isinstance(value, Tensor)}
+    if matches(key, BY_LOGARITHMS):
+        torch.testing.assert_close({place: got[place] for place in tensors}, tensors, rtol=1e-14, atol=1e-14)
+    else:
+        assert all(same(value, got[place]) for place, value in tensors.items())
 
 
 @pytest.mark.parametrize("name", NOT_COMPILED)
@@ -98,7 +106,7 @@ def test_every_loss_is_compiled():
 
 def test_a_graph_that_breaks_is_seen(monkeypatch):
     check = losses._constant
-    monkeypatch.setattr(losses, "_constant", lambda x, r: check(x, r) if x.sum() > 0 else check(x, r))
+    monkeypatch.setattr(losses, "_constant", lambda x, **r: check(x, **r) if x.sum() > 0 else x)
     with pytest.raises(Exception, match="[Dd]ata-dependent"):
         compiled("losses.policy_gradient")
 

@@ -72,7 +72,7 @@ def _passes(value: Tensor, least: float, most: float) -> bool:
             return value.max().item() <= most
         return least == -LARGEST and most == LARGEST and math.isfinite(value.sum().item())
     except RuntimeError as error:
-        return _of_several(error)
+        return of_several(error)
 
 
 def holds(condition: Tensor, error: Callable[[], Exception]) -> None:
@@ -118,14 +118,14 @@ def _read(checks: list[Check]) -> None:
     try:
         numbers = [x.item() for x in ends]
     except RuntimeError as error:
-        if _of_several(error):
+        if of_several(error):
             return
     for (_, _, least, most, make), low, high in zip(checks, numbers[::2], numbers[1::2], strict=True):
         if not (least <= low and high <= most):
             raise make(low, high) from None
 
 
-def _of_several(error: RuntimeError) -> bool:
+def of_several(error: RuntimeError) -> bool:
     """Whether a number could not be read because it stands for several, under vmap; anything else is raised again."""
     if "vmap" in str(error):  # the public way to tell
         return True

@@ -7,12 +7,24 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from tiltlib import _checks
+
 
 def as_written(device: torch.device) -> AbstractContextManager[object]:
     """Compute a block in the dtypes of its tensors, where torch.autocast would turn products to half precision."""
     kind = device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if on else nullcontext()
+
+
+def shown(condition: Tensor) -> bool:
+    """Say whether a condition is seen to hold. Nothing is seen under torch.compile and vmap."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return bool(condition)
+    except RuntimeError as error:
+        return not _checks.of_several(error)
 
 
 def double(value: float | Tensor) -> float | Tensor:

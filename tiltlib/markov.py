@@ -711,7 +711,7 @@ class MarkovChain(AutoregressiveModel[State]):
         table = self.reward_table(rewards, length)
         _checks.positive("beta", beta)
         best, rest, in_range = self._by_products(table, float(beta), length)
-        if not in_range:
+        if not _numerics.shown(in_range):
             best, rest = self._by_logarithms(table, float(beta), length)
         _checks.some_left("rewards", best[0, self.start])
         return best, rest
