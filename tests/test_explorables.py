@@ -278,7 +278,8 @@ def test_the_page_computes_the_laws_of_the_chapter_on_grpo(visit):
     names = ("group_counts", "effective_reward", "scaled_fixed_point", "pole_law")
     theirs = [functions_of("grpo", *names, p=numbers(p).log())[1:] for p, _ in GRPO]
     pairs = list(zip(GRPO, theirs, strict=True))
-    for ((p, r), (effective, divided, pole)), G, beta in itertools.product(pairs, (2, 3, 16), (0.2, 1, 5)):
+    settings = [(2, 0.2), (2, 5), (3, 1), (16, 0.2), (16, 5)]
+    for ((p, r), (effective, divided, pole)), (G, beta) in itertools.product(pairs, settings):
         logps, rewards = numbers(p).log(), numbers(r)
         ours, with_k3, f, polar = page.evaluate(
             """([p, r, G, beta]) => [bookjs.dividedLaw(p, r, G, beta)[0],
@@ -288,8 +289,9 @@ def test_the_page_computes_the_laws_of_the_chapter_on_grpo(visit):
         )
         torch.testing.assert_close(numbers(polar), pole(logps, rewards, beta).exp(), rtol=1e-10, atol=0)
         torch.testing.assert_close(numbers(f), effective(logps, rewards, G), rtol=1e-9, atol=1e-11)
+        # The step is damped, and settles long before 200 rounds.
         torch.testing.assert_close(numbers(ours), divided(rewards, G, beta).exp(), rtol=1e-7, atol=1e-12)
-        theirs_k3 = divided(rewards, G, beta, pole).exp()
+        theirs_k3 = divided(rewards, G, beta, pole, rounds=200).exp()
         torch.testing.assert_close(numbers(with_k3), theirs_k3, rtol=1e-7, atol=1e-12)
 
 

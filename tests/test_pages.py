@@ -193,16 +193,25 @@ def test_page(name, view, visit):
     page = visit(f"{name}.html", view)
     shot = f"{Path(name).name}-{view}"
     look_at(page, shot)
+    if view == "wide":
+        put_on(page, "dark")
+        look_at(page, f"{shot}-dark")
+        put_on(page, "light")
     page.evaluate(OPEN)
     bad = page.evaluate(LOOK, VIEWS[view]) + page.evaluate(INK)
     if view == "wide":
-        page.evaluate("document.documentElement.dataset.theme = 'dark'")  # as the theme's own switch does
-        look_at(page, f"{shot}-dark")
+        put_on(page, "dark")
         bad += page.evaluate(INK) + move_sliders(page)
         if not name.startswith(verdicts.CLAIMS):
             pdf.prepare(page)
             bad += page.evaluate(CUT)
     assert page.trouble + bad == []
+
+
+def put_on(page, theme):
+    page.evaluate(
+        "theme => { document.documentElement.dataset.theme = theme; }", theme
+    )  # as the theme's own switch does
 
 
 def look_at(page, name):
