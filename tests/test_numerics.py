@@ -34,20 +34,21 @@ def test_a_cdf_ends_at_1_and_stands_still_where_there_is_no_mass():
     assert _numerics.cdf(torch.full((10,), 0.1, dtype=F64).log())[-1] == 1
 
 
-@pytest.mark.parametrize("k", [2**16, 2**16 + 7])
-def test_a_search_in_long_rows_finds_what_a_bisection_does(k, monkeypatch):
+@pytest.mark.parametrize("k", [32, 100, 2**16, 2**16 + 7])
+def test_a_search_for_many_numbers_finds_what_a_bisection_does(k, monkeypatch):
     g = torch.Generator().manual_seed(0)
     uneven = 30 * torch.randn(k, generator=g, dtype=F64)  # thousands of sums lie in one part, and next to 1
     even = torch.randn(k, generator=g, dtype=F64).masked_fill_(torch.rand(k, generator=g) < 0.3, -torch.inf)
     cdf = _numerics.cdf(torch.stack([uneven, even, even.flip(0)]).log_softmax(-1))
-    u = torch.rand(3, k, generator=g, dtype=F64)
+    n = max(k, 2**12)
+    u = torch.rand(3, n, generator=g, dtype=F64)
     u[:, : k // 4] = cdf[:, : k // 4].clamp(max=1 - 2.0**-53)  # a number that is a sum belongs to the next outcome
     u[:, -2:] = vector(0, 1 - 2.0**-53)
     expected, asked = torch.searchsorted(cdf, u, right=True), []
     search = torch.searchsorted
     monkeypatch.setattr(torch, "searchsorted", lambda c, x, **o: asked.append(x.numel()) or search(c, x, **o))
     assert torch.equal(_numerics.search(cdf, u), expected)
-    assert 0 < sum(asked) < k  # only what the table did not settle
+    assert 0 < sum(asked) < n  # only what the table did not settle
 
 
 def test_normal_numbers_invert_their_cdf(monkeypatch):
@@ -97,3 +98,13 @@ def test_the_gradient_passes_through_64_bits():
     beta = torch.tensor([1.0, 2.0], requires_grad=True)
     (_numerics.double(beta) ** 2).sum().backward()
     assert beta.grad.tolist() == [2, 4] and beta.grad.dtype == torch.float32
+
+
+def test_shares_whose_products_may_be_subnormal_are_put_to_0():
+    for dtype, least in ((torch.float32, 1e-31), (F64, 1e-292)):
+        shares = torch.tensor([1.0, least * 1.1, least / 11, least * 1e-10, 0.0], dtype=dtype, requires_grad=True)
+        got = _numerics.flushed(shares)
+        assert got.tolist() == [*shares.tolist()[:2], 0, 0, 0]
+        assert (least / 11 * torch.finfo(dtype).eps) < torch.finfo(dtype).tiny  # which a product with such a share is
+        (slope,) = torch.autograd.grad(got.sum(), shares)
+        assert slope.tolist() == [1, 1, 0, 0, 0]

@@ -223,9 +223,11 @@ def not_above(name: str, value: Tensor) -> None:
 
 def log_weights(name: str, value: Tensor) -> None:
     """Require log weights of which at least one in each row is finite."""
+    tensor(name, value)
+    largest = value.detach().amax(-1)  # NaN where the row has one
     with together():
-        rewards(name, value)
-        some_left(name, value.amax(-1))
+        not_above(name, largest)
+        some_left(name, largest)
 
 
 def same_outcomes(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

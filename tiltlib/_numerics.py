@@ -50,18 +50,27 @@ def cdf(logps: Tensor) -> Tensor:
     return sums / sums[..., -1:]
 
 
+def flushed(shares: Tensor) -> Tensor:
+    """Put 0 for shares so small that a product with one may be subnormal: some processors take far longer for those.
+
+    Beside the largest share they are nothing.
+    """
+    kind = torch.finfo(shares.dtype)
+    return torch.nn.functional.threshold(shares, kind.tiny / kind.eps, 0.0)
+
+
 def search(cdf: Tensor, u: Tensor) -> Tensor:
     """Find the first sum that lies above each number of [0, 1): `torch.searchsorted(cdf, u, right=True)`.
 
-    Each step of a bisection of a long row waits for memory, so a table of where the parts of [0, 1) begin in it
-    replaces most of them.
+    Each step of a bisection waits for memory, or for a turn that the processor guessed wrong, so where there are many
+    numbers a table of where the parts of [0, 1) begin replaces most of them.
 
     Args:
         cdf: Sums that end at 1, float64, shape (..., K).
         u: Numbers in [0, 1), float64, shape (..., n).
     """
     k, n = cdf.shape[-1], u.shape[-1]
-    if not cdf.is_cpu or k < 2**16 or n < k // 8:
+    if not cdf.is_cpu or k < 2**5 or n < max(2**12, k // 8):
         return torch.searchsorted(cdf, u, right=True)
     found = torch.empty_like(u, dtype=torch.int64)
     parts = 2 ** (k - 1).bit_length()  # a power of two, which no product below rounds

@@ -338,7 +338,7 @@ class GaussianMixture:
 
         def pull(x: Tensor) -> tuple[Tensor, Tensor]:
             z = self._coordinates(x)
-            shares = self._logits(z, up_to_a_constant=True).softmax(-1)
+            shares = _numerics.flushed(self._logits(z, up_to_a_constant=True).softmax(-1))
             if self._own_bases():
                 weight = -shares[..., None] if isinstance(gain, float) else -shares[..., None] * gain
                 return shares, (weight * z).flatten(1) @ self._table.mT
