@@ -1080,7 +1080,7 @@ example("diffusion.denoised", lambda m, call: call(pull, points(m), 0.7))
 example("diffusion.transition", lambda m, call: call(pull, points(m), 0.7, 0.5))
 example("diffusion.transition churn", lambda m, call: call(pull, points(m), 0.7, 0.5, churn=0.5))
 example("diffusion.posterior_transition", lambda m, call: call(pull, points(m), 0.7, 0.5))
-for method in ("euler", "heun", "dpmpp_2m", "ab3"):
+for method in ("euler", "heun", "dpmpp_2m", "ab3", "abm3"):
     example(
         f"diffusion.sample method={method}",
         lambda m, call, method=method: call(pull, points(m), m.exact(LEVELS, host=True), method=method),
@@ -1092,10 +1092,13 @@ for method in ("maruyama", "ancestral"):
             pull, points(m), m.exact(LEVELS, host=True), method=method, generator=m.generator()
         ),
     )
-example(
-    "diffusion.sample long-ab3",
-    lambda m, call: call(pull, points(m), m.exact(diffusion.geometric(20, 0.1, 2.0), host=True), method="ab3"),
-)
+for method in ("ab3", "abm3"):
+    example(
+        f"diffusion.sample long-{method}",
+        lambda m, call, method=method: call(
+            pull, points(m), m.exact(diffusion.geometric(20, 0.1, 2.0), host=True), method=method
+        ),
+    )
 example(
     "diffusion.sample churn",
     lambda m, call: call(

@@ -16,8 +16,8 @@ from scipy.integrate import quad
 from tiltlib import diffusion, guidance
 from tiltlib.mixtures import GaussianMixture
 
-METHODS = ["euler", "heun", "dpmpp_2m", "ab3", "maruyama", "ancestral"]
-ODES = METHODS[:4]
+METHODS = ["euler", "heun", "dpmpp_2m", "ab3", "abm3", "maruyama", "ancestral"]
+ODES = METHODS[:5]
 MEAN, VARIANCE = 1.0, 0.25
 MIXTURE = GaussianMixture(
     vector(0.2, 0.3, 0.3, 0.2).log(), vector(-2, -0.5, 1, 2.5)[:, None], vector(0.1, 0.4, 0.2, 0.3) ** 2
@@ -150,14 +150,20 @@ def published_step(method, d, levels, i, y):
     r = math.log(levels[i - 1] / s) / h
     if method == "dpmpp_2m":  # Lu et al. 2022, algorithm 2
         return t / s * y - math.expm1(-h) * ((1 + 1 / (2 * r)) * d[i] - d[i - 1] / (2 * r))
-    # The parabola through the last three D by Lagrange's formula, integrated numerically.
-    nodes = [-math.log(levels[k]) for k in (i, i - 1, i - 2)]
-    weight = []
-    for j, node in enumerate(nodes):
-        others = [other for k, other in enumerate(nodes) if k != j]
-        basis = lambda x, a=node, b=others: math.exp(x) * (x - b[0]) * (x - b[1]) / ((a - b[0]) * (a - b[1]))  # noqa: E731
-        weight.append(quad(basis, -math.log(s), -math.log(t), epsabs=0, epsrel=1e-13)[0])
-    return t / s * y + t * sum(w * d[k] for w, k in zip(weight, (i, i - 1, i - 2), strict=True))
+    return by_polynomial({levels[k]: d[k] for k in (i, i - 1, i - 2)}, s, t, y)
+
+
+def by_polynomial(d, s, t, y):
+    """From level s to t with D the polynomial in lambda through its values, {level: D}, integrated numerically."""
+    total = 0.0
+    for level, value in d.items():
+        node, others = -math.log(level), [-math.log(other) for other in d if other != level]
+
+        def basis(x, node=node, others=others):
+            return math.exp(x) * math.prod((x - other) / (node - other) for other in others)
+
+        total = total + quad(basis, -math.log(s), -math.log(t), epsabs=0, epsrel=1e-13)[0] * value
+    return t / s * y + t * total
 
 
 @pytest.mark.parametrize("method", ["euler", "dpmpp_2m", "ab3"])
@@ -173,6 +179,42 @@ def test_steps_are_the_published_ones(method, grid):
             method if i >= ["euler", "dpmpp_2m", "ab3"].index(method) else ["euler", "dpmpp_2m"][i], d, numbers, i, y
         )
     close(diffusion.sample(score, start, levels, method=method), y, 1e-11)
+
+
+@pytest.mark.parametrize("n", [10, 20])
+@pytest.mark.parametrize("grid", [diffusion.karras, diffusion.geometric])
+def test_abm3_predicts_and_corrects(grid, n):
+    score, levels = diffusion.of_mixture(MIXTURE), grid(n, 0.05, 5.0)
+    start = y = 5 * vector(-1, -0.2, 0.5, 1.5)[:, None]
+    numbers, calls = levels.tolist(), []
+    d = [diffusion.denoised(score, y, numbers[0])]
+    for i, (s, t) in enumerate(itertools.pairwise(numbers)):
+        known = {numbers[k]: d[k] for k in range(i, max(i - (3 if n >= 16 else 2), -1), -1)}
+        guess = by_polynomial(known, s, t, y)
+        if i == 1 or (n < 16 and i > 0):
+            guess = published_step("dpmpp_2m", d, numbers, i, y)
+        if i == n - 1:
+            y = guess
+            break
+        d.append(diffusion.denoised(score, guess, t))
+        y = by_polynomial({numbers[k]: d[k] for k in range(i + 1, max(i - 2, -1), -1)}, s, t, y)
+    counted = lambda x, s: calls.append(s) or score(x, s)  # noqa: E731
+    close(diffusion.sample(counted, start, levels, method="abm3"), y, 1e-11)
+    assert calls == numbers[:-1]  # one call a step
+
+
+def test_abm3_corrects_by_a_line_after_a_step_much_shorter():
+    score, y = diffusion.of_mixture(MIXTURE), 5 * vector(-1, -0.2, 0.5, 1.5)[:, None]
+    levels = [5.0, 4.99, 2.0, 1.0]
+    first = diffusion.sample(score, y, vector(*levels[:2], 4.98), method="abm3")
+    d = [diffusion.denoised(score, y, 5.0)]
+    d.append(diffusion.denoised(score, by_polynomial({5.0: d[0]}, 5.0, 4.99, y), 4.99))
+    y = by_polynomial({5.0: d[0], 4.99: d[1]}, 5.0, 4.99, y)
+    assert not torch.equal(first, y)
+    d.append(diffusion.denoised(score, by_polynomial({4.99: d[1]}, 4.99, 2.0, y), 2.0))  # "euler" before it corrects
+    z = by_polynomial({4.99: d[1], 2.0: d[2]}, 4.99, 2.0, y)
+    got = diffusion.sample(score, 5 * vector(-1, -0.2, 0.5, 1.5)[:, None], vector(*levels), method="abm3")
+    close(got, published_step("dpmpp_2m", d, levels, 2, z), 1e-11)
 
 
 def test_heun_is_the_published_one():
@@ -270,6 +312,13 @@ def test_order(method, order, n, grid, low):
     assert errors[-1] < 5e-3
     assert w2_error(method, 4 * n, lambda y, s: 1.05 * gaussian(y, s), grid=grid, low=low) > 1e-2
     assert w2_error(method, 4 * n, lambda y, s: -gaussian(y, s), grid=grid, low=low) > 1
+
+
+@pytest.mark.parametrize(("method", "order"), [("ab3", 2), ("abm3", 3)])
+def test_a_low_first_level_shows_the_error_of_the_first_step(method, order):
+    errors = [w2_error(method, k, grid=diffusion.geometric, low=0.1, high=1.0) for k in (256, 512, 1024)]
+    slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert all(abs(slope - order) < 0.1 for slope in slopes), slopes
 
 
 def test_a_point_mass_is_exact():
@@ -416,7 +465,7 @@ BAD_SAMPLE = [
     (
         {"method": "rk4"},
         ValueError,
-        "method must be one of 'euler', 'heun', 'dpmpp_2m', 'ab3', 'maruyama', 'ancestral', got 'rk4'",
+        "method must be one of 'euler', 'heun', 'dpmpp_2m', 'ab3', 'abm3', 'maruyama', 'ancestral', got 'rk4'",
     ),
     ({"churn": 0.5}, ValueError, "churn must be left at 1 unless method is 'maruyama', got 0.5 for 'euler'"),
     ({"method": "maruyama", "churn": -0.5}, ValueError, "churn must be finite and >= 0, got -0.5"),

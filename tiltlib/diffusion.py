@@ -14,13 +14,15 @@ With D = y + s^2 score(y, s), the mean of x_0 given y, and lambda = -log s, the 
     "heun"        trapezoid rule for dy/ds = -s score, first guess by "euler"           2     no     2     EDM
     "dpmpp_2m"    "euler" with D extrapolated linearly to lambda + h/2                  1     no     2     DPM++(2M)
     "ab3"         exact integral of the parabola in lambda through the last three D     1     no     3     DEIS
+    "abm3"        "ab3", then again with the parabola through its D and the last two    1     no     3     UniPC
     "maruyama"    y + (1 + c^2)/2 (s^2 - s'^2) score + c sqrt(s^2 - s'^2) eps           1     yes    1     reverse SDE
     "ancestral"   D + (s'/s)^2 (y - D) + s' sqrt(1 - s'^2/s^2) eps                      1     yes    1     DDPM
 
 where order is that of the Wasserstein distance in 1/n, for a smooth target on levels that stay above 0. "maruyama" has
 the noise factor c = `churn`: at 1 it is the reverse SDE, at 0 the probability-flow ODE in the clock s^2. A sampler has
 to start from the law at its first level; started elsewhere, an ODE keeps the error. The first step of "ab3" is "euler":
-it leaves an error of order 2, times the squared ratio of the spread of x_0 to the first level, which is small.
+it leaves an error of order 2, times the squared ratio of the spread of x_0 to the first level, which is small. "abm3"
+corrects each step but the last with the D at its end, which the next step needs anyway, and leaves no such error.
 
 Points come back in the dtype that came in, whatever dtype the score returns; half precision is carried in float32, so
 that small steps are not lost, and the score sees the dtype that came in. No points (n = 0) are no points.
@@ -63,8 +65,8 @@ Network = Callable[[Tensor, Tensor], Tensor]
 # step(score, y, s, s_next, generator): the points at the next level.
 Step = Callable[[Score, Tensor, float, float, Generator | None], Tensor]
 
-_ORDERS = {"euler": 1, "dpmpp_2m": 2, "ab3": 3}
-_METHODS = ("euler", "heun", "dpmpp_2m", "ab3", "maruyama", "ancestral")
+_ORDERS = {"euler": 1, "dpmpp_2m": 2, "ab3": 3, "abm3": 3}
+_METHODS = ("euler", "heun", "dpmpp_2m", "ab3", "abm3", "maruyama", "ancestral")
 # A parabola multiplies errors of D by 11/3 on a fine even grid, by up to 7 where steps are long, by more where they
 # grow: past 5 for a growth of 1.2 per step. Below 16 steps of `karras` it helps on some targets and harms on others.
 # A line does so by 1 + h / h1, which has no bound where the last level is tiny: past 5, a step 4 times the one before,
@@ -552,6 +554,18 @@ def _extrapolated(past: list[tuple[float, Tensor]], s_next: float, order: int) -
     return d + h / 2 * slope
 
 
+def _interpolated(past: list[tuple[float, Tensor]], s_next: float, d_next: Tensor) -> Tensor:
+    """Average D over the step as `_extrapolated` does, now that its value at the end is known."""
+    (s, d), *older = past
+    h = math.log(s / s_next)
+    m1, slope = h / -math.expm1(-h) - 1, (d_next - d) / h
+    if not older or not h < (_LIMIT - 1) * (h1 := math.log(older[0][0] / s)):
+        return d + m1 * slope
+    bend = h**2 / -math.expm1(-h) - 2 * m1 - h * m1  # the average of x (x - h)
+    change = (slope - (d - older[0][1]) / h1) / (h + h1)
+    return d + m1 * slope + bend * change
+
+
 def sample(
     score: Score,
     y: Tensor,
@@ -566,15 +580,15 @@ def sample(
     The table at the top of the module gives one step of each method. A step to level 0 is the "euler" step, y' = D, for
     every deterministic method. "ab3" starts with an "euler" and a "dpmpp_2m" step, and falls back to "dpmpp_2m"
     for runs of fewer than 16 steps and wherever levels are too uneven for a parabola. Both take an "euler" step where
-    log s falls 4 times as far as in the step before, as to a last level next to 0. Differentiable in `y` and in what
-    `score` depends on.
+    log s falls 4 times as far as in the step before, as to a last level next to 0. So does "abm3" before it corrects,
+    by a straight line there and in the first step. Differentiable in `y` and in what `score` depends on.
 
     Args:
         score: Score function (y, s) of the law to sample.
         y: Points drawn from the law at the first level, shape (n, ...).
         levels: Levels of noise, >= 0 and strictly decreasing, shape (steps + 1,).
-        method: One of "euler", "heun", "dpmpp_2m", "ab3", "maruyama", "ancestral", or a function `step(score, y, s,
-            s_next, generator)` that returns the points at the next level.
+        method: One of "euler", "heun", "dpmpp_2m", "ab3", "abm3", "maruyama", "ancestral", or a function `step(score,
+            y, s, s_next, generator)` that returns the points at the next level.
         churn: Noise factor of "maruyama", >= 0. Other methods have none.
         generator: Source of randomness, on the device of `y`; required where noise is drawn.
 
@@ -593,7 +607,8 @@ def sample(
         >>> round(sample(score, start, levels, method="heun").item(), 2)  # 80 is the quantile of 1
         1.0
 
-    Source: [song2021ddim], [karras2022], [lu2022dpmpp], [zhang2023deis], [ho2020]; book, `sampler-order`.
+    Source: [song2021ddim], [karras2022], [lu2022dpmpp], [zhang2023deis], [zhao2023unipc], [ho2020]; book,
+        `sampler-order`.
     """
     with _checks.together():
         numbers = _checks.levels("levels", levels)
@@ -613,9 +628,15 @@ def sample(
             continue
         with _checks.together():  # one wait a step: a score that is not finite is refused before the next
             if method in _ORDERS:
-                past = [(s, denoised(score, y, s)), *past[:2]]
-                order = 2 if method == "ab3" and len(numbers) - 1 < _FEW else _ORDERS[method]
-                y = y * (s_next / s) + (1 - s_next / s) * _extrapolated(past, s_next, order)
+                if method != "abm3" or not past:
+                    past = [(s, denoised(score, y, s)), *past[:2]]
+                order = 2 if len(numbers) - 1 < _FEW and _ORDERS[method] == 3 else _ORDERS[method]
+                end = y * (s_next / s) + (1 - s_next / s) * _extrapolated(past, s_next, order)
+                if method == "abm3" and s_next != numbers[-1]:
+                    d_next = denoised(score, end, s_next)
+                    end = y * (s_next / s) + (1 - s_next / s) * _interpolated(past, s_next, d_next)
+                    past = [(s_next, d_next), *past[:2]]
+                y = end
             elif method == "heun":
                 slope = -s * evaluate(score, y, s)
                 guess = y + (s_next - s) * slope
