@@ -69,8 +69,8 @@ def search(cdf: Tensor, u: Tensor) -> Tensor:
 def search_rows(cdf: Tensor, rows: Tensor, u: Tensor) -> Tensor:
     """Find the first sum that lies above each number, each in its own row of a table.
 
-    The same as `torch.searchsorted(cdf[rows], u[..., None], right=True)`; many numbers are searched for by bisections of
-    the table itself, as a copy of a row for each number would cost more than the search.
+    The same as `torch.searchsorted(cdf[rows], u[:, None], right=True)[:, 0]`. Many numbers are found by bisections
+    of the table itself, as a copy of a row for each number would cost more than the search.
 
     Args:
         cdf: Sums that end at 1, float64, shape (R, K).
