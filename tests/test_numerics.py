@@ -34,6 +34,21 @@ def test_a_cdf_ends_at_1_and_stands_still_where_there_is_no_mass():
     assert _numerics.cdf(torch.full((10,), 0.1, dtype=F64).log())[-1] == 1
 
 
+@pytest.mark.parametrize("k", [1, 2, 6, 8, 27])
+@pytest.mark.parametrize("n", [100, 5000])
+def test_a_search_in_rows_of_a_table_finds_what_one_in_copies_does(k, n):
+    g = torch.Generator().manual_seed(k)
+    logits = 3 * torch.randn(9, k, generator=g, dtype=F64)
+    logits[::2, : k // 2] = -torch.inf  # sums of 0 at the start, sums that repeat
+    logits[1::2, k - k // 2 :] = -torch.inf  # sums of 1 before the last
+    cdf = _numerics.cdf(logits.log_softmax(-1))
+    rows, u = torch.randint(9, (n,), generator=g), torch.rand(n, generator=g, dtype=F64)
+    u[:50] = cdf[rows[:50], k // 2].clamp(max=1 - 2**-53)  # on a sum
+    u[50], u[51] = 0, 1 - 2**-53
+    expected = torch.searchsorted(cdf[rows], u[:, None], right=True)[:, 0]
+    assert torch.equal(_numerics.search_rows(cdf, rows, u), expected)
+
+
 @pytest.mark.parametrize("k", [32, 100, 2**16, 2**16 + 7])
 def test_a_search_for_many_numbers_finds_what_a_bisection_does(k, monkeypatch):
     g = torch.Generator().manual_seed(0)

@@ -87,6 +87,28 @@ def search(cdf: Tensor, u: Tensor) -> Tensor:
     return found
 
 
+def search_rows(cdf: Tensor, rows: Tensor, u: Tensor) -> Tensor:
+    """Find the first sum that lies above each number, each in its own row of a table.
+
+    The same as `torch.searchsorted(cdf[rows], u[:, None], right=True)[:, 0]`. Many numbers are found by bisections
+    of the table itself, as a copy of a row for each number would cost more than the search.
+
+    Args:
+        cdf: Sums that end at 1, float64, shape (R, K).
+        rows: Row of each number, int64, shape (n,).
+        u: Numbers in [0, 1), float64, shape (n,).
+    """
+    k = cdf.shape[-1]
+    if rows.numel() < 2**12:
+        return torch.searchsorted(cdf[rows], u.unsqueeze(-1), right=True).squeeze(-1)
+    flat, begin = cdf.flatten(), rows * k - 1
+    found = torch.zeros_like(rows)  # so many sums are known to be at most u
+    for j in reversed(range(k.bit_length())):
+        seen = flat.index_select(0, (found + 2**j).clamp_(max=k).add_(begin))
+        found.add_(seen <= u, alpha=2**j)  # never past the last sum, which is 1
+    return found
+
+
 def normal(like: Tensor, generator: Generator) -> Tensor:
     """Draw standard normal numbers of the shape and on the device of a tensor, by inverting their CDF in float64."""
     u = torch.rand(like.shape, generator=generator, device=like.device, dtype=torch.float64)

@@ -536,8 +536,9 @@ class MarkovChain(AutoregressiveModel[State]):
         whole = contexts.numel() > self._v**self.order
         with _checks.trusted():  # a state is what `begin`, `append` and `take` made
             cdf = _numerics.cdf(self.table(step) if whole else self.rows(step, contexts))
-        cdf = cdf[contexts] if whole else cdf
         u = torch.rand((*contexts.shape, 1), generator=generator, device=cdf.device, dtype=torch.float64)
+        if whole:
+            return _numerics.search_rows(cdf, contexts, u.squeeze(-1))
         return torch.searchsorted(cdf, u, right=True).squeeze(-1)
 
     def next_contexts(self, contexts: Tensor, tokens: Tensor) -> Tensor:
