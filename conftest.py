@@ -25,6 +25,8 @@ CACHE = ROOT / "_build/.jupyter_cache"
 RICH = ("text/html", "image/svg+xml", "application/javascript", "text/latex")
 WARNING = re.compile(r"\b\w*Warning: ")
 STDERR = "what the cell wrote to stderr"
+# Under a name with underscores, which no notebook uses and which is not looked at.
+APART = f"__import__('sys').path.append({EXT!r}); import apart as __apart__"
 
 
 def pytest_configure(config):
@@ -61,16 +63,13 @@ class NotebookRuns:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
-        apart = type(item).__name__ == "IPyNbCell" and CHECK in item.cell.metadata.get("tags", [])
-        if apart:
-            run_aside(
-                item.parent.kernel, f"import sys; sys.path.append({EXT!r}); import apart; apart.before(globals())"
-            )
-            try:
-                return (yield)
-            finally:
-                run_aside(item.parent.kernel, "apart.after(globals())")
-        return (yield)
+        if type(item).__name__ != "IPyNbCell" or CHECK not in item.cell.metadata.get("tags", []):
+            return (yield)
+        run_aside(item.parent.kernel, f"{APART}; __apart__.before(globals())")
+        try:
+            return (yield)
+        finally:
+            run_aside(item.parent.kernel, "__apart__.after(globals())")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):

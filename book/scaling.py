@@ -13,7 +13,7 @@ from tiltlib import categorical, distributed, resampling, selection, verify, wei
 
 P = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
 REWARDS = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-BETA, N, SHARDS, ROWS = 1.0, 12, 4, 300_000
+BETA, N, SHARDS, ROWS = 1.0, 12, 4, 210_000
 LAWS = {
     "soft": selection.soft_best_of_n_law,
     "exponential": selection.exponential_best_of_n_law,

@@ -183,6 +183,15 @@ CUT = r"""() => {
     const past = Math.max(e.getBoundingClientRect().right - edge, e.scrollWidth - e.clientWidth - 2, 0);
     if (past > 0) bad.push(`on paper ${Math.round(past)} px are cut: ${e.outerHTML.slice(0, 80)}`);
   }
+  // A box that is not divided moves to the next sheet whole, or leaves its empty frame on this one.
+  for (const e of document.querySelectorAll("article :is(.cell_input pre, .pst-scrollable-table-container table)")) {
+    if (!e.checkVisibility() || e.closest(".proof, .exercise, figure")) continue;
+    for (let n = e; n.tagName !== "ARTICLE"; n = n.parentElement) {
+      const { display, overflowY, breakInside } = getComputedStyle(n);
+      if (/flex|grid/.test(display) || overflowY !== "visible" || breakInside === "avoid")
+        bad.push(`on paper not divided: ${n.className || n.tagName} around ${e.textContent.trim().slice(0, 40)}`);
+    }
+  }
   return bad;
 }"""
 

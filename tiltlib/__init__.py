@@ -9,8 +9,8 @@ returned has the dtype of the input, rounded once; where that dtype cannot hold 
 or the object is float64 by nature (a Markov chain, evidence), the docstring says so. Half precision is welcome as
 input: its results are those of float64 on the same numbers, to the digits that it has.
 
-A module imports only from the rows above it, and from `_checks` and `_numerics`. A module that needs an optional
-package is imported by no other.
+A module imports only from the rows above it, and from `_checks` and `_numerics`. A module that needs more than torch,
+numpy and scipy is imported by no other.
 
 ==============  ======================================================  ================================================
 module          holds                                                   needs

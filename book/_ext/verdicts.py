@@ -33,7 +33,7 @@ ALSO = "Also, the statement at work; no evidence for it"
 CLAIMS = "book/claims/"
 
 # Tags of cells. A check cell says why one may believe a statement: it is folded behind the statement's proof, and what
-# one reads runs without it. A lesson is the one check of a chapter that is left open and talked through.
+# one reads runs without it. A lesson is a check that is left open and talked through, one in a chapter at most.
 CHECK = "check"
 LESSON = "lesson"
 EXERCISE = "exercise"

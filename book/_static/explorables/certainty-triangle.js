@@ -92,6 +92,7 @@
     const disc = (color) => `<circle cx="13" cy="7" r="6" fill="${color}" ${INK}/>`;
     root.querySelector(".bk-key").innerHTML = key(disc(GREEN), "<i>p</i>, the reference: drag it")
       + key(disc(BLUE), "a start: drag it") + key(diamond([13, 7], ORANGE), "the best law") + key(diamond([13, 7], "none"), "the worst")
+      + key(line(0, 7, 26, 7, START), "dashed: borders between the corners (left), <i>b</i> = 1 (right)")
       + (trained.length ? key(dot(13, 7), "trained from <i>p</i>") : "");
     return (width, height, panels) => {
       const B = getB(), side = Math.min(width - 60, (height - 46) / SIDE), left = (width - side) / 2, floor = height - 26;
