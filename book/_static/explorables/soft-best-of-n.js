@@ -12,7 +12,7 @@
     const rules = [ // name, law, fill of a bar, line of a curve, and where its name stands: index of a size, below or above
       ["soft", (m, b) => softBestOfN(p, r, m, b), SOFT, CURVE, 20, -6],
       ["noise", (m, b) => exponentialBestOfN(p, r, m, b), NOISE, `stroke="${GREEN}" stroke-width="2.5"`, 8, 14],
-      ["best", (m) => bestOfN(p, r, m), HARD, 'stroke="currentColor" stroke-width="2.5" opacity="0.4"', 24, -8],
+      ["best", (m) => bestOfN(p, r, m), HARD, 'stroke="#999999" stroke-width="2.5"', 24, -8],
     ];
     return (width, height, panels) => {
       const N = getN(), b = getBeta(), goal = tilt(p, r, b), laws = rules.map(([, law]) => law(N, b));
