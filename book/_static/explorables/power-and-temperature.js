@@ -3,12 +3,12 @@
   const { sum, totalVariation, PAD, TOP, START, CURVE, SOFT, NOISE, DASH, control, decades } = bookjs;
   const { scale, text, power, curve, svg, axes, below, point, line, key, bar, digits } = bookjs;
 
-  // All strings of a chain of two symbols and their probabilities: `first` is that of a first `a`, stay = [p(a|a), p(b|b)].
+  // All strings of a chain of two symbols and their probabilities: `first` is that of a first `0`, stay = [p(0|0), p(1|1)].
   const names = (length) => Array.from({ length: 2 ** length }, (_, i) =>
-    Array.from({ length }, (_, t) => "ab"[(i >> (length - 1 - t)) & 1]).join(""));
+    Array.from({ length }, (_, t) => "01"[(i >> (length - 1 - t)) & 1]).join(""));
   const chance = (name, first, stay) => [...name].reduce((so_far, symbol, t) => {
-    const before = name[t - 1], again = stay["ab".indexOf(before)];
-    const p = t === 0 ? (symbol === "a" ? first : 1 - first) : symbol === before ? again : 1 - again;
+    const before = name[t - 1], again = stay["01".indexOf(before)];
+    const p = t === 0 ? (symbol === "0" ? first : 1 - first) : symbol === before ? again : 1 - again;
     return so_far * p;
   }, 1);
   const stringLaw = (length, first, stay) => names(length).map((name) => chance(name, first, stay));
@@ -25,8 +25,8 @@
     const exponents = [...new Set([0.25, 0.32, 0.4, 0.5, 0.63, 0.8, ...decades(0, 1).filter((x) => x < 8), 8, 12, 16, 32, 50])];
     const shares = Array.from({ length: 19 }, (_, i) => +(0.05 * (i + 1)).toFixed(2));
     const getA = control(root, "a", "power", exponents, a);
-    const getX = control(root, "p(a|a)", "", shares, stay[0]);
-    const getZ = control(root, "p(b|b)", "", shares, stay[1]);
+    const getX = control(root, "p(0|0)", "", shares, stay[0]);
+    const getZ = control(root, "p(1|1)", "", shares, stay[1]);
     root.querySelector(".bk-key").innerHTML = key(bar(SOFT), "power law <i>p<sup>a</sup></i>")
       + key(bar(NOISE), "token temperature 1/<i>a</i>") + key(DASH, "<i>p</i>, the reference");
     const strings = names(length);
@@ -53,8 +53,8 @@
         + [[0.25, "¼"], [1, 1], [4, 4], [16, 16], [50, 50]].map(([v, s]) => text(at(Math.log(v)), height - PAD + 16, s)).join("")
         + [0, 0.5, 1].map((v) => text(PAD - 6, y(v) + 4, v, "end")).join("")
         + curve(along.map((b) => [at(Math.log(b)), y(far(b))]), CURVE) + point([at(Math.log(now)), y(far(now))]));
-      const begin = (law) => digits(sum(law.filter((_, k) => strings[k][0] === "b")));
-      return `<i>a</i> = ${now}: TV = ${digits(far(now))} &emsp; first symbol <i>b</i>: power law ${begin(laws[0])}, `
+      const begin = (law) => digits(sum(law.filter((_, k) => strings[k][0] === "1")));
+      return `<i>a</i> = ${now}: TV = ${digits(far(now))} &emsp; first symbol 1: power law ${begin(laws[0])}, `
         + `token temperature ${begin(laws[1])}, <i>p</i> ${begin(p)}`;
     };
   });
