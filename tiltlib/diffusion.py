@@ -529,6 +529,11 @@ def posterior_transition(score: Score, y: Tensor, s: float, s_next: float) -> Tr
         return Transition((mean + kept * (wide - mean)).to(y.dtype), s_next * math.sqrt(1 - kept))
 
 
+def _toward(mean: Tensor, y: Tensor, s: float, s_next: float) -> Tensor:
+    """Go a step with D averaged over it."""
+    return y * (s_next / s) + (1 - s_next / s) * mean
+
+
 def _extrapolated(past: list[tuple[float, Tensor]], s_next: float, order: int) -> Tensor:
     """Average D over the step, from its last values, newest first: y' = (s'/s) y + (1 - s'/s) average.
 
@@ -631,10 +636,10 @@ def sample(
                 if method != "abm3" or not past:
                     past = [(s, denoised(score, y, s)), *past[:2]]
                 order = 2 if len(numbers) - 1 < _FEW and _ORDERS[method] == 3 else _ORDERS[method]
-                end = y * (s_next / s) + (1 - s_next / s) * _extrapolated(past, s_next, order)
+                end = _toward(_extrapolated(past, s_next, order), y, s, s_next)
                 if method == "abm3" and s_next != numbers[-1]:
                     d_next = denoised(score, end, s_next)
-                    end = y * (s_next / s) + (1 - s_next / s) * _interpolated(past, s_next, d_next)
+                    end = _toward(_interpolated(past, s_next, d_next), y, s, s_next)
                     past = [(s_next, d_next), *past[:2]]
                 y = end
             elif method == "heun":
