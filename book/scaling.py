@@ -4,6 +4,7 @@ python scaling.py
 torchrun --nproc-per-node 4 scaling.py
 """
 
+import math
 import os
 import sys
 
@@ -154,6 +155,39 @@ def add_up():
     verify.falsify(check, 1.05 * got, claim=f"{claim}!statistics*1.05")
 
 
+def log_wealth(shards, u, delta):
+    """Each shard has a gambler of its own; their wealths multiply."""
+    total, n = 0.0, shards.numel()
+    for x in shards:
+        t = torch.arange(2, len(x) + 2)
+        mean = (0.5 + x.cumsum(0)) / t
+        spread = (0.25 + (x - mean).square().cumsum(0)) / t
+        earlier = torch.cat([x.new_tensor([0.25]), spread[:-1]])
+        bets = (2 * math.log(1 / delta) / (n * earlier)).sqrt()
+        total += (-bets.clamp(max=0.75 / (1 - u)) * (x - u)).log1p().sum()
+    return total
+
+
+def certify():
+    claim, delta = "merged-certificate.ranks", 1e-8
+    q = torch.tensor([0.48, 0.31, 0.21], dtype=torch.float64).log()
+    g = verify.rng(claim)
+    y = categorical.sample(q.expand(SHARDS, -1), 20_000, generator=g)
+    x = (1 - (P - q).exp()).clamp(min=0)[y]
+    bound = distributed.tv_upper_bound(share(x, 0), delta=delta)
+    alone = [verify.tv_upper_bound(row, delta=delta / SHARDS) for row in x]
+    check = lambda u: verify.exact(
+        log_wealth(x, u, delta), math.log(1 / delta), 1e-9, claim=claim
+    )
+    verify.report(check(bound))
+    for slug, wrong in {
+        "bound*1.05": 1.05 * bound,
+        "average-of-bounds": sum(alone) / SHARDS,
+        "smallest-bound": min(alone),
+    }.items():
+        verify.falsify(check, wrong, claim=f"{claim}!{slug}")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if "RANK" in os.environ:  # torchrun has started this process
@@ -165,5 +199,6 @@ if __name__ == "__main__":
     ties()
     resample()
     add_up()
+    certify()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -744,6 +744,7 @@ example("distributed.weight_stats", lambda m, call: call(m(WITH_EXCLUDED, rows=T
 example("distributed.beta_for_ess", lambda m, call: call(m(POOL, rows=True), 0.6, group=None))
 example("distributed.average_curves", lambda m, call: call(m(numbers(5, 3)), m(numbers(5, 3)), group=None))
 example("distributed.add_counts", lambda m, call: call(m(OUTCOMES), group=None))
+example("distributed.tv_upper_bound", lambda m, call: call(m(numbers(3, 4).abs().clamp(max=1)), delta=1e-3, group=None))
 example("distributed.shards", lambda m, call: call("a", 2, 5, group=None, then=tuple))
 example(
     "distributed.systematic",

@@ -141,6 +141,12 @@ def weights_of_all() -> Tensor:
     return x
 
 
+def certified() -> Tensor:
+    """Values in [0, 1] whose spread differs between shards."""
+    x = torch.rand(4, 500, generator=verify.rng("ranks-certified"), dtype=F64)
+    return x * torch.tensor([[0.1], [0.5], [1.0], [0.01]])
+
+
 def work() -> dict[str, Any]:
     (rank, size), found = place(), {}
     for rule in distributed.RULES:
@@ -180,6 +186,8 @@ def work() -> dict[str, Any]:
     own = curves.tensor_split({1: [], 2: [7], 4: [2, 2, 3]}[size])[rank]
     found["curves"] = distributed.average_curves(own, own.square())
     found["counts"] = distributed.add_counts(torch.tensor([2**60 + rank, 0, 3]) // size)
+    found["certificate"] = distributed.tv_upper_bound(mine(certified(), 0), delta=1e-3)
+    found["uneven certificate"] = distributed.tv_upper_bound(certified()[0].tensor_split([7] * (size - 1))[rank])
     if size == 4:  # some ranks among themselves
         pair = dist.new_group([1, 3])
         try:
@@ -252,6 +260,11 @@ def mistakes() -> dict[str, Any]:
         "no curves": lambda: distributed.average_curves(y[:0], y[:0]),
         "counts": lambda: distributed.add_counts(torch.tensor([1, 2, 3][: 3 - last])),
         "negative": lambda: distributed.add_counts(torch.tensor([1, 2 - 3 * last])),
+        "delta": lambda: distributed.tv_upper_bound(y, delta=1e-3 if last else 1e-2),
+        "delta of 1": lambda: distributed.tv_upper_bound(y, delta=1.0 if last else 0.5),
+        "value": lambda: distributed.tv_upper_bound(y - last * 0.1),
+        "values elsewhere": lambda: distributed.tv_upper_bound(far if last else y),
+        "no values": lambda: distributed.tv_upper_bound(y[:0]),
         "shards": lambda: distributed.shards("mistakes", 5, 4),
         "shards differ": lambda: distributed.shards("mistakes", 4, 4 + last),
         "places": lambda: distributed.systematic(y[:, : 3 - last], generator=g),

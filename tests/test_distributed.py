@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,53 @@ def test_counts_add_exactly(size):
     assert [found["counts"].tolist() for found in work(size)] == size * [[total, 0, 3 // size * size]]
 
 
+def log_wealth(shards: Sequence[Tensor], mean: float, delta: float) -> float:
+    """The product of the wealths of gamblers who each see one shard, bet by bet."""
+    log_wealth, n = 0.0, sum(len(shard) for shard in shards)
+    for shard in shards:
+        total, squares, variance = 0.0, 0.0, 0.25
+        for t, value in enumerate(shard.tolist(), 1):
+            bet = min(math.sqrt(2 * math.log(1 / delta) / (n * variance)), 0.75 / (1 - mean))
+            log_wealth += math.log1p(-bet * (value - mean))
+            total += value
+            squares += (value - (0.5 + total) / (t + 1)) ** 2
+            variance = (0.25 + squares) / (t + 1)
+    return log_wealth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, *SIZES])
+def test_wealths_multiply_over_shards_on_any_number_of_ranks(size):
+    x, (first, *others) = ranks.certified(), [found["certificate"] for found in work(size)]
+    assert log_wealth(x, first, 1e-3) == pytest.approx(math.log(1e3), rel=1e-9)
+    assert all(other == first for other in others)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+def test_a_certificate_where_ranks_hold_unequal_shares(size):
+    """The first has 7 values, the last all others, and of four ranks two have none."""
+    first, *others = (found["uneven certificate"] for found in work(size))
+    x = ranks.certified()[0]
+    assert log_wealth([x[:7], x[7:]], first, 1e-8) == pytest.approx(math.log(1e8), rel=1e-9)
+    assert all(other == first for other in others)
+
+
+def test_a_certificate_of_one_shard_is_that_of_verify(rng):
+    for x in (torch.rand(300, generator=rng), torch.zeros(50), torch.ones(3), torch.tensor(0.25)):
+        assert distributed.tv_upper_bound(x) == pytest.approx(verify.tv_upper_bound(x), rel=1e-12)
+
+
+def test_joined_wealth_certifies_more_than_joined_bounds(rng):
+    """A twentieth of values are 1: the margin of all, and of the average of eight bounds that share one delta."""
+    x = (torch.rand(8, 2000, generator=rng) < 0.05).double()
+    whole = distributed.tv_upper_bound(x) - x.mean().item()
+    average = sum(distributed.tv_upper_bound(shard, delta=1e-8 / 8) for shard in x) / 8 - x.mean().item()
+    one = verify.tv_upper_bound(x.flatten()) - x.mean().item()
+    assert one <= whole < 1.1 * one  # that each gambler learns the spread by himself costs little
+    assert average > math.sqrt(8) * one
+
+
 def test_added_e_values_lose_evidence(rng):
     """The same draws, of a law 10 % off, judged by their counts and by the E-values of four shards."""
     p, wrong = torch.tensor([0.5, 0.3, 0.2]).double().log(), torch.tensor([0.45, 0.33, 0.22]).double().log()
@@ -376,6 +424,11 @@ MISTAKES = {
     "no curves": (ValueError, "curves must hold at least one curve on some rank, got none"),
     "counts": (ValueError, "shape of counts must be the same on all ranks, got [3] on rank 0 and [2] on rank {last}"),
     "negative": (RankFailed, "rank {last} of {size}: ValueError: counts must be >= 0, got -1"),
+    "delta": (ValueError, "delta must be the same on all ranks, got 0.01 on rank 0 and 0.001 on rank {last}"),
+    "delta of 1": (RankFailed, "rank {last} of {size}: ValueError: delta must lie strictly between 0 and 1, got 1.0"),
+    "value": (RankFailed, "rank {last} of {size}: ValueError: x must lie in [0, 1], got -0.1"),
+    "values elsewhere": (RankFailed, "x must be on a device that the backend of the group can send from"),
+    "no values": (ValueError, "x must hold at least one value on some rank, got none"),
     "shards": (RankFailed, "number must be at most the number of candidates, 4, got 5 shards"),
     "shards differ": (ValueError, "n must be the same on all ranks, got 4 on rank 0 and 5 on rank {last}"),
     "places": (ValueError, "shape of log_weights must be the same on all ranks, got [2, 3] on rank 0 and [2, 2]"),

@@ -1,5 +1,6 @@
-"""Arithmetic that several modules share: numbers of 64 bits, division after shifting, CDFs, normal draws."""
+"""Arithmetic that several modules share: numbers of 64 bits, division after shifting, CDFs, normal draws, bets."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -107,6 +108,25 @@ def search_rows(cdf: Tensor, rows: Tensor, u: Tensor) -> Tensor:
         seen = flat.index_select(0, (found + 2**j).clamp_(max=k).add_(begin))
         found.add_(seen <= u, alpha=2**j)  # never past the last sum, which is 1
     return found
+
+
+def bets(x: Tensor, n: int, delta: float) -> Tensor:
+    """Choose the bets on values in [0, 1], shape (..., k), of n in all: each from the variance of those before it.
+
+    Source: [waudbysmith2024]; as `verify.tv_upper_bound`, which judges this library and so computes by itself.
+    """
+    count = torch.arange(2, x.shape[-1] + 2, device=x.device)
+    mean = (0.5 + x.cumsum(-1)) / count
+    variance = (0.25 + (x - mean).square().cumsum(-1)) / count
+    variance = torch.cat([torch.full_like(x[..., :1], 0.25), variance[..., :-1]], -1)
+    return (2 * math.log(1 / delta) / (n * variance)).sqrt()
+
+
+def log_wealth(x: Tensor, bet: Tensor, mean: Tensor) -> Tensor:
+    """Add up the log wealth of who bets that values, shape (..., k), lie below a mean on average, shape (...)."""
+    u = mean[..., None]
+    # A bet of at most .75 / (1 - u) keeps every factor >= 1/4; at u = 1 any bet does.
+    return torch.log1p(-torch.minimum(bet, 0.75 / (1 - u).clamp(min=1e-12)) * (x - u)).sum(-1)
 
 
 def normal(like: Tensor, generator: Generator) -> Tensor:

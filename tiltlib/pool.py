@@ -632,19 +632,11 @@ def _enclosed(x: Tensor, low: float, high: float, delta: float) -> Tensor:
 
 def _upper(x: Tensor, delta: float) -> Tensor:
     """Bound the mean of values in [0, 1], shape (..., shuffles, k), from above."""
-    k = x.shape[-1]
-    count = torch.arange(2, k + 2, device=x.device)
-    mean = (0.5 + x.cumsum(-1)) / count
-    variance = (0.25 + (x - mean).square().cumsum(-1)) / count
-    variance = torch.cat([torch.full_like(x[..., :1], 0.25), variance[..., :-1]], -1)  # what earlier values say
-    bet = (2 * math.log(1 / delta) / (k * variance)).sqrt()
+    bet = _numerics.bets(x, x.shape[-1], delta)
     below, above = torch.zeros_like(x[..., 0, 0]), torch.ones_like(x[..., 0, 0])
     for _ in range(54):  # wealth grows with the mean that is bet against
         middle = (below + above) / 2
-        u = middle[..., None, None]
-        # A bet of at most .75 / (1 - u) keeps every factor >= 1/4.
-        factors = torch.log1p(-torch.minimum(bet, 0.75 / (1 - u).clamp(min=1e-12)) * (x - u))
-        log_wealth = factors.sum(-1).logsumexp(-1) - math.log(x.shape[-2])
+        log_wealth = _numerics.log_wealth(x, bet, middle[..., None]).logsumexp(-1) - math.log(x.shape[-2])
         refuted = log_wealth >= math.log(1 / delta)
         below, above = torch.where(refuted, below, middle), torch.where(refuted, middle, above)
     return above
