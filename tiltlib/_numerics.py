@@ -113,7 +113,9 @@ def search_rows(cdf: Tensor, rows: Tensor, u: Tensor) -> Tensor:
 def bets(x: Tensor, n: int, delta: float) -> Tensor:
     """Choose the bets on values in [0, 1], shape (..., k), of n in all: each from the variance of those before it.
 
-    Source: [waudbysmith2024]; as `verify.tv_upper_bound`, which judges this library and so computes by itself.
+    They are those of `verify.tv_upper_bound`, which judges this library and so computes by itself.
+
+    Source: [waudbysmith2024].
     """
     count = torch.arange(2, x.shape[-1] + 2, device=x.device)
     mean = (0.5 + x.cumsum(-1)) / count
