@@ -160,6 +160,15 @@ def test_slider_limits():
         figures.slider([fig] * 16, ["x"] * 16, "a")
     with pytest.raises(ValueError, match=r"labels must hold one label per figure \(2\), got 1"):
         figures.slider([fig] * 2, ["x"], "a")
+    for start in (-1, 2):
+        with pytest.raises(ValueError, match=f"start must be the index of a figure, 0 to 1, got {start}"):
+            figures.slider([fig] * 2, ["x", "y"], "a", start=start)
+
+
+def test_slider_starts_where_it_is_told():
+    html = figures.slider([drawn(), drawn(), drawn()], "abc", "alt", start=2).html
+    assert re.findall(r'<div class="bk-frame"( hidden)?>', html) == [" hidden", " hidden", ""]
+    assert 'value="2"' in html and 'aria-valuetext="c"' in html and "<output>c</output>" in html
 
 
 def test_slider_starts_at_its_first_frame_and_escapes_labels():

@@ -238,7 +238,7 @@ def move_sliders(page):
     bad = []
     for slider in page.query_selector_all("input[type=range]"):
         before = slider.evaluate(state)
-        slider.press("ArrowRight")
+        slider.press(slider.evaluate("e => e.value === e.max ? 'ArrowLeft' : 'ArrowRight'"))
         after = slider.evaluate(state)
         if before[0] == after[0] or before[1] == after[1]:
             bad.append(f"slider changes nothing: {before}")

@@ -150,23 +150,26 @@ def show(fig: Figure, alt: str, caption: str | None = None) -> Html:
     return Html(f'<figure class="bk-fig">{_svg(fig, alt)}{_caption(caption)}</figure>', f"[figure] {alt}")
 
 
-def slider(figs: Iterable[Figure], labels: Sequence[str], alt: str, caption: str | None = None) -> Html:
+def slider(
+    figs: Iterable[Figure], labels: Sequence[str], alt: str, caption: str | None = None, *, start: int = 0
+) -> Html:
     """Show one figure of several, chosen with a slider.
 
-    Works without any library, in the book and in a notebook. The first frame is what print and a browser without
-    scripts show, so let it carry the message. Give all frames one size and the same axis limits.
+    Works without any library, in the book and in a notebook. The frame it starts at is what print and a browser
+    without scripts show, so let it carry the message. Give all frames one size and the same axis limits.
 
     Args:
         figs: The frames, 1 to 15 figures.
         labels: What the slider says at each frame, for example `"N = 4"`.
         alt: What the frames say together; plain text, not empty.
         caption: Plain text below the picture, or None.
+        start: Index of the frame to start at, from 0.
 
     Returns:
         The slider; printed, it is `[slider]` and `alt`.
 
     Raises:
-        ValueError: `alt` is empty, no frame or more than 15, or not one label per frame.
+        ValueError: `alt` is empty, no frame or more than 15, not one label per frame, or no frame `start`.
         ImportError: matplotlib is not installed.
     """
     alt, figs = _alt(alt), list(figs)
@@ -174,15 +177,17 @@ def slider(figs: Iterable[Figure], labels: Sequence[str], alt: str, caption: str
         raise ValueError(f"figs must hold 1 to {MAX_FRAMES} figures, got {len(figs)}")
     if len(labels) != len(figs):
         raise ValueError(f"labels must hold one label per figure ({len(figs)}), got {len(labels)}")
+    if not 0 <= start < len(figs):
+        raise ValueError(f"start must be the index of a figure, 0 to {len(figs) - 1}, got {start}")
     labelled = zip(figs, labels, strict=True)
     frames = [
-        f'<div class="bk-frame"{" hidden" if i else ""}>{_svg(fig, f"{alt} ({label})")}</div>'
+        f'<div class="bk-frame"{"" if i == start else " hidden"}>{_svg(fig, f"{alt} ({label})")}</div>'
         for i, (fig, label) in enumerate(labelled)
     ]
     name = _unique("".join(frames))
-    first, texts = escape(labels[0]), json.dumps(list(labels)).replace("<", r"\u003c")
+    first, texts = escape(labels[start]), json.dumps(list(labels)).replace("<", r"\u003c")
     html = f"""<figure class="bk-fig bk-slider" id="{name}">{"".join(frames)}
-<p class="bk-control"><input type="range" min="0" max="{len(figs) - 1}" step="1" value="0" autocomplete="off"
+<p class="bk-control"><input type="range" min="0" max="{len(figs) - 1}" step="1" value="{start}" autocomplete="off"
  aria-label="{escape(alt)}" aria-valuetext="{first}"> <output>{first}</output></p>{_caption(caption)}
 <script>(() => {{
   const root = document.getElementById("{name}"), input = root.querySelector("input"), labels = {texts};
