@@ -122,6 +122,22 @@ def test_the_map_names_every_chapter_by_its_title():
     assert len(links) == len(named) and named == {Path(file).name: titles[file] for file in files}
 
 
+def test_a_link_to_a_statement_without_chapter_number_names_its_page():
+    """Such a page counts from 1, so that "Theorem 1" alone would be read as one of the page that has the link."""
+    parts = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))["parts"]
+    numbered = {chapter["file"] for part in parts if part.get("numbered") for chapter in part["chapters"]}
+    title_of = {s.label: page.title for page in PAGES if page.name not in numbered for s in page.statements}
+    own = {page.name: {s.label for s in page.statements} for page in PAGES}
+    assert title_of
+    bare = []
+    for page in PAGES:
+        for link in re.finditer(r".{0,30}\{prf:ref\}`([\w-]+)`.{0,30}", page.prose):
+            label = link[1]
+            if label in title_of and label not in own[page.name] and title_of[label] not in link[0]:
+                bare.append(f"{page.name}: {link[0]}")
+    nothing(bare)
+
+
 def test_launch_and_edit_links_lead_to_files_in_git():
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()

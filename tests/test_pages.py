@@ -51,6 +51,16 @@ def test_every_internal_link_leads_somewhere(files):
     assert not broken
 
 
+def test_the_statements_of_each_page_count_from_one(files):
+    """On a page without a chapter number too, where Sphinx would count on from the page before it."""
+    for page in CHAPTERS:
+        shown = (HTML / f"{page.name}.html").read_text(encoding="utf-8")
+        kinds = "Theorem|Proposition|Lemma|Corollary|Definition|Remark"  # one counter, see _config.yml
+        numbers = re.findall(rf'caption-number">(?:{kinds}) ([\d.]+) ', shown)
+        assert len(numbers) >= len(page.statements), page.name
+        assert [int(number.split(".")[-1]) for number in numbers] == [*range(1, len(numbers) + 1)], page.name
+
+
 def test_nothing_is_loaded_from_elsewhere(files):
     assert not [(name, url) for name, page in files.items() for url in page.loads if re.match("https?:|//", url)]
 

@@ -530,6 +530,15 @@ def read_names(app: Sphinx, env: BuildEnvironment, docnames: list[str] | None = 
     return [d for d in env.found_docs if d.startswith("book/reference/")] if stale else []
 
 
+def number_from_one(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    """Start the numbers of a page without a chapter number at 1: Sphinx counts on from the page before it."""
+    for kinds in env.toc_fignumbers.values():
+        for kind, numbers in kinds.items():
+            if all(len(number) == 1 for number in numbers.values()):
+                kinds[kind] = {node: (i,) for i, node in enumerate(numbers, 1)}
+    return []
+
+
 # --- the site ------------------------------------------------------------------------------------------------------
 
 
@@ -653,6 +662,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_post_transform(OnePreview)
     app.connect("config-inited", configure)
     app.connect("env-get-outdated", read_names)
+    app.connect("env-get-updated", number_from_one, priority=600)  # after Sphinx has numbered, at 500
     app.connect("source-read", note_run)
     app.connect("autodoc-process-docstring", process_docstring, priority=400)  # before napoleon, at 500
     app.connect("autodoc-skip-member", skip_fields)
