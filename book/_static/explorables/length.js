@@ -41,9 +41,9 @@
   bookjs.explorable("length", (root, { m = 40, beta = 1 }) => {
     const lengths = [5, 10, 20, 40, 80, 160], betas = [0.32, 0.4, 0.5, 0.63, 0.8, 1, 1.3, 1.6, 2, 2.5, 3.2, 4];
     const getM = control(root, "m", "tokens", lengths, m), getBeta = control(root, "β", "temperature", betas, beta);
-    const FAINT = 'stroke="currentColor" stroke-width="1.5" opacity="0.45"';
+    const FAINT = 'stroke="currentColor" stroke-width="1.5" opacity="0.45"', DOTS = `${FAINT} stroke-dasharray="1 3"`;
     root.querySelector(".bk-key").innerHTML = key(line(0, 7, 26, 7, CURVE), "soft best-of-N")
-      + key(line(0, 7, 26, 7, FAINT), "with 10 and 160 tokens") + key(DASH, "no rule gets below")
+      + key(line(0, 7, 26, 7, DOTS), "with 10 tokens") + key(line(0, 7, 26, 7, FAINT), "with 160") + key(DASH, "no rule gets below")
       + key(THICK, "Gaussian limit");
     return (width, height, panels) => {
       const M = getM(), b = getBeta(), one = tilt([0.5, 0.5], [0, 1], b), rate = kl(one, [0.5, 0.5]);
@@ -60,7 +60,7 @@
         + [0, 0.5, 1].map((v) => text(PAD - 6, y(v) + 4, v, "end")).join("")
         + [0, rate, far].map((u, i) => text(x(u), height - PAD + 16, +u.toPrecision(2), i === 2 ? "end" : "middle")).join("")
         + mark(rate, "KL", FAINT) + mark(second, "D₂", FAINT)
-        + [10, 160].map((k) => curve(path(k, distance(k)), FAINT)).join("")
+        + curve(path(10, distance(10)), DOTS) + curve(path(160, distance(160)), FAINT)
         + curve(path(M, (n) => leastDistance(p, goal, n)), START) + curve(path(M, tv), CURVE)
         + point([x(rate), y(tv(Math.exp(M * rate)))]));
 
