@@ -343,7 +343,7 @@ def test_the_explorable_of_grpo_follows_its_controls(visit):
         assert said() != before
         before = said()
     heights = [float(bar.get_attribute("height")) for bar in box.query_selector_all(".bk-panels > :first-child rect")]
-    G, beta = 12, 0.63
+    G, beta = 12, 1.3
     (pole,) = functions_of("grpo", "pole_law")
     law = pole(numbers([0.5, 0.3, 0.2]).log(), numbers([0, 1, 2]), beta / (1 - 1 / G)).exp()
     torch.testing.assert_close(numbers(heights) / sum(heights), law, rtol=1e-6, atol=1e-8)
@@ -430,7 +430,7 @@ def test_the_points_of_the_triangle_move_by_pointer_and_by_keys(visit):
     law = [float(x) for x in start.get_attribute("aria-valuetext").split(" = ")[1].split(",")]
     assert said() != before and min(law) >= 0.01 and sum(law) == pytest.approx(1) and law[1] > 0.9
     box.query_selector("input[type=range]").press("ArrowRight")
-    assert "b = 0.6" in said() and page.trouble == []
+    assert "b = 0.3" in said() and page.trouble == []
 
 
 EVEN = [1 / 8] * 8

@@ -84,7 +84,7 @@
   };
 
   bookjs.explorable("grpo", (root, { p = [0.5, 0.3, 0.2], rewards: r = [0, 1, 2], ...from }) => {
-    const { loss = "k₃, leave-one-out", size = 8, beta = 0.5 } = from;
+    const { loss = "k₃, leave-one-out", size = 8, beta = 1 } = from;
     const betas = decades(-1, 1).filter((b) => b >= 0.2 && b <= 5), best = r.indexOf(Math.max(...r));
     const getLoss = choice(root, "loss", Object.keys(LOSSES), loss);
     const getG = control(root, "G", "group size", [2, 3, 4, 6, 8, 12, 16, 32], size);
