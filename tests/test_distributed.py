@@ -263,6 +263,18 @@ def test_a_certificate_of_one_shard_is_that_of_verify(rng):
         assert distributed.tv_upper_bound(x) == pytest.approx(verify.tv_upper_bound(x), rel=1e-12)
 
 
+@pytest.mark.parametrize("mean", [0.2, 0.5, 0.9])
+def test_the_joined_bet_is_fair_whatever_the_shards(mean):
+    """The expected wealth at the true mean is 1, over all values that shards of 3, 1 and 4 can hold."""
+    x = torch.cartesian_prod(*8 * [torch.tensor([0.0, 1.0], dtype=F64)])
+    probability = (mean * x + (1 - mean) * (1 - x)).prod(-1)
+    shards = x.split([3, 1, 4], -1)
+    bet = [distributed._numerics.bets(shard, 8, 0.3) for shard in shards]
+    at = torch.full((len(x),), mean, dtype=F64)
+    log_wealth = sum(distributed._numerics.log_wealth(*each, at) for each in zip(shards, bet, strict=True))
+    assert (probability * log_wealth.exp()).sum().item() == pytest.approx(1, abs=1e-12)
+
+
 def test_joined_wealth_certifies_more_than_joined_bounds(rng):
     """A twentieth of values are 1: the margin of all, and of the average of eight bounds that share one delta."""
     x = (torch.rand(8, 2000, generator=rng) < 0.05).double()

@@ -279,6 +279,14 @@ def fraction(name: str, value: object, *, zero: bool) -> None:
         raise ValueError(f"{name} must lie in {'[' if zero else '('}0, 1], got {value!r}")
 
 
+def chance(name: str, value: object) -> None:
+    """Require a number strictly between 0 and 1."""
+    number(name, value)
+    assert isinstance(value, Real)
+    if not 0 < float(value) < 1:
+        raise ValueError(f"{name} must lie strictly between 0 and 1, got {value!r}")
+
+
 def positive_per_row(name: str, value: float | Tensor, batch: torch.Size) -> None:
     """Require a finite number > 0, or a tensor of such numbers that broadcasts against the batch dimensions."""
     if not isinstance(value, Tensor):

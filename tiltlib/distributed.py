@@ -614,9 +614,7 @@ def tv_upper_bound(x: Tensor, *, delta: float = 1e-8, group: Group = None) -> fl
     Source: [waudbysmith2024]; book, `merged-certificate`.
     """
     with together(group) as said:
-        _checks.number("delta", delta)
-        if not 0 < delta < 1:
-            raise ValueError(f"delta must lie strictly between 0 and 1, got {delta!r}")
+        _checks.chance("delta", delta)
         _on_backend("x", _checks.floating("x", x), group)
         _checks.probabilities("x", x)
         v = torch.atleast_1d(x.detach().double())

@@ -622,9 +622,7 @@ def _kept_means(log_w: Tensor, f: Tensor, rule: str) -> Tensor:
 
 def _enclosed(x: Tensor, low: float, high: float, delta: float) -> Tensor:
     """Enclose the mean of values of shape (..., shuffles, k), all shuffles of the same ones."""
-    _checks.number("delta", delta)
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must lie strictly between 0 and 1, got {delta!r}")
+    _checks.chance("delta", delta)
     scaled = ((x - low) / (high - low)).clamp(0, 1)
     ends = torch.stack([1 - _upper(1 - scaled, delta / 2), _upper(scaled, delta / 2)], -1)
     return low + (high - low) * ends
