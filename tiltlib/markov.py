@@ -736,11 +736,11 @@ class MarkovChain(AutoregressiveModel[State]):
                 largest = _finite(possible.detach().amax())
                 exponents = (possible - largest).div_(beta).add_(logps)
                 smallest = torch.where(possible > -math.inf, exponents, 0.0).detach().amin()
-                # From context (oldest x, between m) symbol a leads to context (m, a).
-                matrices = exponents.exp().view(v, -1, v).transpose(0, 1)
+                # From context (oldest x, between m) symbol a leads to context (m, a); every step reads all of this.
+                matrices = exponents.exp_().view(v, -1, v).permute(1, 2, 0).contiguous()
             positive = torch.where(value > 0, value, 1.0)
             lowest.append(smallest + positive.detach().amin().log())
-            value = torch.bmm(matrices, value.view(-1, v, 1)).squeeze(-1).mT.reshape(-1)
+            value = torch.bmm(value.view(-1, 1, v), matrices).squeeze(1).mT.reshape(-1)
             top = value.detach().amax()
             top = torch.where(top > 0, top, 1.0)
             value, total, scale = value / top, total + largest, scale + top.log()
