@@ -3,6 +3,7 @@
 A gate bounds a ratio of times taken in turn in this process, an error or a number of bytes, never a time. Times are
 processor time of one thread, which other load on the machine changes least. Add a row with `faster` (of a generator,
 return what to time: ours, then others, the fastest of which counts) or `at_most` (return a number).
+Ratios differ between processors, by up to two between those with AVX2 and with AVX-512: a gate holds on both.
 `python tests/bench.py WORD` runs only the rows whose name holds the word.
 """
 
@@ -721,16 +722,16 @@ at_most("exact law, noise, |sum - 1|: K <= 4096, N <= 1e12, range <= 300", 1e-13
 at_most("exponential noise / soft best-of-N: 1e5 rows of 64", 1.6, partial(noise, 10**5, 64))
 faster("exact law / ONE naive selection: K = 4096, N = 1e6, range 50", 2, partial(law, 50))
 faster("exact law / ONE naive selection: K = 4096, N = 1e6, range 6", 10, partial(law, 6))
-for rule, times in (("soft", 2), ("exponential", 0.5)):
+for rule, times in (("soft", 1.5), ("exponential", 0.4)):
     name = f"curve of one pool, {rule} / 64 laws: M = 2048, N <= 64"
     faster(name, times, partial(curve_of_a_pool, rule))
 at_most("its standard errors / the curve: M = 2048, N <= 64", 6, errors_of_a_pool)
-faster("draws from the exact law / naive: K = 32, M = 1e4, N = 100", 80, partial(law_draws, 100))
-faster("draws from the exact law / naive: K = 32, M = 1e4, N = 1000", 800, partial(law_draws, 1000))
+faster("draws from the exact law / naive: K = 32, M = 1e4, N = 100", 35, partial(law_draws, 100))
+faster("draws from the exact law / naive: K = 32, M = 1e4, N = 1000", 350, partial(law_draws, 1000))
 faster("counts / naive: K = 32, M = 1e4, N = 1000", 10, counts)
-faster("stream / naive: K = 4096, M = 1000, N = 1000", 3, partial(stream, 4096, 1000, 1000))
-faster("stream / naive: K = 4096, M = 1, N = 1e6", 3, partial(stream, 4096, 1, 10**6))
-faster("stream / naive: K = 32, M = 1000, N = 1000", 1.7, partial(stream, 32, 1000, 1000))
+faster("stream / naive: K = 4096, M = 1000, N = 1000", 1.5, partial(stream, 4096, 1000, 1000))
+faster("stream / naive: K = 4096, M = 1, N = 1e6", 1.7, partial(stream, 4096, 1, 10**6))
+faster("stream / naive: K = 32, M = 1000, N = 1000", 1.1, partial(stream, 32, 1000, 1000))
 faster("exact laws / one by one: 1000 rows of 32, N = 64", 10, partial(laws_by_row, 1000, 32, 64))
 faster("temperature for an ESS / 100 sample sizes: 4e6 rewards", 8, partial(temperature, 4 * 10**6))
 faster("exact tilt of a chain / its recursion, written plainly: 27^4, L = 10", 4, partial(tilted_chain, 27, 3, 10))
@@ -759,9 +760,9 @@ at_most("score calls to W2 <= 1e-3 in one dimension: ABM3 / DPM++(2M)", 0.35, pa
 faster("systematic / a search, softmax excluded: 1000 rows of 1000", 1.5, partial(resampled, 1000, 1000))
 faster("systematic / a search, softmax excluded: one row of 1e6", 1.5, partial(resampled, 1, 10**6))
 for what, times, b, n in (
-    ("one row of 1e5", 1.5, 1, 10**5),
-    ("one row of 1e6", 1.5, 1, 10**6),
-    ("1000 rows of 1000", 3, 1000, 1000),
+    ("one row of 1e5", 1.1, 1, 10**5),
+    ("one row of 1e6", 1.3, 1, 10**6),
+    ("1000 rows of 1000", 2.2, 1000, 1000),
 ):
     name = f"systematic from log weights / particles: {what}"
     faster(name, times, partial(against_particles, b, n), peer="particles")
@@ -769,7 +770,7 @@ faster("multinomial / a search: one row of 1e7", 2, partial(independent_draws, 1
 for name in ("policy_gradient", "dpo", "kl_estimators"):
     at_most(f"share of the checks in a call of {name}: 8 x 16", 0.4, partial(share_of_checks, name))
 at_most("systematic from log weights / a running sum: one row of 1e6", 12, against_sum)
-faster("32 particles / the exact problem first: order 2, L = 24", 5, small_smc)
+faster("32 particles / the exact problem first: order 2, L = 24", 2.8, small_smc)
 faster("score of a mixture / broadcasting: D = 2, J = 64", 5, partial(score_by_broadcasting, 2, 64, 40_000))
 faster("score of a mixture / broadcasting: D = 64, J = 64", 30, partial(score_by_broadcasting, 64, 64, 4000))
 faster("score, full covariances / point by point: D = 100, J = 1000", 6, partial(score_by_point, 100, 1000, 256))
