@@ -83,7 +83,7 @@ SIZE = """() => {
   const shown = code.filter((e) => !e.closest("details:not([open]) > :not(summary)") && !e.closest("figure"));
   return [document.documentElement.scrollHeight, shown.map(height).reduce((a, b) => a + b, 0)];
 }"""
-LONGEST = {"book/one_target": 20_000}  # else 15,000
+LONGEST = 15_000
 MOST_CODE = 0.2
 SITTINGS = [page.name for page in CHAPTERS] + ["book/at_work"]
 FIRST = """() => document.querySelector("article :is(.bk-fig, .bk-explorable, .bk-samples, .bk-flow)")
@@ -99,8 +99,8 @@ def is_one_sitting(page, name, record):
     height, code = page.evaluate(SIZE)
     record("page", (name, height, code / height))
     bad = []
-    if height > (longest := LONGEST.get(name, 15_000)):
-        bad.append(f"{height} px high, more than {longest}")
+    if height > LONGEST:
+        bad.append(f"{height} px high, more than {LONGEST}")
     if code > MOST_CODE * height:
         bad.append(f"code takes {code / height:.0%} of the page, more than {MOST_CODE:.0%}")
     if (first := page.evaluate(FIRST)) > 1500:
