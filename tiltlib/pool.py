@@ -1035,7 +1035,8 @@ def _table(
     else:
         beta = _temperature(pools, options.ess)
     answers = sum(len(pool.rewards) for pool in pools)
-    print(f"{options.file}: {answers} answers to {len(pools)} prompt{'s' * (len(pools) > 1)}, {smallest} or more each")
+    prompts = "1 prompt" if len(pools) == 1 else f"{len(pools)} prompts, {smallest} or more each"
+    print(f"{options.file}: {answers} answers to {prompts}")
     of = ", mean of value" if "value" in names else ""
     print(f"rule {options.rule}" + ("" if options.rule == "hard" else f", beta {beta:.6g}") + of)
     points, errors = [], []
@@ -1085,7 +1086,7 @@ def _print_needed(
     try:
         rewards = torch.stack([pool.rewards for pool in pools])
         best, low, high = needed_beta(rewards, options.target, n, rule=options.rule)
-        print(f"at N = {n}: beta = {best:.6g}, from {high:.6g} to {low:.6g} within two standard errors")
+        print(f"at N = {n}: beta = {best:.4g}, from {high:.4g} to {low:.4g} within two standard errors")
     except ValueError as error_:
         print(f"at N = {n}: {error_}")
 
