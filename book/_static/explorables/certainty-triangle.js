@@ -88,7 +88,8 @@
     triangle.innerHTML = '<div class="bk-picture"></div>';
     const P = handle(triangle, "reference p", GREEN, p), S = handle(triangle, "start", BLUE, start);
     const dot = (x, y) => `<circle cx="${x}" cy="${y}" r="4" fill="${ORANGE}"/>`;
-    const diamond = ([x, y], fill) => `<path d="M${x} ${y - 8}l8 8l-8 8l-8 -8Z" fill="${fill}" ${INK}/>`;
+    const diamond = ([x, y], fill, k = 8) =>
+      `<path d="M${x} ${y - k}l${k} ${k}l-${k} ${k}l-${k} -${k}Z" fill="${fill}" ${INK}/>`;
     const disc = (color) => `<circle cx="13" cy="7" r="6" fill="${color}" ${INK}/>`;
     root.querySelector(".bk-key").innerHTML = key(disc(GREEN), "<i>p</i>, the reference: drag it")
       + key(disc(BLUE), "a start: drag it") + key(diamond([13, 7], ORANGE), "the best law") + key(diamond([13, 7], "none"), "the worst")
@@ -116,7 +117,7 @@
       const edge = [0, 1, 2, 0].map((y) => at(corner(ref, y)));
       root.querySelector(".bk-picture").innerHTML = svg(width, height, "Laws of three responses, as points of a triangle",
         CELLS.map(tile).join("") + borders + curve(edge, 'stroke="currentColor"') + curve(path.map(at), CURVE)
-        + (B < 1 ? diamond(at(q), "none") : "") + tops.map((law) => diamond(at(law), ORANGE)).join("")
+        + (B < 1 ? diamond(at(q), "none", 13) : "") + tops.map((law) => diamond(at(law), ORANGE)).join("")
         + [0, 1, 2].map((y) => text(edge[y][0], y === 2 ? edge[y][1] - 10 : floor + 22, `y${"₁₂₃"[y]}`)).join(""));
 
       const runs = ref.every((v, k) => v === p[k]) ? trained : []; // they belong to the first reference

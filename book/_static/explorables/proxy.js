@@ -35,7 +35,7 @@
         + point([cx, y(now.truth)]));
       const peak = turn === betas.length - 1 ? "it never turns" : `largest, ${best[turn].toFixed(2)}, at <i>β</i> = ${betas[turn]}`;
       return `true mean ${now.truth.toFixed(2)} (${peak}), by the judge ${now.proxy.toFixed(2)} &emsp; TV of the two tilts `
-        + `${now.tv.toFixed(3)}, at&nbsp;most&nbsp;${now.bound.toFixed(3)}`;
+        + `${now.tv.toFixed(3)}, at&nbsp;most tanh(<i>δ</i>/4<i>β</i>)&nbsp;=&nbsp;${now.bound.toFixed(3)}`;
     };
   });
   Object.assign(bookjs, { judged });
