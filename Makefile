@@ -4,6 +4,7 @@
 # make bench  speed and accuracy beside naive code and other libraries
 # make mutants change the library in one place at a time and see that a test notices; MODULE=weights for one module
 # make accept run the notebooks and store their new outputs, for review in the diff
+# make shots  take pictures of every page, light, dark and on a phone: _build/screenshots
 # make pdf    print the built book as one PDF: _build/book.pdf
 # make flow   run the chapters without their check cells; `make test` only hides from what one reads what checks leave
 # make units  the unit tests alone, slow ones too; SALT=x for other random numbers
@@ -21,16 +22,18 @@ NOTEBOOKS := $(sort $(wildcard book/*.ipynb))
 QUICK := book/tilting.ipynb
 SOURCES := $(NOTEBOOKS) $(wildcard tiltlib/*.py) conftest.py requirements.txt
 RUN := _build/run.stamp
-# One worker per notebook. The limit on a cell is for one that hangs: it is far above what a busy machine needs.
-NBVAL := -n 2 --dist loadfile --nbval-cell-timeout 1200 --nbval-current-env
+# A process for each core, up to eight, as each holds torch: about 1 GB.
+WORKERS := -n logical --maxprocesses 8
+# A notebook is run by one of them. The limit on a cell is for one that hangs, far above what a busy machine needs.
+NBVAL := $(WORKERS) --dist loadfile --nbval-cell-timeout 1200 --nbval-current-env
 # Tests of the built pages, in a browser.
 BROWSER := tests/test_pages.py tests/test_explorables.py tests/test_pdf.py
 # Tests that need neither a built book nor a run notebook.
-UNITS := -n 2 --dist loadfile $(BROWSER:%=--ignore %) --ignore tests/test_main_flow.py tests
+UNITS := $(WORKERS) --dist loadfile $(BROWSER:%=--ignore %) --ignore tests/test_main_flow.py tests
 # After a warning the next build starts afresh: Sphinx would not repeat it for a page that has not changed.
 build = $(BIN)/jupyter-book build . -W --keep-going $(1) || { rm -rf _build/.doctrees; false; }
 
-.PHONY: book pdf test quick flow units newest bench mutants accept dist tag clean
+.PHONY: book pdf shots test quick flow units newest bench mutants accept dist tag clean
 .DEFAULT_GOAL := book
 
 # Without the model of the last line the chapter that reads it shows its stored outputs: see conftest.py.
@@ -54,6 +57,9 @@ book: $(RUN)
 pdf: book
 	$(BIN)/python book/_ext/pdf.py
 
+shots: book
+	$(BIN)/python book/_ext/shots.py
+
 # Starts without _build, so that every page shows outputs of this very commit.
 test: .venv/.stamp
 	$(BIN)/ruff format --check .
@@ -65,13 +71,13 @@ test: .venv/.stamp
 	touch $(RUN)
 	{ $(call build); } > _build/build.log 2>&1 || { cat _build/build.log; exit 1; }
 	@! grep "Executing notebook" _build/build.log || { echo "The build ran a notebook that the tests had not."; exit 1; }
-	$(BIN)/pytest -n 2 $(BROWSER)
+	$(BIN)/pytest $(WORKERS) --dist loadgroup $(BROWSER)
 
 quick: .venv/.stamp
 	$(BIN)/pytest --nbval $(NBVAL) -m "not slow" $(BROWSER:%=--ignore %) tests $(QUICK)
 
 flow: .venv/.stamp
-	$(BIN)/pytest -n 2 tests/test_main_flow.py
+	$(BIN)/pytest $(WORKERS) tests/test_main_flow.py
 
 units: .venv/.stamp
 	$(BIN)/pytest $(UNITS)

@@ -1,6 +1,6 @@
 """Every page of the built book, as a reader without network sees it: light, dark and on a phone.
 
-See `browser.py` for what they need. Screenshots go to `_build/screenshots`: some faults only looking shows.
+See `browser.py` for what they need. Some faults only looking shows: `make shots` takes pictures.
 """
 
 import os
@@ -16,7 +16,6 @@ import verdicts
 from browser import HTML, VIEWS
 
 ROOT = Path(__file__).parents[1]
-SHOTS = ROOT / "_build/screenshots"
 TOC = verdicts.toc_names_of(ROOT)
 PAGES = verdicts.read_book(ROOT)
 CHAPTERS = [page for page in PAGES if page.statements]
@@ -212,35 +211,15 @@ def test_page(name, view, visit, record_property):
     bad = []
     if name in SITTINGS:
         bad = is_small_on_a_phone(page) if view == "phone" else is_one_sitting(page, name, record_property)
-    shot = f"{Path(name).name}-{view}"
-    look_at(page, shot)
-    if view == "wide":
-        put_on(page, "dark")
-        look_at(page, f"{shot}-dark")
-        put_on(page, "light")
     page.evaluate(OPEN)
     bad += page.evaluate(LOOK, VIEWS[view]) + page.evaluate(INK)
     if view == "wide":
-        put_on(page, "dark")
+        page.evaluate("() => { document.documentElement.dataset.theme = 'dark'; }")  # as the theme's own switch does
         bad += page.evaluate(INK) + move_sliders(page)
         if not name.startswith(verdicts.CLAIMS):
             pdf.prepare(page)
             bad += page.evaluate(CUT)
     assert page.trouble + bad == []
-
-
-def put_on(page, theme):
-    page.evaluate(
-        "theme => { document.documentElement.dataset.theme = theme; }", theme
-    )  # as the theme's own switch does
-
-
-def look_at(page, name):
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    width, height = page.evaluate("[document.documentElement.clientWidth, document.documentElement.scrollHeight]")
-    for part, top in enumerate(range(0, height, 32_000), 1):  # the browser leaves out what lies lower in one picture
-        clip = {"x": 0, "y": top, "width": width, "height": min(32_000, height - top)}
-        page.screenshot(path=SHOTS / f"{name}-{part}.jpg", type="jpeg", quality=80, full_page=True, clip=clip)
 
 
 def move_sliders(page):

@@ -5,6 +5,7 @@ import pytest
 from browser import HTML
 from pypdf import PdfReader
 
+pytestmark = pytest.mark.xdist_group("pdf")  # one process, which prints the book once
 CHAPTERS = {"book/intro": "One tilt, many roads", "book/length": "Length and memory", "book/references": "References"}
 
 
