@@ -96,6 +96,7 @@ def test_logps():
     lost = torch.stack([S0, S0 - 0.25, S0 + 0.125])  # the worst row is reported
     refused(ValueError, message + "-0.25", _checks.logps, "p", lost)
     refused(ValueError, message + "-0.25", _checks.logps, "p", lost.float())
+    refused(ValueError, message + "0.25", _checks.logps, "p", torch.stack([S0, S0 + 0.25, S0 - 0.125]))
     refused(ValueError, message + "nan", _checks.logps, "p", torch.stack([S0 - 0.5, S0 * math.nan]))
     refused(ValueError, message + f"{1.01 * EPS:.6g}", _checks.logps, "p", vector(1.01 * EPS))
     refused(ValueError, message + "0.000976562", _checks.logps, "p", vector(2**-10).float())
@@ -114,6 +115,7 @@ def test_rewards():
 
 
 def test_log_weights():
+    refused(TypeError, "w must be a floating-point torch.Tensor, got list", _checks.log_weights, "w", [0.0])
     # Every row has a finite entry; along other dimensions there are only -inf.
     rows = torch.tensor([[-math.inf, 0], [-math.inf, 0]])
     _checks.log_weights("w", torch.stack([rows, rows.flip(1)]))
@@ -131,9 +133,9 @@ def test_some_left():
 
 
 def test_same_outcomes():
-    for a, b in (((3,), (3,)), ((2, 1, 3), (4, 3)), ((1, 3), (2, 3))):
+    for a, b in (((3,), (3,)), ((2, 1, 3), (4, 3)), ((1, 3), (2, 3)), ((2, 3), (1, 3))):
         _checks.same_outcomes("x", torch.ones(a), "y", torch.ones(b))
-    for a, b in (((3,), (4,)), ((2, 3), (4, 3)), ((3,), (1,)), ((2, 1), (2, 3))):
+    for a, b in (((3,), (4,)), ((2, 3), (4, 3)), ((3,), (1,)), ((2, 1), (2, 3)), ((3, 3), (2, 3))):
         rule = "must agree in the last dimension and broadcast in the others"
         message = f"x and y {rule}, got shapes {a} and {b}"
         refused(ValueError, message, _checks.same_outcomes, "x", torch.ones(a), "y", torch.ones(b))
@@ -153,6 +155,25 @@ def test_number():
         _checks.number("x", value)
     for value, got in NOT_NUMBERS:
         refused(TypeError, f"x must be a number, got {got}", _checks.number, "x", value)
+
+
+def test_finite_number():
+    for value in (1, -1.7e308, np.float32(2)):
+        got = _checks.finite_number("x", value)
+        assert type(got) is float and got == value
+    for value in (math.inf, -math.inf, math.nan):
+        refused(ValueError, f"x must be finite, got {value!r}", _checks.finite_number, "x", value)
+    for value, got in NOT_NUMBERS:
+        refused(TypeError, f"x must be a number, got {got}", _checks.finite_number, "x", value)
+
+
+def test_chance():
+    for value in (5e-324, 0.5, np.float64(1 - 1e-16)):
+        _checks.chance("x", value)
+    for value in (0, 1, -0.5, 1.5, math.nan):
+        refused(ValueError, f"x must lie strictly between 0 and 1, got {value!r}", _checks.chance, "x", value)
+    for value, got in NOT_NUMBERS:
+        refused(TypeError, f"x must be a number, got {got}", _checks.chance, "x", value)
 
 
 @pytest.mark.parametrize("check, edge", [(_checks.positive, 5e-324), (_checks.nonnegative, 0)])
@@ -188,6 +209,7 @@ def test_positive_per_row():
         torch.ones(2, 1),
         torch.ones(2, 3).int(),
         torch.ones(4, 1, 1),
+        vector(5e-324),
     ):
         _checks.positive_per_row("beta", value, batch)
     refused(ValueError, "beta must be finite and > 0, got 0", _checks.positive_per_row, "beta", 0, batch)
@@ -243,6 +265,10 @@ def test_drawn_logps():
     message = "x must be log-probabilities, <= 0, got "
     refused(ValueError, message + "0.25", _checks.drawn_logps, "x", vector(-1, 0.25, 0.5))
     refused(ValueError, message + f"{2 * EPS:.6g}", _checks.drawn_logps, "x", vector(2 * EPS))
+    most = torch.finfo(F64).max
+    refused(ValueError, message + "0.5", _checks.drawn_logps, "x", vector(-most, EPS, 0.5))
+    refused(ValueError, message + "1.79769e+308", _checks.drawn_logps, "x", vector(most))
+    refused(TypeError, "x must be a floating-point torch.Tensor, got float", _checks.drawn_logps, "x", -1.0)
     refused(
         ValueError, "x must be finite, got 1 of 1 entries NaN or infinite", _checks.drawn_logps, "x", vector(-math.inf)
     )
@@ -280,7 +306,7 @@ def test_probabilities():
         _checks.probabilities("x", value)
     for bad in (-5e-324, 1 + 1e-15, math.inf, math.nan):
         refused(ValueError, f"x must lie in [0, 1], got {bad:g}", _checks.probabilities, "x", vector(0.5, bad))
-    refused(ValueError, "x must lie in [0, 1], got 2", _checks.probabilities, "x", vector(0.5, 2, 3))
+    refused(ValueError, "x must lie in [0, 1], got 2", _checks.probabilities, "x", vector(0, 1, 2, 3))
     for value, got in ((0.5, "float"), (torch.tensor(1), "a torch.int64 tensor")):
         refused(TypeError, f"x must be a floating-point torch.Tensor, got {got}", _checks.probabilities, "x", value)
 
@@ -338,6 +364,8 @@ def test_symbol():
 def test_instance():
     _checks.instance("x", True, int)
     refused(TypeError, "x must be a dict, got list", _checks.instance, "x", [], dict)
+    refused(TypeError, "x must be an OSError, got list", _checks.instance, "x", [], OSError)
+    refused(TypeError, "x must be a X, got list", _checks.instance, "x", [], type("X", (), {}))
     message = "x must be a Generator, from torch, got a torch.float64 tensor"
     refused(TypeError, message, _checks.instance, "x", S0, torch.Generator, "torch")
 
@@ -476,6 +504,7 @@ def test_draws_are_at_most_0_and_what_comes_of_them_finite():
     for bad in (0.5, math.inf, math.nan):
         with pytest.raises(ValueError, match="^b must be"):
             _checks.draws(a=a, b=vector(-1, bad))
+    refused(TypeError, "b must be a floating-point torch.Tensor, got int", _checks.draws, a=a, b=-1)
     refused(ValueError, "b must be log-probabilities, <= 0, got 0.5", _checks.draws, a=a, b=vector(-1, 0.5))
     refused(ValueError, "a and b must have one shape, got a (2,), b (1,)", _checks.draws, a=a, b=vector(-1))
     _checks.finite_result("a - b", a - a, a=a, b=a)
@@ -505,3 +534,34 @@ def test_broadcasts_to():
         assert _checks.broadcasts_to(torch.Size(shape), torch.Size(other))
     for shape, other in (((2,), ()), ((1, 3), (3,)), ((2,), (3,)), ((3,), (1,))):
         assert not _checks.broadcasts_to(torch.Size(shape), torch.Size(other))
+
+
+def test_returned():
+    cpu = torch.device("cpu")
+    for value in (vector(1, -math.inf), torch.ones(2).half()):
+        got = _checks.returned("v", value, 2, cpu)
+        assert got.dtype == F64 and got.tolist() == value.tolist()
+    refused(TypeError, "v must return a floating-point torch.Tensor, got list", _checks.returned, "v", [1.0], 1)
+    for shape in ((3,), (2, 1), ()):
+        message = f"v must return shape (2,), one number each, got {shape}"
+        refused(ValueError, message, _checks.returned, "v", torch.ones(shape), 2)
+    for bad in (math.inf, math.nan):
+        message = "v must return numbers that are finite or -inf, got NaN or +inf"
+        refused(ValueError, message, _checks.returned, "v", vector(0, bad), 2)
+    message = "v must return numbers on meta, got numbers on cpu"
+    refused(ValueError, message, _checks.returned, "v", vector(0, 1), 2, torch.device("meta"))
+
+
+def test_under_vmap_entries_are_not_looked_at():
+    def checked(x):
+        _checks.finite("x", x)
+        _checks.rewards("x", x)
+        _checks.indices("x", x.long(), 1)
+        return x
+
+    x = vector(math.nan, 2)[:, None]
+    assert torch.equal(torch.vmap(checked)(x).isnan(), x.isnan())
+    error = RuntimeError("no memory left")
+    with pytest.raises(RuntimeError) as caught:
+        _checks.of_several(error)
+    assert caught.value is error
