@@ -37,9 +37,10 @@ RULES = ["tests/test_devices.py", "tests/test_every_call.py"]
 NO_RULES = {"data", "figures"}  # they work on the CPU by contract
 # They read the source, of which each mutant is a part, and the names of functions, which mutmut changes.
 NOT_HERE = [
-    "tests/test_every_call.py::test_every_word_of_every_option_is_given",
-    "tests/test_devices.py::test_waits_are_counted_where_they_happen",
+    "--deselect=tests/test_every_call.py::test_every_word_of_every_option_is_given",
+    "--deselect=tests/test_devices.py::test_waits_are_counted_where_they_happen",
 ]
+SLOW_APART = ["-m", "not slow"]  # the slow tests of `distributed` start processes, which takes seconds for each mutant
 
 
 def own_tests(module: str) -> list[str]:
@@ -204,8 +205,7 @@ def judge(work: Path, module: str, tests: list[str], mutants: list[str] = []) ->
         "source_paths": ["tiltlib"],
         "only_mutate": [f"tiltlib/{module}.py"],
         "also_copy": ["book", "conftest.py", "_toc.yml", "_config.yml"],
-        # Its slow tests start processes, which takes seconds for each mutant.
-        "pytest_add_cli_args": ["-m", "not slow"] if tests == own_tests("distributed") else [f"--deselect={test}" for test in NOT_HERE],
+        "pytest_add_cli_args": SLOW_APART if tests == own_tests("distributed") else NOT_HERE,
         "pytest_add_cli_args_test_selection": tests,
     }
     lines = [f"{key} =\n" + "".join(f"    {value}\n" for value in values) for key, values in settings.items()]

@@ -66,6 +66,39 @@ def test_a_search_for_many_numbers_finds_what_a_bisection_does(k, monkeypatch):
     assert 0 < sum(asked) < n  # only what the table did not settle
 
 
+def test_a_number_on_a_sum_or_just_below_it_is_found_by_the_table_and_without_it():
+    # Multiples of 7/243: a table whose number of parts is no power of two would round some products to a whole number.
+    sums = vector(*[7 * i / 243 for i in range(1, 32)], 1)
+    on = sums[:-1]
+    for u, found in ((on, range(1, 32)), (torch.nextafter(on, vector(0)), range(31))):
+        for times in (1, 200):
+            assert _numerics.search(sums, u.repeat(times)).tolist() == [*found] * times
+
+
+def test_products_stay_in_the_dtype_of_what_is_multiplied():
+    x = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        with _numerics.as_written(x.device):
+            assert (x @ x).dtype == torch.float32
+        assert (x @ x).dtype == torch.bfloat16
+    for device in (x.device, torch.device("meta")):  # for "meta" there is no autocast
+        with _numerics.as_written(device):
+            assert (x @ x).dtype == torch.float32
+
+
+def test_a_condition_is_shown_where_there_is_something_to_see(monkeypatch):
+    def f(x):
+        return x * (2 if _numerics.shown(x.sum() > 0) else 3)
+
+    assert f(vector(1)) == 2 and f(vector(-1)) == -3
+    assert torch.vmap(f)(vector(1, -1)).tolist() == [3, -3]
+    with pytest.raises(RuntimeError, match="ambiguous"):
+        _numerics.shown(vector(1, 2) > 0)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert f(vector(1)) == 3
+
+
 def test_normal_numbers_invert_their_cdf(monkeypatch):
     u = vector(0, 2.0**-54, 0.25, 0.5, 1 - 2.0**-53)
     monkeypatch.setattr(torch, "rand", lambda shape, **options: u.clone().view(shape))
