@@ -499,6 +499,7 @@ def test_classes_follow_bayes(kind, rng):
         # p(c | x) p(x) = p(c) p(x | c)
         close(logps[:, c] + mixture.logps(x), log_prior + part.logps(x), 1e-10)
     assert mixture.of_class(classes, 0).components == 1 and mixture.of_class(classes, 1).components == 2
+    close(mixture.class_logps(x, 0 * classes), torch.zeros(20, 1))  # one class holds all
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------
