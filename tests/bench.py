@@ -3,8 +3,8 @@
 A gate bounds a ratio of times taken in turn in this process, an error or a number of bytes, never a time. Times are
 processor time of one thread, which other load on the machine changes least. Add a row with `faster` (of a generator,
 return what to time: ours, then others, the fastest of which counts) or `at_most` (return a number).
-Ratios differ between processors, so far by up to two: a gate holds on each one tried, but for the share of the checks
-in a small call, which is .44 to .54 on an EPYC with AVX2.
+Ratios differ between processors, so far by up to two: a gate holds on each of the three tried, but for the share of the
+checks in a small call, which is .44 to .54 on an EPYC with AVX2 and .37 to .44 on a Xeon of 2.8 GHz.
 `python tests/bench.py WORD` runs only the rows whose name holds the word.
 """
 
@@ -720,7 +720,7 @@ at_most("exact law, worst relative error: K <= 6, N <= 40, range <= 50", 1e-12, 
 at_most("exact law, |sum - 1|: K <= 4096, N <= 1e12, range <= 300", 1e-13, law_sum)
 at_most("exact law, drift of N |N (P_N/pi* - 1) - c|: N = 1e3 to 1e5", 0.05, law_drift)
 at_most("exact law, noise, |sum - 1|: K <= 4096, N <= 1e12, range <= 300", 1e-13, noise_law_sum)
-at_most("exponential noise / soft best-of-N: 1e5 rows of 64", 1.6, partial(noise, 10**5, 64))
+at_most("exponential noise / soft best-of-N: 1e5 rows of 64", 1.8, partial(noise, 10**5, 64))
 faster("exact law / ONE naive selection: K = 4096, N = 1e6, range 50", 2, partial(law, 50))
 faster("exact law / ONE naive selection: K = 4096, N = 1e6, range 6", 10, partial(law, 6))
 for rule, times in (("soft", 1.5), ("exponential", 0.4)):
@@ -761,8 +761,8 @@ at_most("score calls to W2 <= 1e-3 in one dimension: ABM3 / DPM++(2M)", 0.35, pa
 faster("systematic / a search, softmax excluded: 1000 rows of 1000", 1.5, partial(resampled, 1000, 1000))
 faster("systematic / a search, softmax excluded: one row of 1e6", 1.5, partial(resampled, 1, 10**6))
 for what, times, b, n in (
-    ("one row of 1e5", 1.1, 1, 10**5),
-    ("one row of 1e6", 1.3, 1, 10**6),
+    ("one row of 1e5", 0.8, 1, 10**5),
+    ("one row of 1e6", 1.1, 1, 10**6),
     ("1000 rows of 1000", 2.2, 1000, 1000),
 ):
     name = f"systematic from log weights / particles: {what}"
@@ -775,8 +775,8 @@ faster("32 particles / the exact problem first: order 2, L = 24", 2.8, small_smc
 faster("score of a mixture / broadcasting: D = 2, J = 64", 5, partial(score_by_broadcasting, 2, 64, 40_000))
 faster("score of a mixture / broadcasting: D = 64, J = 64", 30, partial(score_by_broadcasting, 64, 64, 4000))
 faster("score, full covariances / point by point: D = 100, J = 1000", 6, partial(score_by_point, 100, 1000, 256))
-faster("score, full covariances / autograd: D = 16, J = 16", 2, partial(score_by_autograd, 16, 16, 4000))
-faster("score, full covariances / autograd: D = 64, J = 8", 2, partial(score_by_autograd, 64, 8, 4000))
+faster("score, full covariances / autograd: D = 16, J = 16", 1.4, partial(score_by_autograd, 16, 16, 4000))
+faster("score, full covariances / autograd: D = 64, J = 8", 1.4, partial(score_by_autograd, 64, 8, 4000))
 for k, n in ((4, 20_000), (64, 10**5), (4096, 10**6), (2**18, 10**6)):
     at_most(f"match / the same by log-gammas: K = {k}, n = {n:.0e}", 1.5, partial(judged, k, n))
 if LINUX:
