@@ -289,7 +289,7 @@ def test_the_page_computes_the_laws_of_the_chapter_on_grpo(visit):
         )
         torch.testing.assert_close(numbers(polar), pole(logps, rewards, beta).exp(), rtol=1e-10, atol=0)
         torch.testing.assert_close(numbers(f), effective(logps, rewards, G), rtol=1e-9, atol=1e-11)
-        # The step is damped: each round leaves .8 of the distance, or less.
+        # The step is damped: a round leaves about .8 of the distance.
         torch.testing.assert_close(numbers(ours), divided(rewards, G, beta).exp(), rtol=1e-7, atol=1e-12)
         theirs_k3 = divided(rewards, G, beta, pole, rounds=110).exp()
         torch.testing.assert_close(numbers(with_k3), theirs_k3, rtol=1e-7, atol=1e-12)
