@@ -791,6 +791,15 @@ def test_four_times_as_far_is_too_far_for_a_line():
         assert torch.equal(line, point) == too_far
 
 
+def test_four_times_as_far_is_too_far_for_a_parabola_that_corrects():
+    newest, older, at_the_end = torch.eye(3, dtype=F64)
+    for times, used in ((3.9, True), (4.1, False)):
+        past = [(1.0, newest), (math.exp(0.1), older)]
+        got = diffusion._interpolated(past, math.exp(-0.1 * times), at_the_end)
+        close(got.sum(), 1.0)
+        assert bool(got[1]) == used
+
+
 def test_levels_one_rounding_apart(rng):
     levels = torch.tensor([2 - i * 2.0**-52 for i in range(1, 20)], dtype=F64)
     y = torch.rand(5, 1, generator=rng, dtype=F64)
