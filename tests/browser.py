@@ -99,7 +99,7 @@ def visit(contexts, base):
         page.on("pageerror", lambda error: trouble.append(f"error in a script: {error}"))
         page.on("console", lambda m: m.type == "error" and complain(m.text, m.location["url"]))
         page.goto(f"{base}/{name}")
-        page.evaluate("async () => { await document.fonts.ready; await window.MathJax?.startup?.promise; }")
+        page.evaluate(browse.SETTLED)
         return page
 
     yield open_page

@@ -82,6 +82,7 @@ def test_products_stay_in_the_dtype_of_what_is_multiplied():
         with _numerics.as_written(x.device):
             assert (x @ x).dtype == torch.float32
         assert (x @ x).dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
     for device in (x.device, torch.device("meta")):  # for "meta" there is no autocast
         with _numerics.as_written(device):
             assert (x @ x).dtype == torch.float32

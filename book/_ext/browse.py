@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# To be evaluated in a page that was opened: returns when its fonts are loaded and its maths is set.
+SETTLED = "async () => { await document.fonts.ready; await window.MathJax?.startup?.promise; }"
 LACKING = "no browser: install chromium or google-chrome, or let $CHROMIUM name one"
 
 

@@ -38,13 +38,13 @@ def make(browser, html: Path, names: list[str]) -> None:
             for name in names:
                 page = context.new_page()
                 page.goto(f"{base}{name}.html")
-                page.evaluate("async () => { await document.fonts.ready; await window.MathJax?.startup?.promise; }")
+                page.evaluate(browse.SETTLED)
                 take(page, f"{name.rpartition('/')[2]}-{view}")
                 page.close()
 
 
 if __name__ == "__main__":
-    pages = list(verdicts.toc_names_of(ROOT))
+    pages = verdicts.toc_names_of(ROOT)
     if unknown := sorted(set(sys.argv[1:]) - set(pages)):
         sys.exit(f"no such page: {', '.join(unknown)}; there are {', '.join(pages)}")
     with pdf.chromium() as browser:
